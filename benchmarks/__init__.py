@@ -1,0 +1,1 @@
+"""One benchmark per question; each prints a table and writes versioned JSON."""

@@ -1,0 +1,1 @@
+"""The compiler passes of fxexpand; import them as ``fxexpand.passes``."""

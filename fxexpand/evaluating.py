@@ -1,0 +1,48 @@
+"""Run a model without a trace: evaluation mode, no gradients, and everything as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and ``no_grad`` inside; training flags, buffers and random state restored afterwards.
+
+    The flag of each module is set directly: ``model.eval()`` may be overridden to change weights, and an
+    exported program refuses it. Buffers are restored in place: a module that counts its calls sees nothing.
+    """
+    modules = list({module: None for model in models for module in model.modules()})
+    flags = [(module, module.training) for module in modules]
+    buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    held = {
+        id(tensor): (tensor, tensor.detach().clone(), _version(tensor))
+        for _, named in buffers
+        for tensor in named.values()
+        if tensor is not None
+    }
+    devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(sorted(d.index or 0 for d in devices)):
+            for module in modules:
+                module.training = False
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, named in buffers:
+            module._buffers.clear()
+            module._buffers.update(named)
+        with torch.no_grad():
+            for tensor, saved, version in held.values():
+                if version is None or _version(tensor) != version:
+                    tensor.copy_(saved)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor was written to; None for an inference tensor, which does not count."""
+    return None if tensor.is_inference() else int(tensor._version)

@@ -1,0 +1,47 @@
+"""Compare what two models return, whatever structure they return it in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fxexpand.errors import VerificationError
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in an output, in order, through tuples, lists, dicts, registered classes, dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                found.extend(tensors_of(getattr(leaf, field.name)))
+    return found
+
+
+def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest ``max|a - b| / max|b|`` over pairs of tensors, in float64; inf for a NaN or a lone Inf.
+
+    Raises: VerificationError when the number of tensors or a shape differs, or there is nothing to compare.
+    """
+    if not expected or len(actual) != len(expected):
+        raise VerificationError(f"outputs hold {len(actual)} and {len(expected)} tensors: cannot compare.")
+    return max(_relative_error(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        raise VerificationError(f"output shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}.")
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = (tensor.detach().cpu().to(wide) for tensor in (actual, expected))
+    if torch.equal(a, b):
+        return 0.0
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return float("inf")
+    scale = float(b.abs().max())
+    return float((a - b).abs().max()) / scale if scale else float("inf")

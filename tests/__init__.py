@@ -1,0 +1,1 @@
+"""The tests of fxexpand; they mirror ``fxexpand/`` and ``passes/``."""

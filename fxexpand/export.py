@@ -1,12 +1,13 @@
 """Write a model as an ONNX file, and prove that the file computes the same.
 
-The file is written, checked and compared in a folder of its own beside the target and moved into place only when
-everything holds, so a failure leaves neither a broken file nor a changed one.
+The file is written, checked and compared in a folder of its own beside the target and moved into place only
+when everything holds, so a failure leaves neither a broken file nor a changed one.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import os
 import tempfile
@@ -44,8 +45,8 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 class OnnxReport:
     """What was written, and what was proved of it.
 
-    ``inputs`` and ``outputs`` map names to shapes, where a name in place of a length is a free dimension. ``error``
-    is the largest relative error over ``batch_sizes``; None where ``verify=False``.
+    ``inputs`` and ``outputs`` map names to shapes, where a name in place of a length is a free dimension.
+    ``error`` is the largest relative error over ``batch_sizes``; None where ``verify=False``.
     """
 
     path: Path
@@ -103,10 +104,10 @@ def export_onnx(
 
     Args:
         model: in evaluation mode, on any device.
-        path: the file to write; replaced only when everything succeeded. Weights of a model above 1.9 GB go to
-            ``path`` + ``.data``.
+        path: the file to write; replaced only when everything succeeded. Weights above 1.9 GB go to a second
+            file, ``path`` + ``.data``.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        dynamic_batch: leave the first dimension free, of every tensor argument where it is as long as the first's.
+        dynamic_batch: leave the first dimension free, of every tensor where it is as long as the first's.
         verify: compare with the model in onnxruntime, at batch sizes 1, that of the inputs, and one more.
         opset: of the default ONNX domain; None takes torch's default.
         tolerance: largest relative error; None takes 1e-4 in float32 (``TOLERANCES``).
@@ -208,7 +209,7 @@ def feeds(
 
 def _required(name: str) -> Any:
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise FxExpandError(f'{name} is not installed. Run pip install "fxexpand[onnx]".') from error
 

@@ -7,11 +7,11 @@ biases, normalisation and element-wise operators are not, as everywhere in the l
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -81,8 +81,8 @@ class FlopReport:
     def compare(self, other: FlopReport) -> FlopComparison:
         """Where ``other`` (after) differs from this (before).
 
-        A module that one model lacks is shown by its own path when the module around it is a container in both,
-        and under the module around it when that one took its place: a conv that became a chain is one row.
+        A module that one model lacks has a row of its own when the module around it is a container in both;
+        otherwise it counts to the module around it, whose place it took: a conv that became a chain is one row.
         """
         containers = _containers(self.own) & _containers(other.own)
         before: dict[str, int] = {}
@@ -196,20 +196,21 @@ def _counted_kernels(model: nn.Module) -> Iterator[None]:
 def _recurrent_and_vector_operators() -> dict[Any, Callable[..., int]]:
     """FLOP formulas, from shapes, of operators that torch's counter passes over."""
     aten = torch.ops.aten
+    Shape: TypeAlias = Sequence[int]
 
-    def matrix_vector(matrix: Any, vector: Any, **_: Any) -> int:
+    def matrix_vector(matrix: Shape, vector: Shape, **_: Any) -> int:
         return 2 * prod(matrix)
 
-    def added_matrix_vector(added: Any, matrix: Any, vector: Any, **_: Any) -> int:
+    def added_matrix_vector(added: Shape, matrix: Shape, vector: Shape, **_: Any) -> int:
         return 2 * prod(matrix)
 
-    def dot(a: Any, b: Any, **_: Any) -> int:
+    def dot(a: Shape, b: Shape, **_: Any) -> int:
         return 2 * prod(a)
 
-    def fused_layer(x: Any, input_weight: Any, hidden_weight: Any, *_: Any, **__: Any) -> int:
+    def fused_layer(x: Shape, input_weight: Shape, hidden_weight: Shape, *_: Any, **__: Any) -> int:
         return 2 * prod(x[:-1]) * (prod(input_weight) + prod(hidden_weight))
 
-    def fused_stack(x: Any, weights: Any, *_: Any, **__: Any) -> int:
+    def fused_stack(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
         return 2 * prod(x[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
     return {

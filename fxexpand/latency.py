@@ -16,8 +16,7 @@ import random
 import sys
 import tempfile
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -28,15 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand import inputs
+from fxexpand.backends import BACKENDS, Candidate, prepare
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
 from fxexpand.evaluating import evaluating
-from fxexpand.export import export_onnx, feeds, open_session
 from fxexpand.inputs import ExampleInputs, batch_size, call, tensors
 from fxexpand.intervals import Interval, median_interval
 from fxexpand.outputs import tensors_of, worst_error
 from fxexpand.table import table
-
-BACKENDS = ("eager", "compile", "onnxruntime")
 
 # Largest relative difference of two models' outputs; wide enough for TF32 and for kernels that add in another order.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -142,16 +139,6 @@ class LatencyReport:
         }
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A model made ready on a backend; ``run`` is one call, ``outputs`` the tensors of one call."""
-
-    model: str
-    backend: str
-    run: Callable[[], Any]
-    outputs: Callable[[], list[Tensor]]
-
-
 def measure_latency(
     models: Mapping[str, nn.Module],
     example_inputs: ExampleInputs,
@@ -188,11 +175,10 @@ def measure_latency(
     """
     if not models:
         raise SelectionError("models: none given.")
-    for backend in backends:
-        if backend not in BACKENDS:
-            raise SelectionError(f"backend {backend!r}: choose from {', '.join(BACKENDS)}.")
-    if not backends or warmup < 1:
-        raise SelectionError("give at least one backend and one warm-up call.")
+    if not backends or not set(backends) <= set(BACKENDS):
+        raise SelectionError(f"backends {list(backends)}: choose from {', '.join(BACKENDS)}.")
+    if warmup < 1:
+        raise SelectionError(f"warmup={warmup}: at least one call, or the first sample holds the start-up.")
     pairs = len(list(itertools.combinations(models, 2))) * len(set(backends))
     joint = 1.0 - (1.0 - confidence) / max(pairs, 1)  # Bonferroni
     median_interval([0.0] * rounds, joint)  # too few rounds are an error now, not after minutes of timing
@@ -209,7 +195,7 @@ def measure_latency(
         stack.enter_context(_threads(threads))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fxexpand-latency-")))
         candidates = [
-            _prepare(name, model, backend, given, place, folder / str(i))
+            prepare(name, model, backend, given, place, folder / str(i))
             for i, (backend, (name, model)) in enumerate(
                 itertools.product(dict.fromkeys(backends), placed.items())
             )
@@ -238,68 +224,7 @@ def measure_latency(
     )
 
 
-def _prepare(
-    name: str, model: nn.Module, backend: str, given: ExampleInputs, device: torch.device, folder: Path
-) -> _Candidate:
-    given = inputs.copy(given)  # a model that writes to its inputs must not disturb the others
-    if backend == "onnxruntime":
-        return _prepare_session(name, model, given, device, folder)
-    args, kwargs = inputs.as_call(given)
-    run = model if backend == "eager" else _compiled(model)
-    return _Candidate(name, backend, lambda: run(*args, **kwargs), lambda: tensors_of(run(*args, **kwargs)))
-
-
-def _compiled(model: nn.Module) -> Callable[..., Any]:
-    """``model`` compiled through an entry point of its own.
-
-    torch.compile keeps its code by the code object that was called. Models of one class would share theirs: each
-    call would try the other's guards, and after eight models torch would silently fall back to eager.
-    """
-
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    code = entry.__code__.replace(co_name=f"entry_{id(model)}")
-    own = types.FunctionType(code, entry.__globals__, code.co_name, None, entry.__closure__)
-    compiled: Callable[..., Any] = torch.compile(own, dynamic=False)
-    return compiled
-
-
-def _prepare_session(
-    name: str, model: nn.Module, given: ExampleInputs, device: torch.device, folder: Path
-) -> _Candidate:
-    folder.mkdir()
-    path = folder / "model.onnx"
-    export_onnx(model, path, given, dynamic_batch=False, verify=False)
-    threads = torch.get_num_threads() if device.type == "cpu" else None
-    session = open_session(path, device, threads)
-    arrays = feeds(session, given)
-    if device.type == "cpu":
-        return _Candidate(
-            name,
-            "onnxruntime",
-            lambda: session.run(None, arrays),
-            lambda: [torch.from_numpy(value) for value in session.run(None, arrays)],
-        )
-    binding = session.io_binding()  # inputs and outputs stay on the device, as for the other backends
-    held = dict(zip(arrays, (tensor.contiguous() for tensor in tensors(given)), strict=True))
-    for key, tensor in held.items():
-        kind = arrays[key].dtype
-        binding.bind_input(key, "cuda", device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr())
-    for value in session.get_outputs():
-        binding.bind_output(value.name, "cuda", device.index or 0)
-
-    def run(kept: dict[str, Tensor] = held) -> None:  # `kept`: the binding holds bare addresses
-        session.run_with_iobinding(binding)
-
-    def outputs() -> list[Tensor]:
-        run()
-        return [torch.from_numpy(value) for value in binding.copy_outputs_to_cpu()]
-
-    return _Candidate(name, "onnxruntime", run, outputs)
-
-
-def _require_same(candidate: _Candidate, reference: list[Tensor], name: str, tolerance: float) -> None:
+def _require_same(candidate: Candidate, reference: list[Tensor], name: str, tolerance: float) -> None:
     where = f"{candidate.model} on {candidate.backend}"
     try:
         error = worst_error(candidate.outputs(), reference)
@@ -312,16 +237,17 @@ def _require_same(candidate: _Candidate, reference: list[Tensor], name: str, tol
         )
 
 
-def _calls_per_round(candidate: _Candidate, warmup: int, round_ms: float, device: torch.device) -> int:
+def _calls_per_round(candidate: Candidate, warmup: int, round_ms: float, device: torch.device) -> int:
     for _ in range(warmup):
         candidate.run()
     return max(1, min(10_000, ceil(round_ms / max(_time(candidate, 1, device), 1e-4))))
 
 
-def _time(candidate: _Candidate, calls: int, device: torch.device) -> float:
+def _time(candidate: Candidate, calls: int, device: torch.device) -> float:
     """Milliseconds per call. On CUDA by events for torch, which queues its work; onnxruntime waits for its own."""
     if device.type == "cuda" and candidate.backend != "onnxruntime":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
         with torch.cuda.device(device):
             torch.cuda.synchronize()
             start.record()
@@ -344,7 +270,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _sample(
-    candidates: Sequence[_Candidate],
+    candidates: Sequence[Candidate],
     calls: Sequence[int],
     rounds: int,
     device: torch.device,
@@ -384,7 +310,7 @@ def _rounds(rounds: int, progress: bool | None) -> Iterator[int]:
 
 
 def _differences(
-    candidates: Sequence[_Candidate], samples: Sequence[Sequence[float]], confidence: float
+    candidates: Sequence[Candidate], samples: Sequence[Sequence[float]], confidence: float
 ) -> tuple[Difference, ...]:
     found = []
     for (a, before), (b, after) in itertools.combinations(zip(candidates, samples, strict=True), 2):
@@ -430,7 +356,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _versions(backends: Sequence[str]) -> dict[str, str]:
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     if "onnxruntime" in backends:
         import onnxruntime
 

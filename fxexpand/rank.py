@@ -47,7 +47,7 @@ def effective_rank(matrix: Tensor, kind: Kind = "roy", *, groups: int = 1, batch
     if kind == "entropy":
         return entropy
     if kind == "roy":
-        return torch.where(spectrum.sum(-1) > 0, entropy.exp(), torch.zeros_like(entropy))
+        return _roy(spectrum, entropy)
     raise SelectionError(f"kind={kind!r}: choose 'roy', 'entropy' or 'stable'.")
 
 
@@ -120,16 +120,15 @@ def rank_report(model: nn.Module) -> RankReport:
                 spectrum = _spectrum(weight, groups, batched=False)
             except UnusableWeightError as error:
                 raise UnusableWeightError(f"{name} ({kind}): {error}") from None
-            entropy = float(_entropy(spectrum))
-            effective = float(torch.exp(_entropy(spectrum))) if bool(spectrum.any()) else 0.0
+            entropy = _entropy(spectrum)
             rows.append(
                 WeightRank(
                     name=name,
                     kind=kind,
                     shape=tuple(weight.shape),
                     full_rank=spectrum.shape[-1],
-                    effective_rank=effective,
-                    entropy=entropy,
+                    effective_rank=float(_roy(spectrum, entropy)),
+                    entropy=float(entropy),
                     stable_rank=float(_stable_rank(spectrum)),
                 )
             )
@@ -145,16 +144,18 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
         kind = type(module).__name__.removeprefix("Parametrized")
         prefix = f"{path}." if path else ""
         if _has_one_weight(module):
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight: Tensor = module.weight
             groups = getattr(module, "groups", 1)
             groups = groups if isinstance(groups, int) else 1
             if isinstance(module, _ConvTransposeNd):
-                weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+                blocks = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, in/groups, out/groups, *k)
+                weight = blocks.transpose(1, 2).flatten(0, 1)
             yield f"{prefix}weight", kind, weight, groups
             inside = (*inside, f"{path}.")
         elif isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
-                for part, weight in zip("qkv", module.in_proj_weight.chunk(3), strict=True):
+            packed: Tensor | None = module.in_proj_weight
+            if packed is not None:
+                for part, weight in zip("qkv", packed.chunk(3), strict=True):
                     yield f"{prefix}in_proj_weight[{part}]", kind, weight, 1
             else:
                 for part in "qkv":
@@ -206,6 +207,10 @@ def _entropy(spectrum: Tensor) -> Tensor:
     share = spectrum / torch.where(total > 0, total, torch.ones_like(total))
     # 0 ln 0 = 0, in the gradient too: a 1 in the place of the 0 has no entropy.
     return -(share * torch.where(share > 0, share, torch.ones_like(share)).log()).sum(-1)
+
+
+def _roy(spectrum: Tensor, entropy: Tensor) -> Tensor:
+    return torch.where(spectrum.sum(-1) > 0, entropy.exp(), torch.zeros_like(entropy))
 
 
 def _stable_rank(spectrum: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ ORDER = [
     "errors",
     "inputs",
     "evaluating",
+    "outputs",
+    "table",
     "report",
     "kernel",
     "ops",
@@ -29,6 +31,8 @@ ORDER = [
     "pipeline",
     "flops",
     "export",
+    "intervals",
+    "backends",
     "latency",
     "rank",
     "data",
@@ -48,13 +52,14 @@ def imported_layers(source: str) -> list[tuple[int, str]]:
     """(line, layer) of each import from fxexpand, those inside functions and under TYPE_CHECKING too."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             names = [node.module]
             if node.module == "fxexpand":  # `from fxexpand import kernel`
                 names = [f"fxexpand.{alias.name}" for alias in node.names]
+        else:
+            continue
         for name in names:
             head, _, rest = name.partition(".")
             if head == "fxexpand":

@@ -44,12 +44,13 @@ def test_passes_is_loaded_once_under_its_full_name() -> None:
 def test_nothing_imports_passes_under_its_bare_name() -> None:
     for path in python_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}:{node.lineno}: relative import"
                 names = [node.module or ""]
+            else:
+                continue
             for name in names:
                 assert name.split(".")[0] != "passes", f"{path}:{node.lineno}: import fxexpand.passes instead"
 

@@ -82,7 +82,7 @@ class FlopReport:
         """Where ``other`` (after) differs from this (before).
 
         A module that one model lacks has a row of its own when the module around it is a container in both;
-        otherwise it counts to the module around it, whose place it took: a conv that became a chain is one row.
+        otherwise it counts to the module around it, whose place it took: a conv turned chain is one row.
         """
         containers = _containers(self.own) & _containers(other.own)
         before: dict[str, int] = {}
@@ -175,7 +175,8 @@ def _attributed(model: nn.Module, counter: FlopCounterMode) -> Iterator[dict[str
 def _counted_kernels(model: nn.Module) -> Iterator[None]:
     """Make torch take the kernels that the counter knows, the same on every device.
 
-    Fused attention and the fused transformer layer come apart into matrix products; compiled code runs eagerly.
+    Fused attention and the fused transformer layer come apart into matrix products; compiled code runs
+    eagerly.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     compiled = any(_WRAPPER in m._modules or m._compiled_call_impl is not None for m in model.modules())
@@ -183,7 +184,7 @@ def _counted_kernels(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # The wrapper of a compiled module passes our global hooks too; it is not in the model's paths twice.
+            # Global hooks fire for the wrapper as well, which does no harm: both have the same path.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings(
                 "ignore", message="Using `torch.compile.* global hooks", category=UserWarning

@@ -1,7 +1,7 @@
 """Example inputs: the one place that knows how they are written and how a model is called with them.
 
-Everywhere in fxexpand ``example_inputs`` is a tensor (the only argument), a tuple (the positional arguments) or
-a mapping (the keyword arguments). Arguments may be nested; only tensors are moved or copied.
+Everywhere in fxexpand ``example_inputs`` is a tensor (the only argument), a tuple (the positional arguments)
+or a mapping (the keyword arguments). Arguments may be nested; only tensors are moved or copied.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
             )
         return (), dict(example_inputs)
     raise SelectionError(
-        f"example_inputs: got {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments "
-        "or a dict of keyword arguments. A model whose one argument is a list takes ([...],)."
+        f"example_inputs: got {type(example_inputs).__name__}; give a tensor, a tuple of positional "
+        "arguments or a dict of keyword arguments. A model whose one argument is a list takes ([...],)."
     )
 
 

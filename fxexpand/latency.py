@@ -1,8 +1,8 @@
 """Measure latency so that a difference can be believed.
 
-Models take turns in every round, in a random order, so that drift of the machine (clocks, heat, neighbours) falls
-on all of them alike; they are compared by their ratio within a round. torch.utils.benchmark times one after another
-and cannot do this.
+Models take turns in every round, in a random order, so that drift of the machine (clocks, heat, neighbours)
+falls on all of them alike; they are compared by their ratio within a round. torch.utils.benchmark times one
+after another and cannot do this.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fxexpand.intervals import Interval, median_interval
 from fxexpand.outputs import tensors_of, worst_error
 from fxexpand.table import table
 
-# Largest relative difference of two models' outputs; wide enough for TF32 and for kernels that add in another order.
+# Largest relative difference of two models' outputs; wide enough for TF32 and for another order of addition.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The latency of one model on one backend, in milliseconds per call; ``samples`` holds one mean per round."""
+    """The latency of one model on one backend, in milliseconds per call; ``samples`` are means of a round."""
 
     model: str
     backend: str
@@ -160,7 +160,7 @@ def measure_latency(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; moved to the device.
         backends: any of ``"eager"``, ``"compile"`` (torch.compile) and ``"onnxruntime"``.
         device: None is the device of the first model. A model on another device is copied, not moved.
-        threads: of torch and onnxruntime on the CPU; None leaves torch's number, which onnxruntime then follows.
+        threads: of torch and onnxruntime on the CPU; None leaves torch's number, and onnxruntime follows it.
         rounds: samples per model and backend. Every round runs each of them once, in a random order.
         warmup: calls before the first timing.
         round_ms: least time of one sample; a fast model is called several times.
@@ -244,7 +244,7 @@ def _calls_per_round(candidate: Candidate, warmup: int, round_ms: float, device:
 
 
 def _time(candidate: Candidate, calls: int, device: torch.device) -> float:
-    """Milliseconds per call. On CUDA by events for torch, which queues its work; onnxruntime waits for its own."""
+    """Milliseconds per call. Torch queues its work on CUDA, so events time it; onnxruntime waits for its own."""
     if device.type == "cuda" and candidate.backend != "onnxruntime":
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)

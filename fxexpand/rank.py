@@ -1,7 +1,7 @@
 """Effective rank: how many directions a matrix really uses.
 
-With singular values ``s_i`` and ``p_i = s_i / sum(s)``, the spectral entropy is ``-sum(p_i ln p_i)`` (nats) and
-the effective rank its exponential: ``r`` equal singular values have effective rank ``r``.
+With singular values ``s_i`` and ``p_i = s_i / sum(s)``, the spectral entropy is ``-sum(p_i ln p_i)`` (nats)
+and the effective rank its exponential: ``r`` equal singular values have effective rank ``r``.
 
 Source: O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 M. Huh et al., "The Low-Rank Simplicity Bias in Deep Networks", TMLR 2023, plot the entropy itself.

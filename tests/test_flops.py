@@ -23,7 +23,7 @@ DEVICES = ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)]
     [
         (lambda: nn.Linear(5, 7), (2, 3, 5), 2 * (2 * 3) * 5 * 7),
         (lambda: nn.Linear(5, 7), (5,), 2 * 5 * 7),
-        # out 8 channels, each from 6/3 = 2 channels x 3 x 2 taps, at 5 x 7 positions: (11 + 2 - 3) // 2 by (9 - 2)
+        # 9 channels, each from 6/3 = 2 channels of 3 x 2 taps, at 5 x 7 positions
         (
             lambda: nn.Conv2d(6, 9, (3, 2), (2, 1), (1, 0), groups=3),
             (2, 6, 10, 8),
@@ -44,7 +44,9 @@ def test_one_layer(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
-def test_recurrent_layers_count_on_every_device(device: str, kind: type[nn.RNNBase], gates: int) -> None:
+def test_recurrent_layers_count_on_every_device(
+    device: str, kind: Callable[..., nn.Module], gates: int
+) -> None:
     model = kind(5, 7, num_layers=2, bidirectional=True, batch_first=True, device=device)
     first, second = (5 + 7) * 7 * gates, (2 * 7 + 7) * 7 * gates
     positions = 3 * 11
@@ -90,7 +92,10 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.stem(x))).mean((2, 3))
-        return self.drop(self.heads["a"](x)) + x @ self.heads["b"].weight.T  # type: ignore[operator]
+        tied = self.heads["b"].weight
+        assert isinstance(tied, Tensor)
+        out: Tensor = self.drop(self.heads["a"](x)) + x @ tied.T
+        return out
 
 
 def test_each_flop_has_one_owner() -> None:

@@ -38,14 +38,15 @@ def test_anything_else_is_an_error_that_says_what_to_write(wrong: Any) -> None:
 
 
 def test_move_changes_floating_tensors_only() -> None:
-    given = {"x": torch.randn(2), "nested": [torch.arange(3), (torch.randn(1), 5)], "flag": True}
+    x = torch.randn(2)
+    given = {"x": x, "nested": [torch.arange(3), (torch.randn(1), 5)], "flag": True}
     moved = inputs.move(given, dtype=torch.float64)
     assert isinstance(moved, dict)
     assert moved["x"].dtype == torch.float64
     assert moved["nested"][0].dtype == torch.int64
     assert moved["nested"][1][0].dtype == torch.float64
     assert moved["nested"][1][1] == 5 and moved["flag"] is True
-    assert given["x"].dtype == torch.float32  # type: ignore[union-attr]
+    assert x.dtype == torch.float32
     on_meta = inputs.move((torch.randn(2), torch.arange(3)), "meta")
     assert [tensor.device.type for tensor in inputs.tensors(on_meta)] == ["meta", "meta"]
 
@@ -85,12 +86,12 @@ def test_without_a_batch_dimension_there_is_nothing_to_resize() -> None:
 
 
 class Counting(nn.Module):
-    """Writes to its buffers, draws random numbers, and freezes one of its parts."""
+    """Writes to its buffers and draws random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
-        self.frozen = nn.Dropout(0.5).eval()
+        self.frozen = nn.Dropout(0.5)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("last", None)
         self.calls: Tensor
@@ -105,6 +106,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("fails", [False, True])
 def test_evaluating_leaves_no_trace(fails: bool) -> None:
     model = Counting().train()
+    model.frozen.eval()
     model(torch.randn(4, 3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = {name: module.training for name, module in model.named_modules()}

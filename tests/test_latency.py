@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxexpand.backends import Candidate
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
 from fxexpand.intervals import median_interval
 from fxexpand.latency import Difference, LatencyReport, measure_latency
@@ -58,7 +59,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 
 def test_too_few_samples_are_an_error() -> None:
-    with pytest.raises(SelectionError, match="5 samples cannot give a 0.95 interval"):
+    with pytest.raises(SelectionError, match=r"5 samples cannot give a 0\.95 interval"):
         median_interval([1.0] * 5)
     with pytest.raises(SelectionError, match="between 0 and 1"):
         median_interval([1.0] * 9, confidence=95)
@@ -72,7 +73,7 @@ def test_a_difference_is_real_when_its_interval_excludes_one() -> None:
 
 
 def test_a_slower_model_is_found_out_and_nothing_is_left_changed() -> None:
-    models = pair(delay=0.003)
+    models = pair(delay=0.03)  # long enough to stand out on a busy machine
     models["fast"].train()
     models["slow"].eval()
     before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in models.items()}
@@ -81,9 +82,9 @@ def test_a_slower_model_is_found_out_and_nothing_is_left_changed() -> None:
         models, torch.randn(5, 6), backends=["eager"], rounds=10, round_ms=1.0, threads=2, progress=False
     )
     slow, difference = report.measurement("slow", "eager"), report.difference("fast", "slow", "eager")
-    assert slow.low <= slow.median <= slow.high and slow.median >= 3.0
+    assert slow.low <= slow.median <= slow.high and slow.median >= 30.0
     assert len(slow.samples) == report.rounds == 10 and slow.calls_per_round == 1
-    assert difference.real and difference.low > 1.5
+    assert difference.real and difference.ratio > 2.0
     assert report.threads == 2 and torch.get_num_threads() == threads
     assert (report.batch, report.shapes, report.dtype) == (5, ((5, 6),), "float32")
     assert models["fast"].training and models["fast"].get_submodule("drop").training
@@ -103,7 +104,7 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     timed = latency._time
 
-    def recording(candidate: latency.Candidate, calls: int, device: torch.device) -> float:
+    def recording(candidate: Candidate, calls: int, device: torch.device) -> float:
         order.append(candidate.model)
         return timed(candidate, calls, device)
 

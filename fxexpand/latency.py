@@ -244,7 +244,7 @@ def _calls_per_round(candidate: Candidate, warmup: int, round_ms: float, device:
 
 
 def _time(candidate: Candidate, calls: int, device: torch.device) -> float:
-    """Milliseconds per call. Torch queues its work on CUDA, so events time it; onnxruntime waits for its own."""
+    """Milliseconds per call. Torch queues its work on CUDA, so events time it; onnxruntime waits for it."""
     if device.type == "cuda" and candidate.backend != "onnxruntime":
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)

@@ -230,6 +230,6 @@ def test_a_single_layer_and_a_zero_weight() -> None:
 def test_a_broken_weight_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
     with torch.no_grad():
-        model[1].weight[0] = float("nan")
+        nn.init.constant_(model.get_parameter("1.weight"), float("nan"))
     with pytest.raises(UnusableWeightError, match=r"1\.weight \(Conv1d\): holds NaN or Inf"):
         rank_report(model)

@@ -27,11 +27,12 @@ check: lint test ## everything a change must pass: ruff, mypy --strict, tests
 
 bench: $(READY) ## run every benchmark in its quick form
 	@set -e; for file in benchmarks/[a-z]*.py; do \
-		echo "== $$file"; $(BIN)/python "$$file" --quick; done
+		[ -e "$$file" ] || continue; \
+		echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" --quick; done
 
 package: $(READY) ## build the sdist and the wheel, and import the wheel away from this checkout
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --outdir dist > /dev/null
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target dist/installed dist/*.whl
 	cd dist/installed && $(abspath $(BIN))/python -c \
 		"import fxexpand.passes as p; assert 'installed' in p.__file__, p.__file__; print('wheel imports')"

@@ -1,0 +1,27 @@
+"""The errors fxexpand raises. Every message says where, what, and how to fix it."""
+
+from __future__ import annotations
+
+
+class FxExpandError(Exception):
+    """Base of every error raised on purpose by fxexpand."""
+
+
+class InexactError(FxExpandError, ValueError):
+    """A kernel law is not exact for its arguments; the message is the reason, without a site name."""
+
+
+class RefusedError(FxExpandError):
+    """A site was refused while ``strict=True``; the message names the site and the reason."""
+
+
+class SelectionError(FxExpandError, ValueError):
+    """A ``select`` pattern, a recipe or an option is out of range or matches nothing."""
+
+
+class UnusableWeightError(FxExpandError, ValueError):
+    """A parameter holds NaN or Inf, so no factorisation of it exists; the message names the parameter."""
+
+
+class VerificationError(FxExpandError, AssertionError):
+    """A measured error exceeds its stated tolerance; the message holds both figures."""

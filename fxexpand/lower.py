@@ -1,0 +1,80 @@
+"""From a kernel to the stock module that computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import InexactError
+from fxexpand.geometry import output_padding
+from fxexpand.kernel import Kernel, native_weight, regroup
+from fxexpand.ops import LAYERS, Layer, same_padding
+
+_TYPES: dict[Layer, type[nn.Module]] = {layer: kind for kind, layer in LAYERS.items()}
+
+
+def to_module(kernel: Kernel) -> nn.Module:
+    """An nn.Linear, ConvNd or ConvTransposeNd with the kernel's numbers.
+
+    The parameters are copies, outside any graph, with the kernel's dtype, device (meta too), memory format
+    and ``requires_grad``; no random number is drawn. A Linear has no groups, so zeros are filled in.
+
+    Raises: InexactError with the reason where no stock layer has the kernel's padding.
+    """
+    if kernel.rank == 0:
+        kernel = regroup(kernel, 1)
+    kind = _TYPES.get(Layer(kernel.rank, kernel.transposed))
+    if kind is None:
+        raise InexactError(f"torch has no layer of {kernel.rank} spatial dimensions.")
+    options: dict[str, object] = {
+        "bias": kernel.bias is not None,
+        "device": "meta",
+        "dtype": kernel.weight.dtype,
+    }
+    if kernel.rank:
+        options |= {
+            "kernel_size": kernel.kernel_size,
+            "stride": kernel.stride,
+            "dilation": kernel.dilation,
+            "groups": kernel.groups,
+        }
+        options |= _crop(kernel) if kernel.transposed else _padding(kernel)
+    module = kind(kernel.in_channels, kernel.out_channels, **options)
+    module.weight = _parameter(native_weight(kernel), kernel.weight.requires_grad)
+    if kernel.bias is not None:
+        module.bias = _parameter(kernel.bias, kernel.bias.requires_grad)
+    return module
+
+
+def _padding(kernel: Kernel) -> dict[str, object]:
+    """The padding arguments of a plain convolution."""
+    padding, mode = kernel.padding, kernel.geometry.mode or "zeros"
+    if any(side < 0 for pair in padding for side in pair):
+        raise InexactError(f"its padding {padding} crops the input, which no stock convolution does.")
+    if all(before == after for before, after in padding):
+        return {"padding": tuple(before for before, _ in padding), "padding_mode": mode}
+    if padding == same_padding(kernel.kernel_size, kernel.dilation) and all(s == 1 for s in kernel.stride):
+        return {"padding": "same", "padding_mode": mode}
+    raise InexactError(
+        f"its padding {padding} differs before and after the input, and no stock convolution pads so "
+        '(padding="same" needs stride 1 and the split of torch).'
+    )
+
+
+def _crop(kernel: Kernel) -> dict[str, object]:
+    """The padding arguments of a transposed convolution."""
+    extra = output_padding(kernel.geometry)
+    if extra is None:
+        raise InexactError(
+            f"it crops {kernel.padding} rows before and after, which no padding and output_padding of a "
+            "stock transposed convolution do."
+        )
+    return {"padding": tuple(before for before, _ in kernel.padding), "output_padding": extra}
+
+
+def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A copy outside any graph: contiguous, or channels-last as it was."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    keep = not tensor.is_contiguous() and channels_last and tensor.is_contiguous(memory_format=channels_last)
+    layout = torch.preserve_format if keep else torch.contiguous_format
+    return nn.Parameter(tensor.detach().clone(memory_format=layout), requires_grad=requires_grad)

@@ -1,0 +1,228 @@
+"""The linear chain of Huh et al., "The Low-Rank Simplicity Bias in Deep Networks" (TMLR 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import InexactError, SelectionError
+from fxexpand.kernel import Kernel
+from fxexpand.lower import to_module
+from fxexpand.recipes.factors import balanced_factors, kaiming_factors
+from fxexpand.recipes.recipe import INITS, Init, Recipe
+from fxexpand.recipes.structure import LastDimBatchNorm, Skip, laid_out_as
+
+NORMS = (LastDimBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial rank
+
+
+@dataclass(frozen=True)
+class Chain(Recipe):
+    """``depth`` linear layers in a row: the k x k kernel first, then 1 x 1.
+
+    Padding, stride, dilation and transposition sit on the first factor, the bias on the last, so the fold is
+    exact at the borders too. (The released code has the stride on the last layer; as all later kernels are
+    1 x 1 that is the same map, at several times the cost.) A grouped kernel becomes a chain per group.
+
+    Attributes:
+        depth: number of factors, 1 or more.
+        width: the hidden width is ``ceil(width * out)``, but never below what full rank needs.
+        batch_norm: a BatchNorm after every factor. Such a block runs on activations, folds in eval mode only,
+            and gives a layer without a bias one. ``init="preserve"`` then holds in eval mode.
+        residual: n > 0 puts a skip around each run of n factors, -1 around the whole chain; 0 is none. A run
+            that changes the number of channels or the size gets none, so mostly ``width=1`` is needed.
+        bottleneck: allow a hidden width below full rank: a true constraint, no longer a free expansion.
+
+    Raises: SelectionError: a value out of range.
+    """
+
+    depth: int = 3
+    width: float = 2
+    batch_norm: bool = False
+    residual: int = 0
+    bottleneck: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.depth, int) or self.depth < 1:
+            raise SelectionError(f"Chain(depth={self.depth!r}): choose a whole number of factors, 1 or more.")
+        if not (isinstance(self.width, int | float) and 0 < self.width < math.inf):
+            raise SelectionError(
+                f"Chain(width={self.width!r}): choose a positive number, 1 or more as a rule."
+            )
+        if not isinstance(self.residual, int) or self.residual < -1:
+            raise SelectionError(
+                f"Chain(residual={self.residual!r}): choose the number of factors under one skip, -1 for a "
+                "single skip around the chain, or 0 for none."
+            )
+
+    @property
+    def needs_activations(self) -> bool:
+        """See ``Recipe``."""
+        return self.batch_norm
+
+    def hidden_width(self, kernel: Kernel) -> int:
+        """Channels between the factors: a multiple of the groups."""
+        groups = kernel.groups
+        wanted = math.ceil(self.width * kernel.out_channels)
+        if not self.bottleneck:
+            out, inner = _block_shape(kernel)
+            wanted = max(wanted, groups * min(out, inner))
+        return groups * math.ceil(wanted / groups)
+
+    def build(
+        self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
+    ) -> nn.Sequential:
+        """See ``Recipe.build``."""
+        if init not in INITS:
+            raise SelectionError(f"init={init!r}: choose from {', '.join(INITS)}.")
+        geometry = self._geometry(kernel)
+        runs = self._runs(geometry)
+        if self.residual and not any(skip for _, _, skip in runs):
+            raise InexactError(
+                f"residual={self.residual} finds no run of factors that keeps channels and size. "
+                "Use width=1 and a smaller residual, or residual=0"
+            )
+        if kernel.weight.is_meta:
+            weights = [factor.weight for factor in geometry]
+        elif init == "preserve":
+            weights = self._preserving(kernel, geometry, runs, generator)
+        else:
+            weights = self._random(kernel, geometry, runs, init, generator)
+        trains = kernel.weight.requires_grad
+        factors = [
+            replace(factor, weight=weight.detach().requires_grad_(trains))
+            for factor, weight in zip(geometry, weights, strict=True)
+        ]
+        factors[0] = replace(factors[0], weight=laid_out_as(factors[0].weight, kernel.weight))
+        if kernel.bias is not None:
+            factors[-1] = replace(factors[-1], bias=kernel.bias)
+        return self._assemble(factors, runs)
+
+    def _geometry(self, kernel: Kernel) -> list[Kernel]:
+        """The factors with empty weights: sizes, strides and so on."""
+        groups, rank, out = kernel.groups, kernel.rank, kernel.out_channels
+        if 0 in kernel.weight.shape:
+            raise InexactError("the weight is empty. Leave it out by select")
+        if self.depth == 1:
+            return [replace(kernel, weight=torch.empty_like(kernel.weight, device="meta"), bias=None)]
+        hidden = self.hidden_width(kernel)
+        widths = [hidden] * (self.depth - 1) + [out]
+
+        def empty(rows: int, columns: int, size: Sequence[int]) -> Tensor:
+            return torch.empty((rows, columns, *size), dtype=kernel.weight.dtype, device="meta")
+
+        first = replace(kernel, weight=empty(hidden, kernel.weight.shape[1], kernel.kernel_size), bias=None)
+        ones = (1,) * rank
+        return [
+            first,
+            *(Kernel(empty(width, hidden // groups, ones), groups=groups) for width in widths[1:]),
+        ]
+
+    def _runs(self, geometry: Sequence[Kernel]) -> list[tuple[int, int, bool]]:
+        """(start, stop, whether a skip goes around) for consecutive runs of factors."""
+        depth = len(geometry)
+        length = depth if self.residual in (0, -1) else self.residual
+        runs = []
+        for start in range(0, depth, length):
+            stop = min(start + length, depth)
+            same = geometry[start].in_channels == geometry[stop - 1].out_channels
+            kept = same and _keeps_size(geometry[start])
+            runs.append((start, stop, bool(self.residual) and kept))
+        return runs
+
+    def _preserving(
+        self,
+        kernel: Kernel,
+        geometry: Sequence[Kernel],
+        runs: Sequence[tuple[int, int, bool]],
+        generator: torch.Generator | None,
+    ) -> list[Tensor]:
+        """Balanced factors of the kernel; of each run's share less the identity where a skip adds that."""
+        groups = kernel.groups
+        hidden = geometry[0].out_channels // groups
+        targets = balanced_factors(_matrix(kernel.weight, groups), hidden, len(runs), generator)
+        weights: list[Tensor] = []
+        for (start, stop, skip), target in zip(runs, targets, strict=True):
+            if skip:
+                target = target - _matrix(_identity_weight(geometry[start], target), groups)
+            for factor in balanced_factors(target, hidden, stop - start, generator):
+                shape = geometry[len(weights)].weight.shape
+                weights.append(factor.reshape(shape))
+        return weights
+
+    def _random(
+        self,
+        kernel: Kernel,
+        geometry: Sequence[Kernel],
+        runs: Sequence[tuple[int, int, bool]],
+        init: Init,
+        generator: torch.Generator | None,
+    ) -> list[Tensor]:
+        shapes = [tuple(factor.weight.shape) for factor in geometry]
+        mode = "fan_out" if kernel.rank else "fan_in"
+        weights = kaiming_factors(shapes, mode, kernel.weight, generator)
+        if init == "kaiming":
+            return weights
+        if any(skip for _, _, skip in runs):
+            raise InexactError("init='matched' is not defined with a residual. Use 'preserve' or 'kaiming'")
+        product = _matrix(weights[0], kernel.groups).double()
+        for weight in weights[1:]:
+            product = _matrix(weight, kernel.groups).double() @ product
+        norm, wanted = float(product.norm()), float(kernel.weight.detach().double().norm())
+        if wanted == 0.0 or norm == 0.0:
+            return weights
+        return [weight * (wanted / norm) ** (1.0 / len(weights)) for weight in weights]
+
+    def _assemble(self, factors: Sequence[Kernel], runs: Sequence[tuple[int, int, bool]]) -> nn.Sequential:
+        parts: list[nn.Module] = []
+        for start, stop, skip in runs:
+            run: list[nn.Module] = []
+            for factor in factors[start:stop]:
+                run.append(to_module(factor))
+                if self.batch_norm:
+                    run.append(_silent_norm(factor))
+            parts.extend([Skip(*run)] if skip else run)
+        return nn.Sequential(*parts)
+
+
+def _block_shape(kernel: Kernel) -> tuple[int, int]:
+    """(out, in) of the matrix of one group."""
+    return kernel.out_channels // kernel.groups, kernel.weight.shape[1] * math.prod(kernel.kernel_size)
+
+
+def _matrix(weight: Tensor, groups: int) -> Tensor:
+    """``(out, in/groups, *k)`` as ``(groups, out/groups, in/groups * prod(k))``."""
+    return weight.detach().reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _keeps_size(kernel: Kernel) -> bool:
+    """Whether the identity of the same size can be added: stride 1 and a centred tap under equal padding."""
+    spans = [d * (k - 1) for d, k in zip(kernel.dilation, kernel.kernel_size, strict=True)]
+    centred = all(
+        k % 2 == 1 and before == after == span // 2
+        for k, span, (before, after) in zip(kernel.kernel_size, spans, kernel.padding, strict=True)
+    )
+    return centred and not kernel.transposed and all(step == 1 for step in kernel.stride)
+
+
+def _identity_weight(geometry: Kernel, like: Tensor) -> Tensor:
+    """The weight of a centred identity in the shape of ``geometry``."""
+    rows, width = geometry.weight.shape[:2]
+    weight = torch.zeros(geometry.weight.shape, dtype=like.dtype, device=like.device)
+    centre = tuple(k // 2 for k in geometry.kernel_size)
+    channels = torch.arange(rows, device=like.device)
+    weight[(channels, channels % width, *centre)] = 1.0
+    return weight
+
+
+def _silent_norm(kernel: Kernel) -> nn.Module:
+    """A BatchNorm that is the identity in eval mode until it has seen data."""
+    norm = NORMS[kernel.rank](kernel.out_channels, dtype=kernel.weight.dtype, device=kernel.weight.device)
+    with torch.no_grad():
+        norm.weight.fill_(math.sqrt(1.0 + norm.eps))
+    norm.weight.requires_grad_(kernel.weight.requires_grad)
+    norm.bias.requires_grad_(kernel.weight.requires_grad)
+    return norm

@@ -1,0 +1,103 @@
+"""What a pass did to each site it looked at, and why it left the others alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fxexpand.table import short, table
+
+Action = Literal["expanded", "fused", "refused", "left"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site.
+
+    Attributes:
+        site: the dotted name of the module or parameter.
+        kind: what it is, with its sizes: ``Conv2d 64->64 k3 p1``.
+        action: ``"expanded"`` or ``"fused"``; ``"refused"``: cannot be done, ``reason`` says why; ``"left"``:
+            not asked for, or no weight of a linear map.
+        reason: for a changed site, what it became.
+        params_before, params_after: numbers of parameters of the site.
+        error: relative error measured on a random probe in float64; None where there was nothing to measure.
+    """
+
+    site: str
+    kind: str
+    action: Action
+    reason: str = ""
+    params_before: int = 0
+    params_after: int = 0
+    error: float | None = None
+
+    @property
+    def message(self) -> str:
+        """The row as one sentence, as errors print it."""
+        verb = {"refused": "not changed", "left": "left alone"}.get(self.action, self.action)
+        where = f"{self.site} ({self.kind})" if self.kind else self.site
+        return f"{where}: {verb}: {self.reason}" if self.reason else f"{where}: {verb}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one pass over one model, in the model's order."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def changed(self) -> tuple[Row, ...]:
+        """The sites that were rewritten."""
+        return tuple(row for row in self.rows if row.action in ("expanded", "fused"))
+
+    @property
+    def refusals(self) -> tuple[Row, ...]:
+        """The sites that could not be rewritten, with their reasons."""
+        return tuple(row for row in self.rows if row.action == "refused")
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest error of any site; None when none was measured."""
+        return max((row.error for row in self.rows if row.error is not None), default=None)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.title}: no site"
+        rows = [
+            (
+                row.site,
+                row.kind,
+                row.action,
+                short(row.params_before) if row.params_before else "-",
+                short(row.params_after) if row.params_after else "-",
+                "-" if row.error is None else f"{row.error:.1e}",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        head = ("site", "kind", "action", "params", "after", "error", "reason")
+        return f"{self.summary}\n{table(head, rows, left=(0, 1, 2, 6))}"
+
+    @property
+    def summary(self) -> str:
+        """One line: how many sites, by action."""
+        counts = Counter(row.action for row in self.rows)
+        parts = [
+            f"{counts[action]} {action}"
+            for action in ("expanded", "fused", "refused", "left")
+            if counts[action]
+        ]
+        return f"{self.title}: {', '.join(parts) or 'no site'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
+
+
+def joined(title: str, reports: Iterable[Report]) -> Report:
+    """The rows of several reports under one title."""
+    return Report(title, tuple(row for report in reports for row in report.rows))

@@ -1,0 +1,266 @@
+"""Rewrite the sites of a model in place: all values are computed first, then everything is put in at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import InexactError, RefusedError, UnusableWeightError
+from fxexpand.evaluating import evaluating
+from fxexpand.kernel import Kernel
+from fxexpand.layers import Expanded, Form, bare, expand_layer, restore_layer
+from fxexpand.ops import describe, kernel_of
+from fxexpand.recipes import Init, Recipe
+from fxexpand.report import Action, Report, Row
+from fxexpand.selection import Selection
+from fxexpand.sites import Site, own_modules
+from fxexpand.verify import block_error, require_small
+from fxexpand.weights import (
+    WeightExpansion,
+    expand_weight,
+    expanded_weights,
+    originals,
+    restore_weight,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done: ``steps`` cannot fail on their own account; ``modules`` are those they touch."""
+
+    report: Report
+    steps: tuple[Callable[[], None], ...]
+    modules: tuple[nn.Module, ...]
+
+
+def plan_expansion(
+    sites: Sequence[Site],
+    selection: Selection,
+    *,
+    init: Init,
+    form: Form,
+    generator: torch.Generator | None,
+    strict: bool,
+    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
+) -> Plan:
+    """Build the block of every selected site; the model is not touched.
+
+    Raises:
+        RefusedError: ``strict`` and a selected site is refused.
+        UnusableWeightError: a selected weight holds NaN or Inf.
+        SelectionError: a pattern matches no site.
+    """
+    rows: list[Row] = []
+    steps: list[Callable[[], None]] = []
+    modules: dict[nn.Module, None] = {}
+    for site in progress(sites):
+        recipe = selection.recipe_for(site.name, site.module)
+        if site.action != "expand" or recipe is None:
+            if recipe is None:
+                rows.append(_row(site, "left", "not selected"))
+            else:
+                rows.append(_row(site, "refused" if site.action == "refuse" else "left", site.reason))
+        else:
+            weight = site.weight
+            assert weight is not None
+            _require_finite(site, weight)
+            try:
+                block, kernel = _block(site, recipe, weight, init, form, generator)
+            except InexactError as error:
+                rows.append(_row(site, "refused", str(error)))
+            else:
+                block.requires_grad_(weight.requires_grad)
+                measured = init == "preserve" and not weight.is_meta
+                error = block_error(block, kernel) if measured else None
+                if error is not None:
+                    require_small(error, weight.dtype, site.name)
+                after = sum(p.numel() for p in block.parameters())
+                rows.append(
+                    replace(_row(site, "expanded", _into(site, recipe)), params_after=after, error=error)
+                )
+                steps.append(_step(site, block, recipe, form))
+                modules.update(dict.fromkeys(owner.module for owner in site.owners))
+        if strict and rows[-1].action == "refused":
+            raise RefusedError(rows[-1].message)
+    selection.require_used(site.name for site in sites)
+    return Plan(Report("expand", tuple(rows)), tuple(steps), tuple(modules))
+
+
+def plan_folding(
+    model: nn.Module, verify: bool = True, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> Plan:
+    """Fold every expansion in ``model``, in float64 and cast once; the model is not touched.
+
+    Raises: VerificationError: ``verify`` and a folded site computes something else than its factors.
+    """
+    rows: list[Row] = []
+    steps: list[Callable[[], None]] = []
+    modules: dict[nn.Module, None] = {}
+    shared: dict[int, nn.Parameter] = {}
+    for path, module in progress(list(own_modules(model))):
+        if isinstance(module, Expanded):
+            row, weight, bias = _folded_layer(path or type(module).__name__, module, verify)
+            rows.append(row)
+            steps.append(_restore_layer_step(module, weight, bias))
+            modules[module] = None
+        for name, held, expansion in expanded_weights(module):
+            if id(held) not in shared:
+                row, shared[id(held)] = _folded_weight(
+                    f"{path}.{name}" if path else name, held, expansion, verify
+                )
+                rows.append(row)
+            steps.append(_restore_weight_step(module, name, shared[id(held)]))
+            modules[module] = None
+    return Plan(Report("fuse", tuple(rows)), tuple(steps), tuple(modules))
+
+
+def commit(plan: Plan) -> None:
+    """Carry a plan out; should a step fail all the same, the model is put back as it was."""
+    with restoring(plan.modules):
+        for step in plan.steps:
+            step()
+
+
+@contextmanager
+def restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """On any error, give the modules the class and the attributes that they have now."""
+    before = [(module, type(module), _shallow(module.__dict__)) for module in modules]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        raise
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a module's attributes whose dictionaries (parameters, children, hooks) are copies too."""
+    return {name: value.copy() if isinstance(value, dict) else value for name, value in attributes.items()}
+
+
+def _block(
+    site: Site,
+    recipe: Recipe,
+    weight: Tensor,
+    init: Init,
+    form: Form,
+    generator: torch.Generator | None,
+) -> tuple[nn.Sequential, Kernel]:
+    """The training-time block of a site, and the kernel it replaces (without the layer's bias)."""
+    if site.space == "layer":
+        kernel = replace(kernel_of(site.module), bias=None)
+        if form == "collapsed" and recipe.needs_activations:
+            raise InexactError("form='collapsed' has no activations for a BatchNorm. Use form='auto'")
+    else:
+        if recipe.needs_activations:
+            raise InexactError("it is expanded as a weight, and a BatchNorm needs activations")
+        if form == "chain":
+            raise InexactError(
+                "it is expanded as a weight, and form='chain' needs activations. Use form='auto'"
+            )
+        assert site.view is not None
+        kernel = site.view.kernel(weight.detach())
+    return recipe.build(kernel, init=init, generator=generator), kernel
+
+
+def _step(site: Site, block: nn.Sequential, recipe: Recipe, form: Form) -> Callable[[], None]:
+    if site.space == "layer":
+        return lambda: expand_layer(site.module, block, recipe, form)
+    assert site.view is not None
+    expansion = WeightExpansion(site.view, recipe, block)
+    return lambda: expand_weight([(owner.module, owner.attribute) for owner in site.owners], expansion)
+
+
+def _folded_layer(name: str, module: Expanded, verify: bool) -> tuple[Row, nn.Parameter, nn.Parameter | None]:
+    factors = list(module.expansion.parameters())
+    dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
+    normed = module.normed
+    with evaluating(module.expansion):  # a BatchNorm folds by its running statistics
+        weight, bias = module.effective(torch.float64)
+    own = module._parameters["bias"]
+    parameter = nn.Parameter(weight.detach().to(dtype), requires_grad=trains)
+    new_bias = own
+    if normed and bias is not None:
+        new_bias = nn.Parameter(
+            bias.detach().to(dtype), requires_grad=trains if own is None else own.requires_grad
+        )
+    error = None
+    if verify and not parameter.is_meta:
+        fused = kernel_of(bare(module, parameter))
+        if normed and bias is not None:
+            inner = bias if own is None else bias - own
+            fused = replace(fused, bias=inner)
+        error = require_small(block_error(module.expansion, fused), dtype, name)
+    row = Row(
+        site=name,
+        kind=describe(bare(module, parameter)),
+        action="fused",
+        reason=f"{module.recipe}"
+        + (", bias added (BatchNorm inside)" if own is None and new_bias is not None else ""),
+        params_before=sum(factor.numel() for factor in factors),
+        params_after=parameter.numel(),
+        error=error,
+    )
+    return row, parameter, new_bias
+
+
+def _folded_weight(
+    name: str, held: Any, expansion: WeightExpansion, verify: bool
+) -> tuple[Row, nn.Parameter]:
+    factors = originals(held)
+    dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
+    with torch.no_grad():
+        weight = expansion.folded(factors, torch.float64).to(dtype)
+    parameter = nn.Parameter(weight, requires_grad=trains)
+    error = None
+    if verify and not weight.is_meta:
+        error = block_error(expansion.block(factors), expansion.view.kernel(weight))
+        require_small(error, dtype, name)
+    row = Row(
+        site=name,
+        kind="x".join(map(str, weight.shape)),
+        action="fused",
+        reason=f"{expansion.recipe} in weight space",
+        params_before=sum(factor.numel() for factor in factors),
+        params_after=parameter.numel(),
+        error=error,
+    )
+    return row, parameter
+
+
+def _restore_layer_step(
+    module: Expanded, weight: nn.Parameter, bias: nn.Parameter | None
+) -> Callable[[], None]:
+    return lambda: restore_layer(module, weight, bias)
+
+
+def _restore_weight_step(module: nn.Module, name: str, parameter: nn.Parameter) -> Callable[[], None]:
+    return lambda: restore_weight(module, name, parameter)
+
+
+def _require_finite(site: Site, weight: Tensor) -> None:
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise UnusableWeightError(
+            f"{site.owners[0].name} ({site.kind}): holds NaN or Inf, so it has no factors. "
+            "Load a sound checkpoint, or leave it out by select."
+        )
+
+
+def _row(site: Site, action: Action, reason: str) -> Row:
+    weight = site.weight
+    lazy = weight is None or isinstance(weight, nn.parameter.UninitializedTensorMixin)
+    count = 0 if lazy or weight is None else weight.numel()
+    return Row(site.name, site.kind, action, reason, params_before=count, params_after=count)
+
+
+def _into(site: Site, recipe: Recipe) -> str:
+    where = "" if site.space == "layer" else " in weight space"
+    tied = f", shared by {', '.join(owner.name for owner in site.owners)}" if len(site.owners) > 1 else ""
+    return f"{recipe}{where}{tied}"

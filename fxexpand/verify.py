@@ -1,0 +1,89 @@
+"""Measure that surgery kept the function: a probe per site, and the outputs of the whole model."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import VerificationError
+from fxexpand.evaluating import evaluating
+from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
+from fxexpand.kernel import Kernel, apply, cast
+from fxexpand.outputs import tensors_of, worst_error
+
+# Largest relative error of one site, and of a model of up to SITES sites; beyond, in proportion to the sites,
+# as rounding adds up along the depth.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+SITES = 20
+
+
+def tolerance(dtype: torch.dtype, sites: int = 1) -> float:
+    """The largest relative error that counts as rounding."""
+    return TOLERANCES.get(dtype, 1e-5) * max(1.0, sites / SITES)
+
+
+def block_error(block: nn.Module, kernel: Kernel) -> float:
+    """Relative error between a block, run in eval mode, and a kernel, on a random probe in float64.
+
+    The block runs as torch runs it, not by the laws that folded it, so a wrong law is caught.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    shape = (2, kernel.in_channels, *_probe_size(kernel))
+    probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.weight.device)
+    wide = copy.deepcopy(block).double()
+    with evaluating(wide):
+        return worst_error([wide(probe)], [apply(cast(kernel, torch.float64), probe)])
+
+
+def require_small(error: float, dtype: torch.dtype, site: str) -> float:
+    """The error itself.
+
+    Raises: VerificationError: above the tolerance of one site.
+    """
+    limit = tolerance(dtype)
+    if not error <= limit:
+        raise VerificationError(
+            f"{site}: the rewritten site differs by a relative {error:.3g}, above {limit:.3g} for {dtype}. "
+            "The model was left as it was. Leave the site out by select, and please report it."
+        )
+    return error
+
+
+def _probe_size(kernel: Kernel) -> list[int]:
+    """Large enough for an output, for padding by reflection, and for strides to show."""
+    size = []
+    for k, d, step, padding in zip(
+        kernel.kernel_size, kernel.dilation, kernel.stride, kernel.padding, strict=True
+    ):
+        span = d * (k - 1) + 1
+        if kernel.transposed:
+            size.append(2 + max(0, sum(padding) - span) // step)
+        else:
+            size.append(max(step + span, max(padding) + 1))
+    return size
+
+
+def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The tensors ``model`` returns in evaluation mode; it is as before afterwards."""
+    with evaluating(model):
+        return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
+
+
+def require_same_outputs(before: list[Tensor], after: list[Tensor], sites: int, what: str) -> float:
+    """The relative error of outputs.
+
+    Raises: VerificationError: above the tolerance for that many sites.
+    """
+    if not before:
+        return 0.0
+    error = worst_error(after, before)
+    limit = max(tolerance(tensor.dtype, sites) for tensor in before)
+    if not error <= limit:
+        raise VerificationError(
+            f"{what}: the outputs changed by a relative {error:.3g}, above {limit:.3g} for {sites} sites. "
+            "The model was left as it was. Please report this with the model."
+        )
+    return error

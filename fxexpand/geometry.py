@@ -247,7 +247,7 @@ def _transposed_reason(outer: Geometry, inner: Geometry) -> str | None:
 
 
 def _nearest(geometry: Geometry, dim: int, padding: int) -> int:
-    """How near to the border, outside, a tap ``s n + d a − padding`` comes (n ≥ 0); 0 where none is outside."""
+    """How near outside the border a tap ``s n + d a − padding`` comes (n ≥ 0); 0 where none is outside."""
     stride, dilation = geometry.stride[dim], geometry.dilation[dim]
     outside = [dilation * tap - padding for tap in range(geometry.kernel_size[dim])]
     return min((stride - at % stride for at in outside if at < 0), default=0)

@@ -329,11 +329,10 @@ def _apply_transposed(kernel: Kernel, x: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor, padding: Padding, mode: str) -> Tensor:
-    """``x`` padded, then cropped: what a mode copies, it copies from the whole input."""
+    """``x`` padded, then cropped: a crop may reach into the padding, and modes copy from the whole input."""
     sides = [side for pair in reversed(padding) for side in pair]  # torch counts from the last dimension
-    if mode == "zeros":
-        return F.pad(x, sides)
-    x = F.pad(x, [max(side, 0) for side in sides], mode=mode)
+    if max(sides) > 0:
+        x = F.pad(x, [max(side, 0) for side in sides], mode="constant" if mode == "zeros" else mode)
     return F.pad(x, [min(side, 0) for side in sides]) if min(sides) < 0 else x
 
 

@@ -34,6 +34,10 @@ class Expanded(nn.Module):
         recipe: what built it; used again when an original checkpoint is loaded.
         form: ``"chain"`` runs the factors on activations; ``"collapsed"`` multiplies them first and runs one
             kernel; ``"auto"`` takes what costs fewer FLOPs for the shape of the input.
+
+    ``weight`` and ``bias`` are the effective ones, differentiable in the factors. Assigning a tensor to
+    ``weight`` factors it; writing into it in place does nothing, as torch.nn.utils.parametrize has it too. With
+    a BatchNorm inside, reading them in training mode is an InexactError: no single weight exists.
     """
 
     expansion: nn.Sequential
@@ -41,21 +45,6 @@ class Expanded(nn.Module):
     form: Form
     normed: bool  # a BatchNorm is inside
     collapse_from: float  # positions of the output from which one product pays off
-
-    @property
-    def weight(self) -> Tensor:
-        """The effective weight, laid out as in the original layer, differentiable in the factors.
-
-        Assigning a tensor re-factors it. Writing into the returned tensor in place does nothing.
-
-        Raises: InexactError: a BatchNorm inside is in train mode, so that no weight exists.
-        """
-        return self.effective()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The effective bias: the layer's own, plus what a BatchNorm inside adds in eval mode."""
-        return self.effective()[1] if self.normed else self._parameters["bias"]
 
     def effective(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """Effective weight and bias, multiplied in ``dtype``; None multiplies in the factors' own."""
@@ -68,10 +57,20 @@ class Expanded(nn.Module):
                 ) from None
         bias, own = kernel.bias, self._parameters["bias"]
         if own is not None:
-            own = own if dtype is None else own.to(dtype)
-            bias = own if bias is None else bias + own
-        first = next(leaves(self.expansion)).weight
+            added = own if dtype is None else own.to(dtype)
+            bias = added if bias is None else bias + added
+        first: Any = next(leaves(self.expansion)).weight
         return laid_out_as(native_weight(kernel), first), bias
+
+    def _effective_weight(self) -> Tensor:
+        return self.effective()[0]
+
+    def _effective_bias(self) -> Tensor | None:
+        return self.effective()[1] if self.normed else self._parameters["bias"]
+
+    # Any: they take the place of what are attributes in the layers below.
+    weight: Any = property(_effective_weight, doc="The effective weight, laid out as in the original layer.")
+    bias: Any = property(_effective_bias, doc="The layer's own bias, plus what a BatchNorm inside adds.")
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """As the original layer; extra arguments are those of a transposed convolution (``output_size``)."""
@@ -155,32 +154,31 @@ class Expanded(nn.Module):
         return f"{original}, recipe={self.recipe}, form={self.form}".removeprefix(", ")
 
 
-# The bases are right, mypy only sees that a property takes the place of an attribute.
-class ExpandedLinear(Expanded, nn.Linear):  # type: ignore[misc]
+class ExpandedLinear(Expanded, nn.Linear):
     """See ``Expanded``."""
 
 
-class ExpandedConv1d(Expanded, nn.Conv1d):  # type: ignore[misc]
+class ExpandedConv1d(Expanded, nn.Conv1d):
     """See ``Expanded``."""
 
 
-class ExpandedConv2d(Expanded, nn.Conv2d):  # type: ignore[misc]
+class ExpandedConv2d(Expanded, nn.Conv2d):
     """See ``Expanded``."""
 
 
-class ExpandedConv3d(Expanded, nn.Conv3d):  # type: ignore[misc]
+class ExpandedConv3d(Expanded, nn.Conv3d):
     """See ``Expanded``."""
 
 
-class ExpandedConvTranspose1d(Expanded, nn.ConvTranspose1d):  # type: ignore[misc]
+class ExpandedConvTranspose1d(Expanded, nn.ConvTranspose1d):
     """See ``Expanded``."""
 
 
-class ExpandedConvTranspose2d(Expanded, nn.ConvTranspose2d):  # type: ignore[misc]
+class ExpandedConvTranspose2d(Expanded, nn.ConvTranspose2d):
     """See ``Expanded``."""
 
 
-class ExpandedConvTranspose3d(Expanded, nn.ConvTranspose3d):  # type: ignore[misc]
+class ExpandedConvTranspose3d(Expanded, nn.ConvTranspose3d):
     """See ``Expanded``."""
 
 
@@ -225,7 +223,7 @@ def restore_layer(module: Expanded, weight: nn.Parameter, bias: nn.Parameter | N
 
 def bare(module: nn.Module, weight: Tensor) -> nn.Module:
     """A stock layer with the geometry of an expanded one, and ``weight`` in the original layout; no bias."""
-    base = type(module).__mro__[2]
+    base: Any = type(module).__mro__[2]
     layer: nn.Module = base.__new__(base)
     layer.__dict__.update(module.__dict__)
     layer.__dict__.update(_parameters={"weight": nn.Parameter(weight), "bias": None}, _modules={})
@@ -271,5 +269,5 @@ def _positions(module: Any, x: Tensor) -> float:
     """About how many output positions the layer has for ``x``, over the batch."""
     if isinstance(module, nn.Linear):
         return x.numel() / module.in_features
-    size = x.numel() / module.in_channels
-    return size if isinstance(module, _ConvTransposeNd) else size / math.prod(module.stride)
+    steps = 1 if isinstance(module, _ConvTransposeNd) else math.prod(module.stride)
+    return float(x.numel() / (module.in_channels * steps))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import InexactError, RefusedError, UnusableWeightError
 from fxexpand.evaluating import evaluating
@@ -76,12 +77,12 @@ def plan_expansion(
             else:
                 block.requires_grad_(weight.requires_grad)
                 measured = init == "preserve" and not weight.is_meta
-                error = block_error(block, kernel) if measured else None
-                if error is not None:
-                    require_small(error, weight.dtype, site.name)
+                deviation: float | None = None
+                if measured:
+                    deviation = require_small(block_error(block, kernel), weight.dtype, site.name)
                 after = sum(p.numel() for p in block.parameters())
                 rows.append(
-                    replace(_row(site, "expanded", _into(site, recipe)), params_after=after, error=error)
+                    replace(_row(site, "expanded", _into(site, recipe)), params_after=after, error=deviation)
                 )
                 steps.append(_step(site, block, recipe, form))
                 modules.update(dict.fromkeys(owner.module for owner in site.owners))
@@ -255,8 +256,7 @@ def _require_finite(site: Site, weight: Tensor) -> None:
 
 def _row(site: Site, action: Action, reason: str) -> Row:
     weight = site.weight
-    lazy = weight is None or isinstance(weight, nn.parameter.UninitializedTensorMixin)
-    count = 0 if lazy or weight is None else weight.numel()
+    count = 0 if weight is None or is_lazy(weight) else weight.numel()
     return Row(site.name, site.kind, action, reason, params_before=count, params_after=count)
 
 

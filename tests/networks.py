@@ -61,7 +61,7 @@ def assert_untouched(model: nn.Module, before: tuple[dict[str, Tensor], list[typ
     assert [type(module) for module in model.modules()] == types
 
 
-def fresh(model: nn.Module) -> nn.Module:
+def fresh(model: Any) -> Any:
     """A deep copy, to compare with."""
     return copy.deepcopy(model)
 
@@ -117,4 +117,5 @@ class StandardisedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.flatten(1)
         flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
-        return self._conv_forward(x, flat.reshape(self.weight.shape), self.bias)
+        result: Tensor = self._conv_forward(x, flat.reshape(self.weight.shape), self.bias)
+        return result

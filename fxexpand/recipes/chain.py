@@ -213,8 +213,8 @@ def _identity_weight(geometry: Kernel, like: Tensor) -> Tensor:
     rows, width = geometry.weight.shape[:2]
     weight = torch.zeros(geometry.weight.shape, dtype=like.dtype, device=like.device)
     centre = tuple(k // 2 for k in geometry.kernel_size)
-    channels = torch.arange(rows, device=like.device)
-    weight[(channels, channels % width, *centre)] = 1.0
+    for channel in range(rows):
+        weight[(channel, channel % width, *centre)] = 1.0
     return weight
 
 

@@ -19,7 +19,7 @@ class Skip(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, channels, *size)`` to the same shape."""
-        result: Tensor = x + super().forward(x)
+        result: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
         return result
 
 

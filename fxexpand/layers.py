@@ -18,9 +18,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel import macs, native_weight
+from fxexpand.lower import laid_out_as
 from fxexpand.ops import kernel_of
 from fxexpand.recipes import Recipe, fold, has_norm
-from fxexpand.recipes.structure import fold_cost, laid_out_as, leaves
+from fxexpand.recipes.structure import fold_cost, leaves
 
 Form: TypeAlias = Literal["auto", "chain", "collapsed"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -46,19 +47,20 @@ class Expanded(nn.Module):
     normed: bool  # a BatchNorm is inside
     collapse_from: float  # positions of the output from which one product pays off
 
-    def effective(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """Effective weight and bias, multiplied in ``dtype``; None multiplies in the factors' own."""
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Effective weight, laid out as in the original layer, and bias."""
         with exact_products(next(self.expansion.parameters())):
             try:
-                kernel = fold(self.expansion, dtype=dtype)
+                kernel = fold(self.expansion)
             except InexactError as error:
                 raise InexactError(
                     f"{type(self).__name__}: no single weight stands for this layer: {error}"
                 ) from None
         bias, own = kernel.bias, self._parameters["bias"]
-        if own is not None:
-            added = own if dtype is None else own.to(dtype)
-            bias = added if bias is None else bias + added
+        if bias is None:
+            bias = own
+        elif own is not None:
+            bias = bias + own
         first: Any = next(leaves(self.expansion)).weight
         return laid_out_as(native_weight(kernel), first), bias
 

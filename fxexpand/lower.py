@@ -13,11 +13,14 @@ from fxexpand.ops import LAYERS, Layer, same_padding
 _TYPES: dict[Layer, type[nn.Module]] = {layer: kind for kind, layer in LAYERS.items()}
 
 
-def to_module(kernel: Kernel) -> nn.Module:
+def to_module(kernel: Kernel, *, copy: bool = True) -> nn.Module:
     """An nn.Linear, ConvNd or ConvTransposeNd with the kernel's numbers.
 
-    The parameters are copies, outside any graph, with the kernel's dtype, device (meta too), memory format
-    and ``requires_grad``; no random number is drawn. A Linear has no groups, so zeros are filled in.
+    The parameters are outside any graph, with the kernel's dtype, device (meta too), memory format and
+    ``requires_grad``; no random number is drawn. A Linear has no groups, so zeros are filled in.
+
+    Args:
+        copy: give the module memory of its own; without, a kernel that nobody else holds is handed over.
 
     Raises: InexactError with the reason where no stock layer has the kernel's padding.
     """
@@ -40,10 +43,20 @@ def to_module(kernel: Kernel) -> nn.Module:
         }
         options |= _crop(kernel) if kernel.transposed else _padding(kernel)
     module = kind(kernel.in_channels, kernel.out_channels, **options)
-    module.weight = _parameter(native_weight(kernel), kernel.weight.requires_grad)
+    module.weight = _parameter(native_weight(kernel), kernel.weight.requires_grad, copy)
     if kernel.bias is not None:
-        module.bias = _parameter(kernel.bias, kernel.bias.requires_grad)
+        module.bias = _parameter(kernel.bias, kernel.bias.requires_grad, copy)
     return module
+
+
+def laid_out_as(weight: Tensor, like: Tensor) -> Tensor:
+    """``weight`` in the memory format of ``like``: channels-last if that is, else contiguous."""
+    for ndim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.ndim != ndim or like.ndim != ndim or like.is_contiguous():
+            continue
+        if like.is_contiguous(memory_format=form):
+            return weight.contiguous(memory_format=form)
+    return weight.contiguous()
 
 
 def _padding(kernel: Kernel) -> dict[str, object]:
@@ -72,9 +85,8 @@ def _crop(kernel: Kernel) -> dict[str, object]:
     return {"padding": tuple(before for before, _ in kernel.padding), "output_padding": extra}
 
 
-def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
-    """A copy outside any graph: contiguous, or channels-last as it was."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    keep = not tensor.is_contiguous() and channels_last and tensor.is_contiguous(memory_format=channels_last)
-    layout = torch.preserve_format if keep else torch.contiguous_format
-    return nn.Parameter(tensor.detach().clone(memory_format=layout), requires_grad=requires_grad)
+def _parameter(tensor: Tensor, requires_grad: bool, copy: bool) -> nn.Parameter:
+    laid_out = laid_out_as(tensor.detach(), tensor)
+    if copy and laid_out.data_ptr() == tensor.data_ptr():
+        laid_out = laid_out.clone()
+    return nn.Parameter(laid_out, requires_grad=requires_grad)

@@ -92,7 +92,7 @@ def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype 
 
 
 def describe(module: nn.Module) -> str:
-    """A module in a few words, for messages: "Conv2d 64->64 k3 p1", "Conv2d 3->8 k3x1 p1x0 s2 g4"."""
+    """A module in a few words, for messages: "Conv2d 64->64 k3 p1", "Conv2d 3->8 k3x1 s2 p1x0 g4"."""
     name = type(module).__name__
     if isinstance(module, nn.Linear):
         return f"{name} {module.in_features}->{module.out_features}"
@@ -103,14 +103,14 @@ def describe(module: nn.Module) -> str:
     if not isinstance(module, nn.modules.conv._ConvNd):
         return name
     words = [name, f"{module.in_channels}->{module.out_channels}", f"k{_sizes(module.kernel_size)}"]
+    words += [f"s{_sizes(module.stride)}"] if any(s != 1 for s in module.stride) else []
     if isinstance(module.padding, str):
         words.append(f"p={module.padding}")
     elif any(module.padding):
         words.append(f"p{_sizes(module.padding)}")
-    words += [f"s{_sizes(module.stride)}"] if any(s != 1 for s in module.stride) else []
-    words += [f"d{_sizes(module.dilation)}"] if any(d != 1 for d in module.dilation) else []
     words += [f"op{_sizes(module.output_padding)}"] if any(module.output_padding) else []
     words += [f"g{module.groups}"] if module.groups != 1 else []
+    words += [f"d{_sizes(module.dilation)}"] if any(d != 1 for d in module.dilation) else []
     words += [module.padding_mode] if module.padding_mode != "zeros" else []
     return " ".join(words)
 

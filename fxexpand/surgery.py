@@ -13,14 +13,16 @@ from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import InexactError, RefusedError, UnusableWeightError
 from fxexpand.evaluating import evaluating
-from fxexpand.kernel import Kernel
+from fxexpand.kernel import Kernel, cast, native_weight
 from fxexpand.layers import Expanded, Form, bare, expand_layer, restore_layer
+from fxexpand.lower import laid_out_as
 from fxexpand.ops import describe, kernel_of
-from fxexpand.recipes import Init, Recipe
+from fxexpand.recipes import Init, Recipe, fold
+from fxexpand.recipes.structure import leaves
 from fxexpand.report import Action, Report, Row
 from fxexpand.selection import Selection
 from fxexpand.sites import Site, own_modules
-from fxexpand.verify import block_error, require_small
+from fxexpand.verify import block_error, in_dtype, require_small
 from fxexpand.weights import (
     WeightExpansion,
     expand_weight,
@@ -182,23 +184,19 @@ def _step(site: Site, block: nn.Sequential, recipe: Recipe, form: Form) -> Calla
 def _folded_layer(name: str, module: Expanded, verify: bool) -> tuple[Row, nn.Parameter, nn.Parameter | None]:
     factors = list(module.expansion.parameters())
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
-    normed = module.normed
-    with evaluating(module.expansion):  # a BatchNorm folds by its running statistics
-        weight, bias = module.effective(torch.float64)
-    own = module._parameters["bias"]
-    parameter = nn.Parameter(weight.detach().to(dtype), requires_grad=trains)
-    new_bias = own
-    if normed and bias is not None:
-        new_bias = nn.Parameter(
-            bias.detach().to(dtype), requires_grad=trains if own is None else own.requires_grad
-        )
+    wide = in_dtype(module.expansion, torch.float64)
+    with evaluating(wide):  # a BatchNorm folds by its running statistics
+        kernel = fold(wide)
+    fused = cast(kernel, dtype)
+    weight = laid_out_as(native_weight(fused), next(leaves(module.expansion)).weight)
+    parameter = nn.Parameter(weight, requires_grad=trains)
+    own = new_bias = module._parameters["bias"]
+    if kernel.bias is not None:
+        bias = kernel.bias if own is None else kernel.bias + own.detach()
+        new_bias = nn.Parameter(bias.to(dtype), requires_grad=trains if own is None else own.requires_grad)
     error = None
     if verify and not parameter.is_meta:
-        fused = kernel_of(bare(module, parameter))
-        if normed and bias is not None:
-            inner = bias if own is None else bias - own
-            fused = replace(fused, bias=inner)
-        error = require_small(block_error(module.expansion, fused), dtype, name)
+        error = require_small(block_error(wide, fused), dtype, name)
     row = Row(
         site=name,
         kind=describe(bare(module, parameter)),

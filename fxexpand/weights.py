@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 
 from fxexpand.kernel import Kernel
 from fxexpand.layers import exact_products, size_mismatch
+from fxexpand.lower import laid_out_as
 from fxexpand.recipes import Init, Recipe, fold
-from fxexpand.recipes.structure import laid_out_as
 
 _ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
 

@@ -96,7 +96,8 @@ def test_a_weight_with_vanishing_directions_is_exact_and_trains(scale: float) ->
     layer.weight.data = target
     block = Chain(depth=3, width=2).build(kernel_of(layer))
     assert_same(fold(block).weight, target, rel=1e-11)
-    fold(block).weight.sum().backward()
+    towards: Any = fold(block).weight.sum()
+    towards.backward()
     hidden_by_rank = torch.linalg.matrix_rank(block[0].weight.grad)
     assert hidden_by_rank >= 1
     zero = nn.Linear(8, 6, bias=False).double()

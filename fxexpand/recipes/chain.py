@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
 from fxexpand.kernel import Kernel
-from fxexpand.lower import to_module
+from fxexpand.lower import laid_out_as, to_module
 from fxexpand.recipes.factors import balanced_factors, kaiming_factors
 from fxexpand.recipes.recipe import INITS, Init, Recipe
-from fxexpand.recipes.structure import LastDimBatchNorm, Skip, laid_out_as
+from fxexpand.recipes.structure import LastDimBatchNorm, Skip
 
 NORMS = (LastDimBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial rank
 
@@ -98,7 +98,8 @@ class Chain(Recipe):
         ]
         factors[0] = replace(factors[0], weight=laid_out_as(factors[0].weight, kernel.weight))
         if kernel.bias is not None:
-            factors[-1] = replace(factors[-1], bias=kernel.bias)
+            bias = kernel.bias.detach().clone().requires_grad_(kernel.bias.requires_grad)
+            factors[-1] = replace(factors[-1], bias=bias)
         return self._assemble(factors, runs)
 
     def _geometry(self, kernel: Kernel) -> list[Kernel]:
@@ -181,7 +182,7 @@ class Chain(Recipe):
         for start, stop, skip in runs:
             run: list[nn.Module] = []
             for factor in factors[start:stop]:
-                run.append(to_module(factor))
+                run.append(to_module(factor, copy=False))
                 if self.batch_norm:
                     run.append(_silent_norm(factor))
             parts.extend([Skip(*run)] if skip else run)

@@ -16,6 +16,7 @@ from fxexpand.errors import InexactError
 
 # Singular values below this share of the largest are spread unevenly over the factors; see balanced_factors.
 FLOOR = 1e-3
+MIRRORS = 16
 
 
 def balanced_factors(
@@ -32,8 +33,8 @@ def balanced_factors(
     In such directions (below ``FLOOR`` of the largest value) all factors but one outer one keep the size of
     the floor, and the outer one takes the rest, as a zero-initialised adapter does.
 
-    Only the orthogonal side of the decomposition is computed (from the smaller Gram matrix, in float64); the
-    other side is ``U^T W`` itself, so the product is exact whatever the accuracy of the values.
+    Only the orthogonal side of the decomposition is computed, from the smaller Gram matrix; the other side is
+    ``U^T W`` itself, so the product is exact whatever the accuracy of the values.
 
     Args:
         matrix: ``(groups, out, in)``.
@@ -46,64 +47,94 @@ def balanced_factors(
     if depth == 1:
         return [matrix.detach().clone()]
     groups, out, inner = matrix.shape
-    dtype = matrix.dtype
-    wide = matrix.detach().to(torch.float64)
-    largest = float(wide.abs().amax()) if wide.numel() else 0.0
+    precise = matrix.dtype == torch.float64
+    wide = matrix.detach().to(torch.float64 if precise else torch.float32)
+    largest = float(wide.abs().amax())
     unit = wide / largest if largest > 0 else wide  # squares neither overflow nor vanish
     tall = out > inner
     side = unit.mT if tall else unit  # (groups, rank, longer)
-    basis = torch.linalg.eigh(side @ side.mT)[1].flip(-1)  # columns by falling singular value
+    basis = torch.linalg.eigh((side @ side.mT).double())[1].flip(-1).to(wide.dtype)  # by falling value
     rest = basis.mT @ side
     values = torch.linalg.vector_norm(rest, dim=-1)
+    top = float(values.amax())
     if hidden < values.shape[-1]:
         lost = float(values[:, hidden:].amax())
-        if lost > 1e-10 * float(values.amax()):
+        if lost > (1e-10 if precise else 1e-5) * top:
             raise InexactError(
                 f"a hidden width of {hidden * groups} is below the rank of the weight "
                 f"({min(out, inner) * groups} at most), so init='preserve' is impossible. "
-                "Use a larger width, or init='matched'"
+                "Use a larger width, or init='matched'."
             )
         basis, rest, values = basis[..., :hidden], rest[:, :hidden], values[:, :hidden]
-    rank = values.shape[-1]
-    top = float(values.amax()) if values.numel() else 0.0
     size = torch.clamp(values, min=FLOOR * top if top > 0 else 1.0)
     scale = (largest if largest > 0 else 1.0) ** (1.0 / depth)
     share = size.pow(1.0 / depth) * scale  # (groups, rank): what each factor carries
-    remaining = rest / (size.pow((depth - 1) / depth) / scale).unsqueeze(-1)
-    turns = [_orthonormal(groups, hidden, rank, wide, generator) for _ in range(depth - 1)]
+    remaining = rest * (scale / size.pow((depth - 1) / depth)).unsqueeze(-1)
+    turns = [_Turn(groups, hidden, share.shape[-1], wide, generator) for _ in range(depth - 1)]
     if tall:
-        first = (turns[0] * share.unsqueeze(1)) @ basis.mT
-        last = remaining.mT @ turns[-1].mT
+        first = turns[0].on_rows(share.unsqueeze(-1) * basis.mT)
+        last = turns[-1].on_columns(remaining.mT)
     else:
-        first = turns[0] @ remaining
-        last = (basis * share.unsqueeze(1)) @ turns[-1].mT
-    narrow = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    middle = [
-        (after * share.unsqueeze(1)).to(narrow) @ before.to(narrow).mT
-        for before, after in itertools.pairwise(turns)
-    ]
-    return [factor.to(dtype) for factor in (first, *middle, last)]
+        first = turns[0].on_rows(remaining)
+        last = turns[-1].on_columns(basis * share.unsqueeze(1))
+    middle = [after.around(share, before) for before, after in itertools.pairwise(turns)]
+    return [factor.to(matrix.dtype) for factor in (first, *middle, last)]
 
 
-def _orthonormal(
-    groups: int, rows: int, columns: int, like: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    """``(groups, rows, columns)`` with orthonormal columns: a cosine transform, random signs on both sides.
+class _Turn:
+    """A random matrix ``Q (groups, rows, columns)`` with orthonormal columns, that is never written down.
 
-    Dense and incoherent like a random orthogonal matrix, at the price of writing it down.
+    ``Q`` is the first columns, with random signs, of the reflection ``I - 2 V V^T``, where ``V`` has up to
+    ``MIRRORS`` random orthonormal columns. That mixes all rows, and costs a fraction of a dense product.
     """
-    i = torch.arange(rows, dtype=torch.float64, device=like.device).unsqueeze(1)
-    j = torch.arange(columns, dtype=torch.float64, device=like.device)
-    cosines = torch.cos(math.pi / rows * (i + 0.5) * j) * math.sqrt(2.0 / rows)
-    cosines[:, :1] *= math.sqrt(0.5)
-    left = _signs((groups, rows, 1), like, generator)
-    return left * cosines * _signs((groups, 1, columns), like, generator)
+
+    def __init__(
+        self, groups: int, rows: int, columns: int, like: Tensor, generator: torch.Generator | None
+    ) -> None:
+        device = generator.device if generator is not None else torch.device("cpu")
+        mirrors = min(MIRRORS, max(1, rows // 4))
+        normal = torch.randn(groups, rows, mirrors, dtype=torch.float64, generator=generator, device=device)
+        self.mirrors = torch.linalg.qr(normal)[0].to(like.device, like.dtype)
+        self.signs = _signs((groups, columns), generator).to(like.device, like.dtype)
+        self.rows = rows
+
+    def on_rows(self, matrix: Tensor) -> Tensor:
+        """``Q @ matrix``, from ``(groups, columns, n)`` to ``(groups, rows, n)``."""
+        groups, columns, width = matrix.shape
+        placed = matrix.new_zeros(groups, self.rows, width)
+        torch.mul(matrix, self.signs.unsqueeze(-1), out=placed[:, :columns])
+        return placed.baddbmm_(self.mirrors, self.mirrors[:, :columns].mT @ placed[:, :columns], alpha=-2.0)
+
+    def on_columns(self, matrix: Tensor) -> Tensor:
+        """``matrix @ Q.mT``, from ``(groups, n, columns)`` to ``(groups, n, rows)``."""
+        groups, height, columns = matrix.shape
+        placed = matrix.new_zeros(groups, height, self.rows)
+        torch.mul(matrix, self.signs.unsqueeze(1), out=placed[..., :columns])
+        return placed.baddbmm_(placed[..., :columns] @ self.mirrors[:, :columns], self.mirrors.mT, alpha=-2.0)
+
+    def around(self, diagonal: Tensor, other: _Turn) -> Tensor:
+        """``Q @ diag(diagonal) @ other.mT``, ``(groups, rows, rows)``, as one update of low rank.
+
+        ``(I - 2 V V^T) D (I - 2 U U^T) = D - 2 V (V^T D) + (4 V (V^T D U) - 2 D U) U^T`` where ``D`` holds the
+        signed diagonal.
+        """
+        columns = diagonal.shape[1]
+        signed = (diagonal * self.signs * other.signs).unsqueeze(-1)
+        result = diagonal.new_zeros(diagonal.shape[0], self.rows, other.rows)
+        torch.diagonal(result, dim1=1, dim2=2)[:, :columns] = signed.squeeze(-1)
+        left = torch.zeros_like(self.mirrors)  # D^T V
+        left[:, :columns] = signed * self.mirrors[:, :columns]
+        right = torch.zeros_like(other.mirrors)  # D U
+        right[:, :columns] = signed * other.mirrors[:, :columns]
+        inner = 4.0 * self.mirrors @ (left.mT @ other.mirrors) - 2.0 * right
+        return result.baddbmm_(
+            torch.cat([-2.0 * self.mirrors, inner], -1), torch.cat([left, other.mirrors], -1).mT
+        )
 
 
-def _signs(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _signs(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     device = generator.device if generator is not None else "cpu"
-    bits = torch.randint(0, 2, tuple(shape), generator=generator, device=device)
-    return (2 * bits - 1).to(like.device, torch.float64)
+    return 2 * torch.randint(0, 2, shape, generator=generator, device=device) - 1
 
 
 def kaiming_factors(

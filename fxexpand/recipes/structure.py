@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -37,15 +36,12 @@ class LastDimBatchNorm(nn.BatchNorm1d):
         return norm
 
 
-def fold(
-    module: nn.Module, factors: Sequence[Tensor] | None = None, *, dtype: torch.dtype | None = None
-) -> Kernel:
+def fold(module: nn.Module, factors: Sequence[Tensor] | None = None) -> Kernel:
     """The one kernel that computes what ``module`` does, differentiable with respect to its factors.
 
     Args:
         module: Linear and convolutions, BatchNorm in eval mode, nn.Sequential and Skip of those.
         factors: weights ``(out, in/groups, *k)`` to use in place of the layers' own, in their order.
-        dtype: to fold in; None folds in the weights' own.
 
     Raises: InexactError: BatchNorm in train mode, or another module that is no affine map.
     """
@@ -53,8 +49,8 @@ def fold(
 
     def leaf(layer: nn.Module) -> Kernel:
         if isinstance(layer, LastDimBatchNorm):
-            return kernel_of(layer.stock(), rank=0, dtype=dtype)
-        kernel = kernel_of(layer, dtype=dtype)
+            return kernel_of(layer.stock(), rank=0)
+        kernel = kernel_of(layer)
         return kernel if given is None else replace(kernel, weight=next(given))
 
     return _fold(module, leaf)
@@ -89,16 +85,6 @@ def _cost(tree: Tree, geometries: Sequence[Geometry]) -> tuple[int, Geometry]:
     joined = composition(outer, inner)
     assert not isinstance(joined, str)  # an association holds exact compositions only
     return before + after + composition_macs(outer, inner), joined.result
-
-
-def laid_out_as(weight: Tensor, like: Tensor) -> Tensor:
-    """``weight`` in the memory format of ``like``: channels-last if that is, else contiguous."""
-    for ndim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if weight.ndim != ndim or like.ndim != ndim or like.is_contiguous():
-            continue
-        if like.is_contiguous(memory_format=form):
-            return weight.contiguous(memory_format=form)
-    return weight.contiguous()
 
 
 def _fold(module: nn.Module, leaf: Callable[[nn.Module], Kernel]) -> Kernel:

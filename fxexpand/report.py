@@ -39,7 +39,8 @@ class Row:
         """The row as one sentence, as errors print it."""
         verb = {"refused": "not changed", "left": "left alone"}.get(self.action, self.action)
         where = f"{self.site} ({self.kind})" if self.kind else self.site
-        return f"{where}: {verb}: {self.reason}" if self.reason else f"{where}: {verb}"
+        reason = self.reason.rstrip(".")
+        return f"{where}: {verb}: {reason}." if reason else f"{where}: {verb}."
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Report:
                 short(row.params_before) if row.params_before else "-",
                 short(row.params_after) if row.params_after else "-",
                 "-" if row.error is None else f"{row.error:.1e}",
-                row.reason,
+                row.reason.rstrip("."),
             )
             for row in self.rows
         ]

@@ -188,7 +188,8 @@ def _folded_layer(name: str, module: Expanded, verify: bool) -> tuple[Row, nn.Pa
     with evaluating(wide):  # a BatchNorm folds by its running statistics
         kernel = fold(wide)
     fused = cast(kernel, dtype)
-    weight = laid_out_as(native_weight(fused), next(leaves(module.expansion)).weight)
+    first: Any = next(leaves(module.expansion))
+    weight = laid_out_as(native_weight(fused), first.weight)
     parameter = nn.Parameter(weight, requires_grad=trains)
     own = new_bias = module._parameters["bias"]
     if kernel.bias is not None:

@@ -14,6 +14,7 @@ from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.kernel import Kernel, apply, cast
 from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.recipes import Skip
 
 # Largest relative error of one site, and of a model of up to SITES sites; beyond, in proportion to the sites,
 # as rounding adds up along the depth.
@@ -34,9 +35,19 @@ def block_error(block: nn.Module, kernel: Kernel) -> float:
     generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (1, kernel.in_channels, *_probe_size(kernel))
     probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.weight.device)
-    block = in_dtype(block, torch.float64)
     with evaluating(block):
-        return worst_error([block(probe)], [apply(cast(kernel, torch.float64), probe)])
+        return worst_error([_run(block, probe)], [apply(cast(kernel, torch.float64), probe)])
+
+
+def _run(block: nn.Module, x: Tensor) -> Tensor:
+    """What the block computes, in float64; only one layer at a time is held in that precision."""
+    if not isinstance(block, nn.Sequential):
+        output: Tensor = in_dtype(block, torch.float64)(x)
+        return output
+    output = x
+    for part in block:
+        output = _run(part, output)
+    return x + output if isinstance(block, Skip) else output
 
 
 def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -66,7 +77,7 @@ def require_small(error: float, dtype: torch.dtype, site: str) -> float:
 
 
 def _probe_size(kernel: Kernel) -> list[int]:
-    """Large enough for an output, for padding by reflection, and for strides to show."""
+    """The smallest with two outputs per dimension, so that strides show, and room to pad by reflection."""
     size = []
     for k, d, step, padding in zip(
         kernel.kernel_size, kernel.dilation, kernel.stride, kernel.padding, strict=True
@@ -75,7 +86,7 @@ def _probe_size(kernel: Kernel) -> list[int]:
         if kernel.transposed:
             size.append(2 + max(0, sum(padding) - span) // step)
         else:
-            size.append(max(step + span, max(padding) + 1))
+            size.append(max(step + span - sum(padding), max(padding) + 1))
     return size
 
 

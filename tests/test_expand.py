@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from fxexpand import Chain, expand, fuse, fused_state_dict, report
 from tests.compare import assert_different, assert_same
 from tests.networks import ConvNet, Language, StandardisedConv2d, fresh, perturb, train_steps
 
-IMAGES = torch.randn(3, 3, 10, 7, dtype=torch.float64)
+IMAGES = torch.randn(3, 3, 10, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.tensor([[1, 2, 0, 4, 10], [3, 3, 5, 0, 7]])
 
 
@@ -123,8 +124,9 @@ def test_gradients_reach_every_factor(model_and_input: tuple[Any, Any]) -> None:
 def test_the_round_trip_is_the_identity_on_structure(model_and_input: tuple[Any, Any]) -> None:
     model, x = model_and_input
     big = expand(model)
-    losses = train_steps(big, x)
-    assert losses[-1] < losses[0]
+    before = [parameter.detach().clone() for parameter in big.parameters()]
+    assert all(math.isfinite(loss) for loss in train_steps(big, x))
+    assert any(not torch.equal(a, b) for a, b in zip(before, big.parameters(), strict=True))
     trained = copy.deepcopy(big)
     small = fuse(big, example_inputs=x, scope="expanded")
     assert type(small) is type(model)

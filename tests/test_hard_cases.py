@@ -17,7 +17,7 @@ from fxexpand.layers import Expanded
 from tests.compare import assert_same
 from tests.networks import ConvNet, StandardisedConv2d, assert_untouched, fresh, snapshot, train_steps
 
-X = torch.randn(4, 6, dtype=torch.float64)
+X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def refusals(model: Any) -> dict[str, str]:

@@ -1,0 +1,27 @@
+"""Write a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``; a reader, or an interrupted run, sees the old file or the new one.
+
+    Raises: OSError: the folder does not exist or cannot be written to; nothing is left behind.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    # In the target's own folder: os.replace is atomic within one file system only.
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only the owner may read
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise

@@ -1,0 +1,338 @@
+"""Traces do what the model does, in every mode they claim, and leave it as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from fxexpand import tracing
+from fxexpand.tracing import UntraceableError, mode_of, regions, trace
+from tests.compare import assert_same
+
+X = torch.randn(2, 4, 6, 5)
+
+
+class Module(nn.Module):
+    """A module with a conv, a buffer, and the given forward."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.scale: Tensor
+        self.cache: dict[str, Any] = {}
+        self.function = function
+
+    def forward(self, x: Tensor, flag: bool = False, mask: Tensor | None = None, gain: float = 1.0) -> Any:
+        x = self.function(self, self.conv(x))
+        if flag:
+            x = -x
+        if mask is not None:
+            x = x * mask
+        return x * gain
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a trace could disturb, by name."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            found[f"{path}.{name}"] = dict(value) if isinstance(value, dict) else value
+    return found
+
+
+def test_a_trace_shares_what_the_model_holds_and_leaves_it_alone() -> None:
+    def forward(module: Module, x: Tensor) -> Tensor:
+        module.cache["last"] = x
+        return x * module.scale + torch.arange(5.0)  # a constant, which fx stores on the model it traces
+
+    model = Module(forward)
+    model.conv.eval()
+    before, random_state = state_of(model), torch.get_rng_state()
+    graph_module = trace(model)
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] or after[name] == before[name] for name in before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert graph_module.conv is model.conv and mode_of(graph_module) is None
+    assert_same(graph_module(X), model(X), 0.0)
+    with torch.no_grad():
+        model.scale.fill_(3.0)  # a read, not a copy of the value
+    assert_same(graph_module(X), model(X), 0.0)
+
+
+def test_optional_arguments_are_fixed_and_guarded() -> None:
+    model = Module(lambda module, x: x)
+    mask = torch.rand(2, 4, 6, 5)
+    plain = trace(model)
+    assert_same(plain(X), model(X), 0.0)
+    assert_same(plain(X, gain=3.0), model(X, gain=3.0), 0.0)
+    for given in ({"mask": mask}, {"flag": True}):
+        with pytest.raises(UntraceableError, match=next(iter(given))):
+            plain(X, **given)
+    masked = trace(model, example_inputs={"x": X, "mask": mask, "flag": True})
+    assert_same(masked(X, True, mask), model(X, True, mask), 0.0)
+    masked = copy.deepcopy(masked)
+    with pytest.raises(UntraceableError, match="flag"):
+        masked(X, mask=mask)
+
+
+class Starred(nn.Module):
+    def forward(self, x: Tensor, *more: Tensor, **options: float) -> Tensor:
+        for other in more:
+            x = x + other
+        return x * options.get("factor", 2.0)
+
+
+def test_starred_arguments() -> None:
+    model = Starred()
+    graph_module = trace(model, example_inputs=X)
+    graph_module = pickle.loads(pickle.dumps(graph_module))
+    assert_same(graph_module(X), model(X), 0.0)
+    for args, kwargs in (((X, X), {}), ((X,), {"factor": 3.0})):
+        with pytest.raises(UntraceableError):
+            graph_module(*args, **kwargs)
+
+
+class Flagged(nn.Module):
+    """Reads its training flag around a layer, so that no graph holds in both modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x), 0.5, training=self.training)
+
+
+class Noise(nn.Module):
+    """Reads its training flag and holds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_graph_that_depends_on_the_mode_says_so_and_refuses_the_other(training: bool) -> None:
+    model = nn.Sequential(Flagged(), nn.ReLU()).train(training)
+    graph_module = trace(model, example_inputs=X)
+    assert mode_of(graph_module) == ("train" if training else "eval")
+    assert graph_module.training is model.training is training
+    torch.manual_seed(0)
+    expected = model(X)
+    for module in (graph_module, copy.deepcopy(graph_module), pickle.loads(pickle.dumps(graph_module))):
+        torch.manual_seed(0)
+        assert_same(module(X), expected, 0.0)
+        module.train(not training)
+        with pytest.raises(UntraceableError, match="in the other mode"):
+            module(X)
+        module.train(training)
+
+
+def test_a_switch_without_tensors_stays_whole_and_works_in_both_modes() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), Noise(), nn.Dropout(0.5))
+    graph_module = trace(model)
+    assert mode_of(graph_module) is None
+    for training in (True, False, True):
+        model.train(training)
+        graph_module.train(training)
+        torch.manual_seed(0)
+        expected = model(X)
+        torch.manual_seed(0)
+        assert_same(graph_module(X), expected, 0.0)
+
+
+def test_modules_in_different_modes_are_kept_so() -> None:
+    model = nn.Sequential(Flagged(), Flagged(), nn.BatchNorm2d(4)).train()
+    model[0].eval()
+    graph_module = trace(model)
+    flags = [node.kwargs["training"] for node in graph_module.graph.nodes if node.target is F.dropout]
+    assert flags == [False, True] and mode_of(graph_module) == "train"
+    assert [module.training for module in model] == [False, True, True]
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "control flow": (lambda module, x: x if x.sum() > 0 else -x, "control flow"),
+    "constant noise": (lambda module, x: x + torch.randn(5), "random"),
+    "a buffer assigned": (lambda module, x: module.__setattr__("scale", x.mean()), "buffer scale"),
+    "no gradients": (lambda module, x: torch.no_grad()(torch.relu)(x) + x, "gradients"),
+    "an error of its own": (lambda module, x: module.missing(x), "missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_graph_cannot_do_again_is_an_error(case: str) -> None:
+    function, reason = REFUSED[case]
+    model = Module(function)
+    before = state_of(model)
+    with pytest.raises(UntraceableError, match=f"^Module: .*{reason}.*\\. ") as caught:
+        trace(model)
+    assert caught.value.reason in str(caught.value)
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] or after[name] == before[name] for name in before)
+
+
+def test_a_path_chosen_by_type_is_caught_by_example_inputs() -> None:
+    model = Module(lambda module, x: x if isinstance(x, Tensor) else x * 1.001)
+    trace(model)
+    with pytest.raises(UntraceableError, match="something else"):
+        trace(model, example_inputs=X)
+
+
+def test_example_inputs_leave_shapes_in_the_nodes() -> None:
+    graph_module = trace(nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten()), example_inputs=(X,))
+    shapes = [tuple(node.meta["tensor_meta"].shape) for node in graph_module.graph.nodes]
+    assert shapes == [(2, 4, 6, 5), (2, 3, 4, 3), (2, 36), (2, 36)]
+
+
+def test_hooks_are_kept_by_keeping_the_module_whole() -> None:
+    calls: list[str] = []
+    inner = nn.Sequential(nn.Linear(5, 5), nn.ReLU())
+    inner.register_forward_hook(lambda *_: calls.append("hook"))
+    model = nn.Sequential(inner, nn.Linear(5, 3))
+    graph_module = trace(model)
+    assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert calls == []
+    graph_module(X)
+    assert calls == ["hook"]
+    with pytest.raises(UntraceableError, match="hooks"):
+        trace(inner)
+    replaced = nn.Linear(5, 5)
+    vars(replaced)["forward"] = torch.relu
+    with pytest.raises(UntraceableError, match="replaced"):
+        trace(replaced)
+
+
+def test_leaves() -> None:
+    class Custom(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    class Block(nn.Sequential):
+        pass
+
+    parametrized = parametrizations.weight_norm(Custom(5, 5))
+    model = nn.Sequential(Block(nn.Linear(5, 5), nn.ReLU()), Custom(5, 5), parametrized)
+    asked: list[str] = []
+
+    def leaf(name: str, module: nn.Module) -> bool:
+        asked.append(name)
+        return type(module) is Block
+
+    targets = [node.target for node in trace(model, leaf=leaf).graph.nodes if node.op == "call_module"]
+    assert targets == ["0", "2"]
+    assert set(asked) == {"0", "1"}
+    targets = [node.target for node in trace(model).graph.nodes if node.op == "call_module"]
+    assert targets == ["0.0", "0.1", "2"]
+    assert_same(trace(model)(X), model(X), 0.0)
+
+
+class Gate(nn.Module):
+    """Control flow around layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+        self.bare = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(x) if x.mean() > 0 else self.bare(x)
+        return result
+
+
+def test_regions_are_the_largest_parts_with_a_graph() -> None:
+    shared = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(5, 5), nn.ReLU()),
+        Gate(nn.Linear(5, 5), Flagged(), nn.Sequential(nn.Linear(5, 5), Gate(shared))),
+        nn.ModuleList([Gate(shared)]),
+    )
+    found = regions(model)
+    # "1.bare" is a leaf, and what is shared belongs to the first region that has it.
+    assert [name for name, _ in found.graphs] == ["0", "1.body.2.1.body"]
+    for name, graph_module in found.graphs:
+        assert_same(graph_module(X), model.get_submodule(name)(X), 0.0)
+    reasons = {
+        "control flow": ["", "1", "1.body", "1.body.2", "1.body.2.1", "2.0"],
+        "train and eval": ["1.body.1"],
+        "earlier region": ["2.0.body", "2.0.body.0"],
+        "forward": ["2"],
+    }
+    assert set(found.failures) == {name for names in reasons.values() for name in names}
+    for reason, names in reasons.items():
+        assert all(reason in found.failures[name] for name in names)
+
+    whole = regions(nn.Sequential(nn.Linear(5, 5)))
+    assert [name for name, _ in whole.graphs] == [""] and whole.failures == {}
+
+
+def test_regions_know_leaves_by_their_full_names() -> None:
+    model = Gate(nn.Sequential(nn.Linear(5, 5), nn.ReLU()))
+    found = regions(model, leaf=lambda name, module: name == "body.0")
+    assert [name for name, _ in found.graphs] == ["body"]
+    targets = [node.target for node in found.graphs[0][1].graph.nodes if node.op == "call_module"]
+    assert targets == ["0"]
+
+
+def test_the_cost_is_linear_in_the_size_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in look-ups: fx's own tracer goes through all parameters at each read of one."""
+    reads = 0
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    walked = nn.Module.named_parameters
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal reads
+        for item in walked(self, *args, **kwargs):
+            reads += 1
+            yield item
+
+    monkeypatch.setattr(nn.Module, "named_parameters", counted)
+    counts = []
+    for size in (20, 40):
+        reads = 0
+        trace(nn.Sequential(*[Scale() for _ in range(size)]))
+        counts.append(reads)
+    assert counts[1] <= 2.1 * counts[0]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "levit_128s"])
+def test_timm_models(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    size = {"vit_tiny_patch16_224": 32, "levit_128s": 224}.get(name, 32)
+    options = {"img_size": 32} if name.startswith("vit") else {}
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    graph_module = trace(model, example_inputs=torch.randn(1, 3, size, size))
+    # LeViT caches its position bias in eval mode: a graph per mode.
+    assert mode_of(graph_module) == ("eval" if name == "levit_128s" else None)
+
+
+def test_torchvision_s_operators_are_leaves_and_its_blocks_are_not() -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.mobilenet_v2(num_classes=3, width_mult=0.25)
+    graph_module = trace(model, example_inputs=torch.randn(1, 3, 32, 32))
+    kinds = {
+        type(graph_module.get_submodule(node.target))
+        for node in graph_module.graph.find_nodes(op="call_module")
+    }
+    assert nn.Conv2d in kinds and nn.Sequential not in kinds
+    ops = pytest.importorskip("torchvision.ops")
+    stochastic = nn.Sequential(nn.Linear(5, 5), ops.StochasticDepth(0.5, "row"))
+    assert mode_of(trace(stochastic)) is None
+    assert tracing.RegionTracer().is_leaf_module(ops.DeformConv2d(1, 1, 1), "x")

@@ -246,7 +246,7 @@ def _restore_weight_step(module: nn.Module, name: str, parameter: nn.Parameter) 
 
 
 def _require_finite(site: Site, weight: Tensor) -> None:
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
         raise UnusableWeightError(
             f"{site.owners[0].name} ({site.kind}): holds NaN or Inf, so it has no factors. "
             "Load a sound checkpoint, or leave it out by select."

@@ -49,8 +49,10 @@ def balanced_factors(
     groups, out, inner = matrix.shape
     precise = matrix.dtype == torch.float64
     wide = matrix.detach().to(torch.float64 if precise else torch.float32)
-    largest = float(wide.abs().amax())
-    unit = wide / largest if largest > 0 else wide  # squares neither overflow nor vanish
+    largest = max(abs(float(value)) for value in torch.aminmax(wide))
+    if largest == 0.0 or 1e-6 < largest < 1e6:
+        largest = 1.0
+    unit = wide if largest == 1.0 else wide / largest  # squares neither overflow nor vanish
     tall = out > inner
     side = unit.mT if tall else unit  # (groups, rank, longer)
     basis = _eigenvectors(side @ side.mT).flip(-1)  # columns by falling value
@@ -70,7 +72,7 @@ def balanced_factors(
             )
         basis, rest, values = basis[..., :hidden], rest[:, :hidden], values[:, :hidden]
     size = torch.clamp(values, min=FLOOR * top if top > 0 else 1.0)
-    scale = (largest if largest > 0 else 1.0) ** (1.0 / depth)
+    scale = largest ** (1.0 / depth)
     share = size.pow(1.0 / depth) * scale  # (groups, rank): what each factor carries
     remaining = rest * (scale / size.pow((depth - 1) / depth)).unsqueeze(-1)
     turns = [_Turn(groups, hidden, share.shape[-1], wide, generator) for _ in range(depth - 1)]
@@ -111,8 +113,8 @@ class _Turn:
     ) -> None:
         device = generator.device if generator is not None else torch.device("cpu")
         mirrors = min(MIRRORS, max(1, rows // 4))
-        normal = torch.randn(groups, rows, mirrors, dtype=torch.float64, generator=generator, device=device)
-        self.mirrors = torch.linalg.qr(normal)[0].to(like.device, like.dtype)
+        normal = torch.randn(groups, rows, mirrors, dtype=like.dtype, generator=generator, device=device)
+        self.mirrors = torch.linalg.qr(normal)[0].to(like.device)
         self.signs = _signs((groups, columns), generator).to(like.device, like.dtype)
         self.rows = rows
 

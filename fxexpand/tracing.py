@@ -156,8 +156,6 @@ def hooked(module: nn.Module) -> bool:
 class RegionTracer(fx.Tracer):
     """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time."""
 
-    proxy_buffer_attributes = True
-
     def __init__(
         self, leaf: Leaf | None = None, fixed: dict[str, Any] | None = None, faithful: bool = True
     ) -> None:

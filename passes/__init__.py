@@ -1,1 +1,12 @@
-"""The compiler passes of fxexpand; import them as ``fxexpand.passes``."""
+"""The compiler passes of fxexpand; import them as ``fxexpand.passes``.
+
+A pass is a frozen dataclass with its options as fields. Called on a GraphModule it returns a ``Result``: the
+new graph module, whether it changed, and a report of every site. All of them run inside torch.fx's pass
+managers.
+"""
+
+from fxexpand.passes.expand import Expand
+from fxexpand.passes.fuse import Fuse
+from fxexpand.passes.result import Result
+
+__all__ = ["Expand", "Fuse", "Result"]

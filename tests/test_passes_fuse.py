@@ -169,7 +169,8 @@ APART: dict[str, tuple[list[nn.Module], str, str, str]] = {
         "2", "left", "multiply-adds",
     ),
     "before a stride": (
-        [nn.ConvTranspose2d(8, 2, 1, bias=False), nn.ConvTranspose2d(2, 8, 1, stride=2)], "1", "left", "multiply-adds",
+        [nn.ConvTranspose2d(8, 2, 1, bias=False), nn.ConvTranspose2d(2, 8, 1, stride=2)],
+        "1", "left", "multiply-adds",
     ),
     "separable": ([nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)], "1", "left", "multiply-adds"),
     "3 x 3 twice": ([nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)], "1", "left", "multiply-adds"),
@@ -298,12 +299,13 @@ class Unequal(nn.Module):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
         self.wide, self.one = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 1, 1)
+        self.doubled, self.corner = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         p = torch.relu(self.a(x) + self.b(y))
         q = self.wide(p) + self.one(p)  # one channel for all
-        r = torch.add(torch.relu(q), self.wide(torch.relu(q)), alpha=2)
-        r = r + self.wide(r)[..., :1, :1]
+        r = torch.add(q, self.doubled(q), alpha=2)
+        r = r + self.corner(r)[..., :1, :1]
         result: Tensor = r + 1.0
         return result
 

@@ -120,6 +120,24 @@ class Noise(nn.Module):
         return x + torch.randn_like(x) if self.training else x
 
 
+def test_constants_may_not_depend_on_the_mode() -> None:
+    model = Module(lambda module, x: x + (torch.ones(5) if module.training else torch.zeros(5)))
+    assert mode_of(trace(model)) == "train"
+    assert mode_of(trace(Module(lambda module, x: x + torch.ones(5)))) is None
+
+
+def test_guards_are_no_dead_code() -> None:
+    graph_module = trace(nn.Sequential(Flagged()).eval())
+    optional = trace(Module(lambda module, x: x))
+    for graph in (graph_module, optional):
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+    with pytest.raises(UntraceableError):
+        graph_module.train()(X)
+    with pytest.raises(UntraceableError):
+        optional(X, True)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_graph_that_depends_on_the_mode_says_so_and_refuses_the_other(training: bool) -> None:
     model = nn.Sequential(Flagged(), nn.ReLU()).train(training)
@@ -138,9 +156,9 @@ def test_a_graph_that_depends_on_the_mode_says_so_and_refuses_the_other(training
 
 
 def test_a_switch_without_tensors_stays_whole_and_works_in_both_modes() -> None:
-    model = nn.Sequential(nn.Linear(5, 5), Noise(), nn.Dropout(0.5))
+    model = nn.Sequential(nn.Linear(5, 5), Noise(), nn.Dropout(0.5)).eval()
     graph_module = trace(model)
-    assert mode_of(graph_module) is None
+    assert mode_of(graph_module) is None and not graph_module.training
     for training in (True, False, True):
         model.train(training)
         graph_module.train(training)
@@ -186,6 +204,13 @@ def test_a_path_chosen_by_type_is_caught_by_example_inputs() -> None:
     trace(model)
     with pytest.raises(UntraceableError, match="something else"):
         trace(model, example_inputs=X)
+
+
+def test_random_numbers_do_not_disturb_the_comparison() -> None:
+    model = Module(lambda module, x: x + torch.rand_like(x))
+    state = torch.get_rng_state()
+    trace(model, example_inputs=X)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_example_inputs_leave_shapes_in_the_nodes() -> None:
@@ -321,6 +346,13 @@ def test_timm_models(name: str) -> None:
     graph_module = trace(model, example_inputs=torch.randn(1, 3, size, size))
     # LeViT caches its position bias in eval mode: a graph per mode.
     assert mode_of(graph_module) == ("eval" if name == "levit_128s" else None)
+
+
+def test_timm_s_own_leaves() -> None:
+    layers = pytest.importorskip("timm.layers")
+    pytest.importorskip("timm.models")
+    model = nn.Sequential(layers.Conv2dSame(4, 3, 3, stride=2), nn.ReLU())
+    assert [node.target for node in trace(model).graph.find_nodes(op="call_module")] == ["0", "1"]
 
 
 def test_torchvision_s_operators_are_leaves_and_its_blocks_are_not() -> None:

@@ -1,0 +1,330 @@
+"""Does every network survive expand, training and fuse? ``python -m benchmarks.roundtrip [--quick]``
+
+One row per network: how many of its Linear and convolution layers were expanded, the error of the expanded
+network in float64 and float32, three SGD steps, and whether ``fuse(scope="expanded")`` gives back the class,
+a state dict that loads strictly into a fresh network, the outputs and the FLOPs. Networks run in processes
+of their own: a crash or a timeout is a row. A run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.evidence import FOLDER, headline, machine, publish, save
+from benchmarks.models import Network, timm_networks, torchvision_networks
+from benchmarks.settle import settle
+from fxexpand import Chain, expand, fuse, report
+from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.table import short, table
+from fxexpand.verify import outputs_of, tolerance
+
+QUICK = [
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v2",
+    "torchvision:googlenet",
+    "torchvision:vit_b_32",
+    "torchvision:swin_t",
+    "timm:convnext_atto",
+    "timm:repvgg_a0",
+    "timm:levit_128s",
+    "timm:xcit_nano_12_p16_224",
+    "timm:resnetv2_50",
+    "timm:mobilevit_xxs",
+    "timm:efficientformer_l1",
+]
+RECIPE = Chain(depth=2, width=1)
+HEAVY = 160_000_000  # parameters of a network that runs alone: float64 copies of two do not fit in 24 GB
+
+
+def measure(network: Network) -> dict[str, Any]:
+    """The row of one network.
+
+    The errors are relative to the largest output, in evaluation mode, against the network before surgery.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    size, built = network.smallest()
+    model = network.build(built).eval()
+    x = torch.randn(2, 3, size, size)
+    settle(model, x)  # as built, zero scales and identity norms would hide errors
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)]
+    row: dict[str, Any] = {
+        "name": str(network),
+        "size": size,
+        "params": sum(p.numel() for p in model.parameters()),
+        "layers": len(layers),
+    }
+    wide = copy.deepcopy(model).double()
+    before = outputs_of(wide, x.double())
+    expand(wide, RECIPE, inplace=True)
+    row["error64"] = worst_error(outputs_of(wide, x.double()), before)
+    del wide, before
+
+    before = outputs_of(model, x)
+    expand(model, RECIPE, inplace=True)
+    found = report(model)
+    row["error32"] = worst_error(outputs_of(model, x), before)
+    row["sites"] = len(found.changed)
+    row["expanded_layers"] = _expanded_layers(model)
+    row["refused"] = {r.site: r.reason for r in found.refusals}
+    row["params_expanded"] = sum(p.numel() for p in model.parameters())
+    del before
+
+    row["losses"] = _train(model, x)
+    after = outputs_of(model, x)
+    fuse(model, scope="expanded", inplace=True)
+    fresh = network.build(built).eval()
+    row["class_kept"] = type(model) is type(fresh)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    row["fused_error"] = worst_error(outputs_of(fresh, x), after)
+    model.eval()
+    row["flops"], row["flops_fused"] = _flops(fresh, x), _flops(model, x)
+    row["tolerance32"] = tolerance(torch.float32, row["sites"])
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    row["failures"] = failures(row)
+    return row
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """What of the promise does not hold; empty for a good row."""
+    checks = {
+        "a layer neither expanded nor refused": row["expanded_layers"] + len(row["refused"]) >= row["layers"],
+        "float64 error above 1e-10": row["error64"] <= 1e-10,
+        "float32 error above its tolerance": row["error32"] <= row["tolerance32"],
+        "training": all(math.isfinite(loss) for loss in row["losses"]),
+        "class": row["class_kept"],
+        "error after fusing above its tolerance": row["fused_error"] <= row["tolerance32"],
+        "FLOPs": row["flops"] == row["flops_fused"],
+    }
+    return [name for name, holds in checks.items() if not holds]
+
+
+def _expanded_layers(model: nn.Module) -> int:
+    """Linear and convolution layers whose weight is no plain parameter any more."""
+    from fxexpand.sites import own_modules
+
+    layers = [module for _, module in own_modules(model) if isinstance(module, nn.Linear | _ConvNd)]
+    return sum(module._parameters.get("weight") is None for module in layers)
+
+
+def _train(model: nn.Module, x: torch.Tensor) -> list[float]:
+    """Three SGD steps that pull the outputs towards zero."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    before = [parameter.detach().sum() for parameter in model.parameters()]
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = torch.stack([output.square().mean() for output in tensors_of(model(x))]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    optimizer.zero_grad()
+    now = [parameter.detach().sum() for parameter in model.parameters()]
+    model.eval()
+    return losses if any(a != b for a, b in zip(before, now, strict=True)) else [math.nan]
+
+
+def _flops(model: nn.Module, x: torch.Tensor) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(x)
+    return int(counter.get_total_flops())
+
+
+def _worker(link: Connection, threads: int) -> None:
+    """Measure what comes down the link until it closes."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            network = link.recv()
+        except EOFError:
+            return
+        try:
+            row = measure(network)
+        except Exception as error:  # a crash is a row
+            row = {"name": str(network), "failures": [f"{type(error).__name__}: {str(error)[:300]}"]}
+        link.send(row)
+
+
+class _Process:
+    """A worker process that is replaced when it dies or takes too long."""
+
+    def __init__(self, threads: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._threads = threads
+        self.network: Network | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.link, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_worker, args=(theirs, self._threads), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def give(self, network: Network) -> None:
+        self.network, self.since = network, time.monotonic()
+        self.link.send(network)
+
+    def take(self) -> dict[str, Any]:
+        """The finished row; a row about the death of the process if it died."""
+        network, self.network = self.network, None
+        try:
+            row: dict[str, Any] = self.link.recv()
+            return row
+        except (EOFError, ConnectionResetError):
+            self.stop()
+            self._start()
+            return {"name": str(network), "failures": ["the process died (memory?)"]}
+
+    def give_up(self) -> dict[str, Any]:
+        network, self.network = self.network, None
+        self.stop()
+        self._start()
+        return {"name": str(network), "failures": ["timeout"]}
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.link.close()
+
+
+def _fits(network: Network, running: Sequence[Network]) -> bool:
+    """Whether it may start beside those that run."""
+    return not running or not any(n.parameters() > HEAVY for n in (network, *running))
+
+
+def sweep(networks: Sequence[Network], jobs: int, timeout: float, threads: int) -> Iterator[dict[str, Any]]:
+    """The rows of ``networks`` as they finish."""
+    waiting = list(networks)
+    processes = [_Process(threads) for _ in range(min(jobs, len(networks)))]
+    try:
+        while waiting or any(p.network for p in processes):
+            for process in processes:
+                running = [p.network for p in processes if p.network is not None]
+                if waiting and process.network is None and _fits(waiting[0], running):
+                    process.give(waiting.pop(0))
+            busy = [process for process in processes if process.network is not None]
+            ready = wait([process.link for process in busy], timeout=1.0)
+            for process in busy:
+                if process.link in ready:
+                    yield process.take()
+                elif time.monotonic() - process.since > timeout:
+                    yield process.give_up()
+    finally:
+        for process in processes:
+            process.stop()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of all rows, and a line that counts."""
+    head = (
+        "network",
+        "px",
+        "params",
+        "layers",
+        "sites",
+        "float64",
+        "float32",
+        "fused",
+        "FLOPs",
+        "s",
+        "holds",
+    )
+    lines = []
+    for row in sorted(rows, key=lambda row: row["name"]):
+        if "seconds" not in row:
+            lines.append((row["name"], *["-"] * 9, "; ".join(row["failures"])))
+            continue
+        covered = f"{row['expanded_layers']}/{row['layers']}"
+        lines.append(
+            (
+                row["name"],
+                str(row["size"]),
+                short(row["params"]),
+                covered,
+                str(row["sites"]),
+                f"{row['error64']:.0e}",
+                f"{row['error32']:.0e}",
+                f"{row['fused_error']:.0e}",
+                "equal" if row["flops"] == row["flops_fused"] else "DIFFER",
+                f"{row['seconds']:.0f}",
+                "; ".join(row["failures"]) or "all",
+            )
+        )
+    good = sum(not row["failures"] for row in rows)
+    return f"{table(head, lines, left=(0, 10))}\n\n{good} of {len(rows)} networks: everything holds."
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="twelve networks, nothing published")
+    parser.add_argument("--only", default="*", help="a glob over library:name")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds per network")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with an interrupted run")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/roundtrip[-quick].json")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run, print, save; 1 if a promise does not hold."""
+    options = _arguments(given)
+    networks = [
+        n for n in (*torchvision_networks(), *timm_networks()) if fnmatch.fnmatch(str(n), options.only)
+    ]
+    if options.quick:
+        networks = [n for n in networks if str(n) in QUICK]
+    out = options.out or FOLDER / "results" / ("roundtrip-quick.json" if options.quick else "roundtrip.json")
+    journal = out.with_suffix(".jsonl")
+    if options.fresh or options.quick:
+        journal.unlink(missing_ok=True)
+    rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    done = {row["name"] for row in rows}
+    rest = [n for n in networks if str(n) not in done]
+    about = {**machine(), "threads": options.threads}
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    for row in sweep(rest, options.jobs, options.timeout, options.threads):
+        rows.append(row)
+        with open(journal, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        verdict = "; ".join(row["failures"]) or "holds"
+        print(f"[{len(rows)}/{len(networks)}] {row['name']}: {verdict}", file=sys.stderr, flush=True)
+    text = summary(rows)
+    print(
+        f"{headline(about)}\n{RECIPE}, {options.jobs} processes, {time.monotonic() - started:.0f} s\n\n{text}"
+    )
+    rows.sort(key=lambda row: row["name"])
+    save(out, {"benchmark": "roundtrip", "machine": about, "recipe": str(RECIPE), "rows": rows})
+    journal.unlink(missing_ok=True)
+    if options.out is None and not options.quick and options.only == "*":
+        publish("roundtrip", f"{headline(about)}; {RECIPE}.\n\n```\n{text}\n```")
+    return int(any(row["failures"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

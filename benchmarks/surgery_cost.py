@@ -1,0 +1,138 @@
+"""What does surgery cost, and does it grow linearly? ``python -m benchmarks.surgery_cost [--quick]``
+
+``expand`` and ``fuse(scope="expanded")`` with the default recipe, timed in turns with forward-backward passes
+of the same network (batch 8, 224 x 224, training mode), for ResNet-50, 101 and 152; and for chains of 10, 100
+and 1000 Linear layers. Quoted are medians, and ratios within the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from benchmarks.evidence import FOLDER, headline, machine, publish, save
+from fxexpand import expand, fuse
+from fxexpand.table import short, table
+
+T = TypeVar("T")
+RESNETS = ("resnet50", "resnet101", "resnet152")
+TARGET = 3.0  # forward-backward passes, for ResNet-50
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    """Seconds, and what came of it."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def resnet_row(name: str, rounds: int, batch: int, size: int) -> dict[str, Any]:
+    """Medians over ``rounds`` of a pass, an expansion and a fold, taken in turns after one warm-up."""
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None)
+    x = torch.randn(batch, 3, size, size)
+
+    def forward_backward() -> None:
+        model.train()(x).sum().backward()
+        model.zero_grad()
+
+    forward_backward()
+    passes, expansions, folds = [], [], []
+    for _ in range(rounds):
+        passes.append(timed(forward_backward)[0])
+        seconds, big = timed(lambda: expand(model))
+        expansions.append(seconds)
+        folds.append(timed(partial(fuse, big, scope="expanded"))[0])
+        del big
+    return {
+        "name": name,
+        "sites": sum(isinstance(module, nn.Linear | nn.Conv2d) for module in model.modules()),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "pass_s": median(passes),
+        "expand_s": median(expansions),
+        "fuse_s": median(folds),
+        "ratio": median((e + f) / p for p, e, f in zip(passes, expansions, folds, strict=True)),
+    }
+
+
+def linear_row(layers: int) -> dict[str, Any]:
+    """One expansion and fold of a chain of Linear layers, after a warm-up on a short one."""
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(layers)])
+    expand_s, big = timed(lambda: expand(model))
+    fuse_s, _ = timed(lambda: fuse(big, scope="expanded"))
+    return {"layers": layers, "expand_s": expand_s, "fuse_s": fuse_s}
+
+
+def tables(resnets: Sequence[dict[str, Any]], chains: Sequence[dict[str, Any]]) -> str:
+    """Both tables, as text."""
+    one = [
+        (
+            row["name"],
+            str(row["sites"]),
+            short(row["params"]),
+            f"{row['pass_s']:.2f}",
+            f"{row['expand_s']:.2f}",
+            f"{row['fuse_s']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{1e9 * (row['expand_s'] + row['fuse_s']) / row['params']:.0f}",
+        )
+        for row in resnets
+    ]
+    two = [
+        (
+            str(row["layers"]),
+            f"{row['expand_s']:.3f}",
+            f"{row['fuse_s']:.3f}",
+            f"{1e3 * (row['expand_s'] + row['fuse_s']) / row['layers']:.2f}",
+        )
+        for row in chains
+    ]
+    head = ("network", "sites", "params", "pass s", "expand s", "fuse s", "both / pass", "ns / param")
+    return (
+        f"{table(head, one)}\n\n"
+        f"{table(('Linear layers', 'expand s', 'fuse s', 'ms / layer'), two)}\n\n"
+        f"Target: both / pass below {TARGET:.0f} for resnet50."
+    )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run, print, save; 1 if ResNet-50 misses its target in a full run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="ResNet-18 and short chains, nothing published")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/surgery_cost[-quick].json")
+    options = parser.parse_args(given)
+    torch.manual_seed(0)
+    names, lengths = (("resnet18",), (10, 100)) if options.quick else (RESNETS, (10, 100, 1000))
+    rounds, size = (1, 96) if options.quick else (options.rounds, 224)
+    linear_row(3)
+    chains = [linear_row(length) for length in lengths]
+    resnets = []
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        resnets.append(resnet_row(name, rounds, batch=8, size=size))
+    about, text = machine(), tables(resnets, chains)
+    print(f"{headline(about)}\n\n{text}")
+    results = FOLDER / "results"
+    out = options.out or results / ("surgery_cost-quick.json" if options.quick else "surgery_cost.json")
+    save(out, {"benchmark": "surgery_cost", "machine": about, "resnets": resnets, "chains": chains})
+    if options.quick or options.out is not None:
+        return 0
+    publish("surgery_cost", f"{headline(about)}; median of {rounds} rounds.\n\n```\n{text}\n```")
+    return int(resnets[0]["ratio"] >= TARGET)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,8 +26,7 @@ lint: $(READY) ## ruff and mypy --strict
 check: lint test ## everything a change must pass: ruff, mypy --strict, tests
 
 bench: $(READY) ## run every benchmark in its quick form
-	@set -e; for file in benchmarks/[a-z]*.py; do \
-		[ -e "$$file" ] || continue; \
+	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
 		echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" --quick; done
 
 package: $(READY) ## build the sdist and the wheel, and import the wheel away from this checkout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 SMALL = 0.2  # constants below this are scales that switch a branch off
@@ -18,9 +19,9 @@ def settle(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     """Shake the constant parameters and the BatchNorm statistics of ``model``, in place.
 
     A parameter whose values are all ``c`` becomes normal with deviation 0.05 for ``c = 0``, uniform in
-    [0.2, 0.6] for a small ``c``, and ``c`` times uniform in [0.5, 1.5] otherwise. Running statistics are
-    those of one forward pass over ``images`` in training mode, moved by up to 40 % of the variance and
-    10 % of a deviation, as those of a trained network differ from any batch.
+    [0.2, 0.6] for a small ``c``, and ``c`` times uniform in [0.5, 1.5] otherwise. Running statistics are those
+    of one pass over images of the size of ``images`` in which BatchNorm alone trains (dropped branches would not
+    be those of the network in use), moved by up to 10 % of the variance and of a deviation.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -32,19 +33,38 @@ def settle(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # the running statistics become those of the batch
-    model.train()
+    model.eval()
+    for norm in norms:
+        norm.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model(images)
+        model(_varied(images, generator))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         mean, variance = norm.running_mean, norm.running_var
         assert mean is not None and variance is not None
-        variance.mul_(0.8).add_(0.2 * variance.mean())  # a small batch leaves some channels without variance
-        variance.mul_(_uniform(variance, 0.7, 1.4, generator))
+        # A small batch leaves some channels without variance. The others must keep theirs: a few percent less
+        # in every layer, and the activations grow along the depth until rounding is all one measures.
+        variance.clamp_(min=0.1 * float(variance.mean()))
+        variance.mul_(_uniform(variance, 0.9, 1.1, generator))
         mean.add_(0.1 * variance.sqrt() * _normal(mean, generator))
     for module, training in flags:
         module.training = training
+
+
+def _varied(images: Tensor, generator: torch.Generator, count: int = 16) -> Tensor:
+    """Images of random colour, contrast and coarse structure, in the size and dtype of ``images``.
+
+    Noise alone is the same everywhere to a deep layer: channels would have next to no variance, and a network
+    normalised by it amplifies rounding, which no trained network does.
+    """
+    size = images.shape[-2:]
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    colour = torch.randn(count, 3, 1, 1, generator=generator)
+    contrast = 0.3 + 1.7 * torch.rand(count, 1, 1, 1, generator=generator)
+    noise = torch.randn(count, 3, *size, generator=generator)
+    smooth = functional.interpolate(coarse, size=size, mode="bilinear")
+    return (0.5 * colour + contrast * (smooth + 0.5 * noise)).to(images)
 
 
 def _shake(parameter: Tensor, generator: torch.Generator) -> None:

@@ -126,12 +126,34 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopReport:
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_recurrent_and_vector_operators())
-    with evaluating(model), _counted_kernels(model), counter, _attributed(model, counter) as own:
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_without_gradients(model))
+        stack.enter_context(_counted_kernels(model))
+        stack.enter_context(counter)
+        own = stack.enter_context(_attributed(model, counter))
         call(model, example_inputs)
     counts = counter.get_flop_counts().get("Global", {})
     by_operator = {str(name): int(flops) for name, flops in counts.items()}
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     return FlopReport(sum(own.values()), own, by_operator, parameters)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients.
+
+    The counter follows the inputs of modules back through the graph; a parameter that is one (a class
+    token), read under ``no_grad``, has none, and the counter would fail.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ class Expanded(nn.Module):
             kernel; ``"auto"`` takes what costs fewer FLOPs for the shape of the input.
 
     ``weight`` and ``bias`` are the effective ones, differentiable in the factors. Assigning a tensor to
-    ``weight`` factors it; writing into it in place does nothing, as torch.nn.utils.parametrize has it too. With
-    a BatchNorm inside, reading them in training mode is an InexactError: no single weight exists.
+    ``weight`` factors it; writing into it in place does nothing, as with torch.nn.utils.parametrize. With a
+    BatchNorm inside, reading them in training mode is an InexactError: no single weight exists.
     """
 
     expansion: nn.Sequential

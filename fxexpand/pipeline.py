@@ -151,7 +151,7 @@ def report(model: nn.Module) -> Report:
     found = model.__dict__.get(_REPORT)
     if not isinstance(found, Report):
         raise FxExpandError(
-            f"{type(model).__name__}: has no report. Call fxexpand.expand or fxexpand.fuse and ask its result."
+            f"{type(model).__name__}: has no report. Call fxexpand.expand or fuse, and ask the result."
         )
     return found
 

@@ -22,10 +22,10 @@ class Selection:
 
     Args:
         select: None takes every site. A predicate is called with the site's name and the module that holds
-            the weight. A pattern is a glob (``"layer4.*"``, ``"*.fc?"``) or, as ``re.compile(...)`` or a string
-            that begins with ``"re:"``, a regular expression for the whole name; it takes the sites it names
-            and all sites below a module it names. A list takes what any of its patterns takes. A mapping is
-            a recipe (or None: leave alone) per pattern; of several that match, the last counts.
+            the weight. A pattern is a glob (``"layer4.*"``, ``"*.fc?"``) or, as ``re.compile(...)`` or a
+            string that begins with ``"re:"``, a regular expression for the whole name; it takes the sites it
+            names and all sites below a module it names. A list takes what any of its patterns takes. A
+            mapping is a recipe (or None: leave alone) per pattern; of several that match, the last counts.
         recipe: for sites whose pattern brings none.
 
     Raises: SelectionError: none of these forms, or a broken regular expression.
@@ -51,8 +51,8 @@ class Selection:
             self._predicate = select
         else:
             raise SelectionError(
-                f"select={select!r}: give a predicate (name, module) -> bool, a pattern, a list of patterns or "
-                "a mapping from pattern to recipe."
+                f"select={select!r}: give a predicate (name, module) -> bool, a pattern, a list of patterns "
+                "or a mapping from pattern to recipe."
             )
         for pattern, chosen in self._patterns:
             if not isinstance(pattern, str | re.Pattern):

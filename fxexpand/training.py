@@ -30,7 +30,7 @@ class Schedule:
 
     epochs: int = 40
     batch_size: int = 50
-    lr: float = 2e-3
+    lr: float = 1e-3
     rank_every: int = 20
 
     def __post_init__(self) -> None:

@@ -136,7 +136,8 @@ def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpa
         if shared is None:
             shared = _lists(module)[name]
         _lists(module)[name] = shared
-        if load_original not in [getattr(h, "hook", None) for h in module._load_state_dict_pre_hooks.values()]:
+        hooks = module._load_state_dict_pre_hooks.values()
+        if load_original not in [getattr(hook, "hook", None) for hook in hooks]:
             module.register_load_state_dict_pre_hook(load_original)  # type: ignore[no-untyped-call]
         if isinstance(module, nn.RNNBase):
             _compute_flat_weights(module)

@@ -66,9 +66,9 @@ def test_batches_hold_every_image_once_and_a_seed_fixes_the_order_of_each_epoch(
     assert epochs == [[labels.tolist() for _, labels in two] for _ in range(2)]
     assert epochs[0] != epochs[1]
     assert [len(labels) for labels in epochs[0]] == [5, 5, 5, 5, 3] and len(one) == 5
-    assert sorted(sum(epochs[1], [])) == list(range(23))
+    assert sorted(label for labels in epochs[1] for label in labels) == list(range(23))
     plain = [(x.tolist(), y.tolist()) for x, y in batches(dataset, 10)]
-    assert sum((y for _, y in plain), []) == list(range(23))
+    assert [label for _, y in plain for label in y] == list(range(23))
     assert all(x == y for x, y in plain)
     with pytest.raises(SelectionError, match="batch size 0"):
         batches(dataset, 0)
@@ -89,7 +89,9 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray[Any, 
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     meta = pickle.dumps({"label_names": [str(i) for i in range(10)]})
     (folder / "batches.meta").write_bytes(meta)
-    monkeypatch.setattr(Reader, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(
+        Reader, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
+    )
     monkeypatch.setattr(Reader, "test_list", [["test_batch", sums["test_batch"]]])
     known = {"filename": "batches.meta", "key": "label_names", "md5": hashlib.md5(meta).hexdigest()}
     monkeypatch.setattr(Reader, "meta", known)

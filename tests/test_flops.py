@@ -202,3 +202,20 @@ def test_short_numbers(count: float, text: str) -> None:
 
 def test_tables_align() -> None:
     assert table(("a", "bb"), [("xyz", "1"), ("", "22")]) == "a    bb\n---  --\nxyz   1\n     22"
+
+
+def test_a_parameter_that_is_the_input_of_a_module() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 4))
+            self.layer = nn.Sequential(nn.Linear(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.layer(self.token) + self.layer(x)
+            return result
+
+    model = Token()
+    model.layer[0].bias.requires_grad_(False)
+    assert count_flops(model, torch.rand(5, 4)).total == 2 * 4 * 3 * 6
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False]

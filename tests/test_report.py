@@ -35,7 +35,7 @@ def test_a_report_travels_with_copies_and_is_missing_where_nothing_was_done() ->
 
     big = expand(ConvNet())
     assert report(copy.deepcopy(big)) == report(big)
-    with pytest.raises(fxexpand.FxExpandError, match=r"Sequential: has no report. Call fxexpand\.expand"):
+    with pytest.raises(fxexpand.FxExpandError, match=r"Sequential: has no report. Call fxexpand.expand"):
         report(nn.Sequential())
 
 

@@ -6,7 +6,6 @@ Matrices are batched: ``(groups, out, in)``, one block per group of a grouped ke
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -89,12 +88,13 @@ def balanced_factors(
 def _eigenvectors(symmetric: Tensor) -> Tensor:
     """Columns by rising eigenvalue.
 
-    On one thread of the CPU: LAPACK's threads meet at every column, and where another process holds a core
-    each meeting waits for the scheduler (25 times slower, measured with two busy cores of two).
+    Small ones on one thread of the CPU: LAPACK's threads meet at every column, and where another process
+    holds a core each meeting waits for the scheduler (25 times slower, measured on two busy cores).
     """
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        if symmetric.shape[-1] <= 1024:
+            torch.set_num_threads(1)
         vectors: Tensor = torch.linalg.eigh(symmetric)[1]
     finally:
         torch.set_num_threads(threads)
@@ -135,8 +135,8 @@ class _Turn:
     def around(self, diagonal: Tensor, other: _Turn) -> Tensor:
         """``Q @ diag(diagonal) @ other.mT``, ``(groups, rows, rows)``, as one update of low rank.
 
-        ``(I - 2 V V^T) D (I - 2 U U^T) = D - 2 V (V^T D) + (4 V (V^T D U) - 2 D U) U^T`` where ``D`` holds the
-        signed diagonal.
+        ``(I - 2 V V^T) D (I - 2 U U^T) = D - 2 V (V^T D) + (4 V (V^T D U) - 2 D U) U^T`` where ``D``
+        holds the signed diagonal.
         """
         columns = diagonal.shape[1]
         signed = (diagonal * self.signs * other.signs).unsqueeze(-1)

@@ -1,0 +1,191 @@
+"""The demo, end to end and small: what it wrote is checked with the libraries that others would use."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import pty
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxexpand import demo, pipeline
+from fxexpand.data import digits
+from fxexpand.findings import Findings
+from fxexpand.rank import rank_report
+from fxexpand.training import Schedule
+from tests.compare import assert_same
+
+TINY: dict[str, Any] = {"train_size": 100, "schedule": Schedule(epochs=1), "rounds": 8, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "runs" / "demo"
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Findings:
+    return demo.run(folder, seeds=2, **TINY)
+
+
+@pytest.fixture(scope="module")
+def test_set(found: Findings) -> tuple[Tensor, Tensor]:
+    dataset = digits(0, 100).test
+    assert isinstance(dataset, TensorDataset)
+    images, labels = dataset.tensors
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def loaded(found: Findings, folder: Path) -> demo.Digits:
+    """A plain network with the weights of the file."""
+    network = demo.Digits().eval()
+    network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return network
+
+
+def test_all_files_are_there_and_nothing_else(found: Findings, folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == set(found.files) == set(demo.FILES)
+    assert found.skipped == () and found.failed == ()
+    assert len(found.proofs) == 8
+
+
+def test_the_onnx_file_computes_what_the_weights_do(
+    folder: Path, loaded: demo.Digits, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, _ = test_set
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (name,) = (value.name for value in session.get_inputs())
+    actual = torch.from_numpy(np.asarray(session.run(None, {name: images.numpy()})[0]))
+    with torch.no_grad():
+        expected = loaded(images)
+    assert_same(actual, expected, 1e-5)
+    assert torch.equal(actual.argmax(1), expected.argmax(1))
+
+
+def test_the_figures_are_those_of_the_files(
+    found: Findings, folder: Path, loaded: demo.Digits, test_set: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = test_set
+    with torch.no_grad():
+        right = int((loaded(images).argmax(1) == labels).sum())
+        with FlopCounterMode(display=False) as counter:
+            loaded(images[:1])
+    assert math.isclose(found.test_accuracy("expanded")[0], 100 * right / len(labels))
+    assert found.flops["fused"] == found.flops["plain"] == counter.get_total_flops()
+    assert found.flops["expanded"] > found.flops["plain"]
+    assert found.parameters["fused"] == sum(p.numel() for p in loaded.parameters())
+    ranks = {row.name.removesuffix(".weight"): row.effective_rank for row in rank_report(loaded).rows}
+    assert ranks.keys() == found.full_ranks.keys()
+    for layer, value in ranks.items():
+        assert math.isclose(found.final_rank("expanded", layer)[0], value, rel_tol=1e-5)
+        spectrum = torch.linalg.svdvals(loaded.get_submodule(layer).weight.detach().flatten(1).double())  # type: ignore[operator]
+        assert_same(torch.tensor(found.spectra[layer][1]).double(), spectrum / spectrum[0], 1e-5)
+
+
+def test_both_networks_start_from_one_function_and_then_part(found: Findings) -> None:
+    for run in found.runs:
+        for layer in found.full_ranks:
+            plain, expanded = run.plain.ranks[layer], run.expanded.ranks[layer]
+            assert math.isclose(plain[0], expanded[0], rel_tol=1e-4)
+            assert plain[-1] != expanded[-1]
+    assert found.runs[0].plain.loss != found.runs[1].plain.loss
+
+
+def test_json_table_and_page_hold_the_same_figures(found: Findings, folder: Path) -> None:
+    values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert values == json.loads(json.dumps(found.to_dict()))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in page and "https:" not in page and page.count("<svg") == 4
+    text = str(found)
+    mean = sum(values["test_accuracy"]["plain"]) / 2
+    row = next(line for line in text.splitlines() if line.startswith("test accuracy"))
+    assert f" {mean:.2f} ± " in row
+    for line in values["verdict"]:
+        assert line in page
+        assert line in " ".join(text.split())
+    assert all(proof["holds"] for proof in values["proofs"])
+
+
+def test_the_threads_are_given_back(found: Findings) -> None:
+    assert torch.get_num_threads() == 1  # conftest's
+    torch.set_num_threads(2)
+    try:
+        with demo._one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_without_the_extras_the_rest_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.onnx").write_text("of an earlier run")
+    find, missing = importlib.util.find_spec, ("onnxruntime", "matplotlib")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    found = demo.run(tmp_path, seeds=1, **TINY)
+    assert found.skipped == (demo.ONNX_MISSING, demo.PLOTS_MISSING)
+    assert 'pip install "fxexpand[onnx]"' in " ".join(str(found).split())
+    assert not found.failed and "model.onnx" not in found.files
+    assert {path.name for path in tmp_path.iterdir()} == set(found.files)
+    assert found.latency is not None and {m.backend for m in found.latency.measurements} == {"eager"}
+
+
+def perturbed(model: nn.Module, **options: Any) -> nn.Module:
+    """A fuse that is off by 0.1 % in one layer."""
+    fused = pipeline.fuse(model, **options)
+    with torch.no_grad():
+        fused.get_parameter("conv2.weight").mul_(1.001)
+    return fused
+
+
+def test_a_wrong_fuse_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "fuse", perturbed)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = demo.run(tmp_path, seeds=1, **TINY)
+    assert "fused = expanded" in [proof.claim for proof in found.failed]
+    assert "FAILED: fused = expanded" in found.verdict[-1]
+    assert {path.name for path in tmp_path.iterdir()} == set(found.files)
+
+
+def test_each_proof_can_fail() -> None:
+    plain = demo.Digits().eval()
+    other = copy.deepcopy(plain)
+    other.fc2 = nn.Linear(64, 10, bias=False)
+    assert not demo._same_structure(other, plain).holds
+    assert demo._same_structure(copy.deepcopy(plain), plain).holds
+    assert not demo._same_structure(copy.deepcopy(plain).double(), plain).holds
+    logits = torch.randn(20, 10)
+    assert not demo._same_outputs("a", logits * 1.001, logits).holds
+    assert not demo._same_outputs("a", logits * math.nan, logits).holds
+    assert not demo._same_classes("a", logits.roll(1, 1), logits).holds
+    assert demo._same_outputs("a", logits.clone(), logits).holds
+
+
+def test_bars_are_drawn_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with demo._bars({"training": 2}, None) as notify:
+        notify("training", 1)
+    assert capfd.readouterr() == ("", "")
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with demo._bars({"training": 2}, None) as notify:
+            notify("training", 2)
+        terminal.flush()
+        drawn = os.read(screen.fileno(), 100_000).decode()
+    assert "training" in drawn and "2/2" in drawn

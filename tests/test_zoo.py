@@ -1,0 +1,148 @@
+"""Models by name, weights from files that hold nothing but tensors, and inputs from the command line."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fxexpand.demo import Digits
+from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.zoo import example_input, load_model, load_weights, require_accepts
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:squeezenet1_1", "fxexpand.demo:Digits"])
+def test_a_model_is_found_by_its_name(name: str) -> None:
+    assert any(p.is_meta for p in load_model(name, meta=True).parameters())
+    assert not any(p.is_meta for p in load_model(name).parameters())
+
+
+def test_torchvision_builds_without_downloads_or_warnings() -> None:
+    """Detection models download their backbone by default; two old classifiers warn about their weights."""
+    for name in ("fasterrcnn_mobilenet_v3_large_fpn", "googlenet"):
+        assert isinstance(load_model(f"torchvision:{name}", meta=True), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm:resnet19", "timm has no model 'resnet19'. Did you mean resnet18"),
+        ("torchvision:resnet_50", "torchvision has no model 'resnet_50'. Did you mean resnet50"),
+        ("resnet18", "write timm:NAME.* Did you mean timm:resnet18"),
+        ("timm:", "'timm:' names no model"),
+        ("fxexpand.demo:Digitz", "fxexpand.demo has no 'Digitz'. Did you mean Digits"),
+        ("fxexpand.nowhere:f", "no module 'fxexpand.nowhere'"),
+        ("tim:resnet18", "no module 'tim' .* Did you mean timm"),
+        ("fxexpand.demo:NETWORK", "is a str; name a factory"),
+        ("fxexpand.zoo:load_model", "needs arguments .*'name'"),
+        ("fxexpand.recipes:Chain", "gave a Chain, not an nn.Module"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_closest(name: str, message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        load_model(name)
+
+
+def test_models_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_for_this_test.py").write_text(
+        "import torch\nnet = torch.nn.Linear(2, 3)\n"
+        "def values():\n    return torch.nn.Linear(2, int(torch.ones(()).item()))\n"
+    )
+    (tmp_path / "broken_for_this_test.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert isinstance(load_model("mine_for_this_test:net"), nn.Linear)
+    read = load_model("mine_for_this_test:values", meta=True)  # its constructor cannot run on meta
+    assert not next(read.parameters()).is_meta
+    with pytest.raises(FxExpandError, match="needs 'nothing_of_this_name', which is not installed"):
+        load_model("broken_for_this_test:f")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_are_loaded_strictly(tmp_path: Path, suffix: str) -> None:
+    model, source, path = Digits(), Digits(), tmp_path / f"weights.{suffix}"
+
+    def write(state: dict[str, torch.Tensor]) -> None:
+        if suffix == "pt":
+            torch.save(state, path)
+        else:
+            save_file(state, path)
+
+    state = dict(source.state_dict())
+    write(state)
+    load_weights(model, path)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    write({name: value for name, value in state.items() if name != "fc2.bias"})
+    with pytest.raises(SelectionError, match=r"weights\.\w+: lacks 'fc2.bias'\."):
+        load_weights(model, path)
+    write({**state, "extra": torch.ones(1)})
+    with pytest.raises(SelectionError, match="holds 'extra', which the model lacks"):
+        load_weights(model, path)
+    write({**state, "fc2.bias": torch.ones(11)})
+    with pytest.raises(SelectionError, match=r"size mismatch for fc2.bias"):
+        load_weights(model, path)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (trap,)
+
+    for name, write in (("a.pt", torch.save), ("b.pt", lambda o, p: p.write_bytes(pickle.dumps(o)))):
+        write({"fc1.weight": Trap()}, tmp_path / name)
+        with pytest.raises(SelectionError, match="holds more than tensors"):
+            load_weights(Digits(), tmp_path / name)
+    assert not trap.exists()
+    torch.save([torch.ones(1)], tmp_path / "c.pt")
+    with pytest.raises(SelectionError, match="not a state dict"):
+        load_weights(Digits(), tmp_path / "c.pt")
+    (tmp_path / "d.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(SelectionError, match="not a safetensors file"):
+        load_weights(Digits(), tmp_path / "d.safetensors")
+    for missing in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(SelectionError, match=r": (No such file or directory|Is a directory)\."):
+            load_weights(Digits(), missing)
+
+
+def test_inputs_are_written_as_shapes() -> None:
+    image = example_input("2,3,5x7")
+    assert image.shape == (2, 3, 5, 7) and image.dtype == torch.float32
+    assert 0.5 < float(image.std()) < 1.5
+    tokens = example_input(" 4,64:int64 ")
+    assert tokens.dtype == torch.int64 and set(tokens.flatten().tolist()) == {0, 1}
+    assert example_input("3:bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1;2", "write the shape as"),
+        ("", "write the shape"),
+        ("2,0", "1 or more"),
+        ("2:flota32", "Did you mean float32"),
+    ],
+)
+def test_a_wrong_input_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        example_input(text)
+
+
+def test_inputs_a_model_does_not_take_are_one_line() -> None:
+    model = Digits()
+    require_accepts(model, (torch.randn(2, 1, 8, 8),))
+    assert model.training
+    with pytest.raises(
+        SelectionError, match=r"Digits does not take an input of 2x3x8x8: .*channels"
+    ) as caught:
+        require_accepts(model, (torch.randn(2, 3, 8, 8),))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SelectionError, match="2 positional arguments but 3 were given"):
+        require_accepts(model, (torch.randn(2, 1, 8, 8), torch.ones(1)))

@@ -19,9 +19,9 @@ def settle(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     """Shake the constant parameters and the BatchNorm statistics of ``model``, in place.
 
     A parameter whose values are all ``c`` becomes normal with deviation 0.05 for ``c = 0``, uniform in
-    [0.2, 0.6] for a small ``c``, and ``c`` times uniform in [0.5, 1.5] otherwise. Running statistics are those
-    of one pass over images of the size of ``images`` in which BatchNorm alone trains (dropped branches would not
-    be those of the network in use), moved by up to 10 % of the variance and of a deviation.
+    [0.2, 0.6] for a small ``c``, and ``c`` times uniform in [0.5, 1.5] otherwise. Running statistics are
+    those of one pass over images of the size of ``images`` in which BatchNorm alone trains (dropped branches
+    would not be those of the network in use), moved by up to 10 % of the variance and of a deviation.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

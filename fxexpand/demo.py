@@ -184,7 +184,7 @@ def _pair(
 
     histories = []
     for model in (plain, expanded):
-        train = batches(data.train, schedule.batch_size, seed=id(model))
+        train = batches(data.train, schedule.batch_size, seed=seed)
         histories.append(fit(model, train, test, schedule, on_step=lambda: notify("training", 1)))
     fused, proofs = _fused(expanded.eval(), plain.eval(), test)
     history = Run(seed, histories[0], histories[1], (at_start, *proofs))

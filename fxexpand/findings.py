@@ -198,7 +198,8 @@ class Findings:
 
     def _proof_verdict(self) -> str:
         if not self.failed:
-            return f"Proofs: all {len(self.proofs)} hold, on every test image of every seed."
+            count = f"all {len(self.proofs)} hold"
+            return f"Proofs: {count}, on every test image; those of the files for the first seed."
         return f"Proofs: {len(self.failed)} of {len(self.proofs)} FAILED: {describe(self.failed)}"
 
     def rows(self) -> list[tuple[str, ...]]:

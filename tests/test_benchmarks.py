@@ -66,7 +66,8 @@ def test_each_promise_can_fail(rows: list[dict[str, Any]]) -> None:
         "losses": [1.0, float("nan"), 1.0],
         "class_kept": False,
         "flops_fused": rows[0]["flops"] + 1,
-        "expanded_layers": rows[0]["layers"] - 1,
+        "missed": ["conv1"],
+        "contrast": 0.0,
     }
     for key, value in broken.items():
         assert len(roundtrip.failures({**rows[0], key: value})) == 1, key

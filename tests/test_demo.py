@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import math
-import os
-import pty
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from fxexpand import demo, pipeline
 from fxexpand.data import digits
 from fxexpand.findings import Findings
 from fxexpand.rank import rank_report
+from fxexpand.recipes import Chain
 from fxexpand.training import Schedule
 from tests.compare import assert_same
 
@@ -105,6 +105,17 @@ def test_both_networks_start_from_one_function_and_then_part(found: Findings) ->
     assert found.runs[0].plain.loss != found.runs[1].plain.loss
 
 
+def test_the_two_differ_in_nothing_but_the_expansion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where expand does nothing, both are trained to the same weights: start and batches are the same."""
+    for name in ("expand", "fuse"):
+        monkeypatch.setattr(demo, name, lambda model, *arguments, **options: copy.deepcopy(model))
+    cpu = torch.device("cpu")
+    pair = demo._pair(0, 100, Schedule(epochs=2), Chain(), cpu, lambda task, steps: None)
+    assert pair.run.plain.loss == pair.run.expanded.loss
+    assert pair.run.plain.test_accuracy == pair.run.expanded.test_accuracy
+    assert pair.run.plain.ranks == pair.run.expanded.ranks
+
+
 def test_json_table_and_page_hold_the_same_figures(found: Findings, folder: Path) -> None:
     values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert values == json.loads(json.dumps(found.to_dict()))
@@ -174,18 +185,22 @@ def test_each_proof_can_fail() -> None:
     assert demo._same_outputs("a", logits.clone(), logits).holds
 
 
+class Screen(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_bars_are_drawn_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with demo._bars({"training": 2}, None) as notify:
         notify("training", 1)
     assert capfd.readouterr() == ("", "")
-    ours, theirs = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
-    with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with demo._bars({"training": 2}, None) as notify:
-            notify("training", 2)
-        terminal.flush()
-        drawn = os.read(screen.fileno(), 100_000).decode()
-    assert "training" in drawn and "2/2" in drawn
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with demo._bars({"training": 2}, None) as notify:
+        notify("training", 2)
+    assert "training" in screen.getvalue() and "2/2" in screen.getvalue()

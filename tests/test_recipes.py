@@ -134,6 +134,14 @@ def test_sizes_are_those_of_the_paper() -> None:
         neck.build(kernel_of(nn.Linear(10, 6)))
 
 
+def test_a_lopsided_weight_does_not_explode() -> None:
+    chain = Chain(depth=3, width=2)
+    head = chain.build(kernel_of(nn.Linear(64, 20_000, bias=False, device="meta")))
+    assert [p.shape[0] for p in head.parameters()] == [512, 512, 20_000]
+    usual = chain.build(kernel_of(nn.Linear(64, 256, bias=False, device="meta")))  # as in ResNet-50: 2 * 256
+    assert [p.shape[0] for p in usual.parameters()] == [512, 512, 256]
+
+
 @pytest.mark.parametrize("residual", [-1, 1, 2, 3])
 def test_residuals_fold(residual: int) -> None:
     for layer in (

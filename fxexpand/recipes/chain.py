@@ -16,6 +16,7 @@ from fxexpand.recipes.factors import balanced_factors, kaiming_factors
 from fxexpand.recipes.recipe import INITS, Init, Recipe
 from fxexpand.recipes.structure import LastDimBatchNorm, Skip
 
+LOPSIDED = 4
 NORMS = (LastDimBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial rank
 
 
@@ -29,7 +30,9 @@ class Chain(Recipe):
 
     Attributes:
         depth: number of factors, 1 or more.
-        width: the hidden width is ``ceil(width * out)``, but never below what full rank needs.
+        width: the hidden width is ``ceil(width * out)``, but never below what full rank needs, and counting
+            at most ``LOPSIDED`` times the full rank of outputs: the head of a language model, 50,000 outputs
+            from 768, would otherwise have factors of 100,000 x 100,000.
         batch_norm: a BatchNorm after every factor. Such a block runs on activations, folds in eval mode only,
             and gives a layer without a bias one. ``init="preserve"`` then holds in eval mode.
         residual: n > 0 puts a skip around each run of n factors, -1 around the whole chain; 0 is none. A run
@@ -66,10 +69,10 @@ class Chain(Recipe):
     def hidden_width(self, kernel: Kernel) -> int:
         """Channels between the factors: a multiple of the groups."""
         groups = kernel.groups
-        wanted = math.ceil(self.width * kernel.out_channels)
+        full = groups * min(_block_shape(kernel))
+        wanted = math.ceil(self.width * min(kernel.out_channels, LOPSIDED * full))
         if not self.bottleneck:
-            out, inner = _block_shape(kernel)
-            wanted = max(wanted, groups * min(out, inner))
+            wanted = max(wanted, full)
         return groups * math.ceil(wanted / groups)
 
     def build(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -97,8 +96,3 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
-
-
-def joined(title: str, reports: Iterable[Report]) -> Report:
-    """The rows of several reports under one title."""
-    return Report(title, tuple(row for report in reports for row in report.rows))

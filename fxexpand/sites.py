@@ -197,7 +197,10 @@ def _verdict(parameter: Tensor, owner: Owner, uses: _Uses) -> _Verdict:
     module, attribute = owner.module, owner.attribute
     shape = parameter.shape
     if isinstance(module, torch.fx.GraphModule) and not _is_typed(module):
-        return _Verdict("refuse", "a GraphModule holds it. Use the Expand pass, or expand before tracing")
+        return _Verdict(
+            "refuse",
+            "a GraphModule holds it, and generated code takes no parametrization. Expand before tracing",
+        )
     if type(module) in EXPANDED and attribute == "weight" and "forward" not in module.__dict__:
         return _Verdict("expand", view=None, space="layer")
     if attribute == "weight" and isinstance(module, nn.Linear | _ConvNd):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,13 @@ class Chain(Recipe):
                 f"Chain(residual={self.residual!r}): choose the number of factors under one skip, -1 for a "
                 "single skip around the chain, or 0 for none."
             )
+
+    def __str__(self) -> str:
+        """Depth, width, and what is not the default: as tables show it."""
+        special = [
+            f.name for f in fields(self) if f.name in ("depth", "width") or getattr(self, f.name) != f.default
+        ]
+        return f"Chain({', '.join(f'{name}={getattr(self, name)}' for name in special)})"
 
     @property
     def needs_activations(self) -> bool:

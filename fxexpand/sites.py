@@ -220,6 +220,8 @@ def _verdict(parameter: Tensor, owner: Owner, uses: _Uses) -> _Verdict:
         module, nn.ParameterList | nn.ParameterDict
     ):
         return _Verdict("leave", f"no weight of a linear map: {type(module).__name__}.{attribute}")
+    if sum(length > 1 for length in shape) < 2:
+        return _Verdict("leave", "no weight of a linear map: it has a single row or column")
     use = uses.of(owner)
     if isinstance(use, str):
         return _Verdict("refuse", use)

@@ -378,20 +378,22 @@ def test_plain_parameters_by_use() -> None:
             self.linear = nn.Parameter(torch.randn(4, 6))
             self.matmul = nn.Parameter(torch.randn(4, 5))
             self.einsum = nn.Parameter(torch.randn(2, 5, 3))
-            self.position = nn.Parameter(torch.randn(1, 3))
+            self.position = nn.Parameter(torch.randn(2, 3))
+            self.gain = nn.Parameter(torch.randn(3, 1, 1))
             self.list = nn.ParameterList([nn.Parameter(torch.randn(3, 3))])
             self.kernel = nn.Parameter(torch.randn(3, 1, 2))
 
         def forward(self, x: Tensor) -> Tensor:
             x = torch.tanh(F.linear(x, self.linear)) @ self.matmul
-            x = torch.einsum("bi,gij->bgj", x, self.einsum).mean(1) + self.position
+            x = torch.einsum("bi,gij->bgj", x, self.einsum).mean(1) + self.position.sum(0) + self.gain.view(3)
             return F.conv1d((x @ self.list[0]).unsqueeze(-1).expand(-1, -1, 4), self.kernel, groups=3)
 
     big = assert_round_trip(Plain().double(), X)
     actions = {row.site: row.action for row in report(big).rows}
-    assert actions.pop("position") == "left"
+    assert actions.pop("position") == actions.pop("gain") == "left"
     assert set(actions.values()) == {"expanded"} and len(actions) == 5
-    assert "add" in next(row.reason for row in report(big).rows if row.site == "position")
+    reasons = {row.site: row.reason for row in report(big).rows}
+    assert "used by sum" in reasons["position"] and "single row or column" in reasons["gain"]
 
 
 def test_writing_to_an_expanded_weight() -> None:

@@ -126,7 +126,7 @@ def _train(model: nn.Module, x: torch.Tensor) -> list[float]:
     """Three SGD steps that pull the outputs towards zero."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    before = [parameter.detach().sum() for parameter in model.parameters()]
+    before = [parameter.detach().double().sum() for parameter in model.parameters()]
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
@@ -136,7 +136,7 @@ def _train(model: nn.Module, x: torch.Tensor) -> list[float]:
         optimizer.step()
         losses.append(float(loss.detach()))
     optimizer.zero_grad()
-    now = [parameter.detach().sum() for parameter in model.parameters()]
+    now = [parameter.detach().double().sum() for parameter in model.parameters()]
     model.eval()
     moved = sum(bool(a != b) for a, b in zip(before, now, strict=True))
     return losses if moved > len(now) / 2 else [math.nan]

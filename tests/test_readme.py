@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import pkgutil
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import fxexpand
 from fxexpand.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 DOCUMENTS = [
-    ROOT / "README.md",
+    README,
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-EXAMPLES = {"README.md": 4, "docs/concepts.md": 3, "docs/exactness.md": 2}  # so many Python blocks at least
+# So many Python blocks at least.
+EXAMPLES = {"README.md": 4, "docs/concepts.md": 4, "docs/exactness.md": 3, "docs/limits.md": 3}
 LONG = {"demo"}  # commands that take minutes: their options are checked, the work is not done
 
 
@@ -75,6 +84,58 @@ def run_blocks(path: Path) -> int:
     return len(found)
 
 
+def require_known(line: str) -> None:
+    """That the make target, module, extra or command of a line exists, with the options that it gives."""
+    program, *arguments = shlex.split(line)
+    options = [argument for argument in arguments if argument.startswith("--")]
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert arguments, line
+        for target in arguments:
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"{line}: no such target"
+    elif program == "python":
+        assert arguments[0] == "-m", f"{line}: run it as a module, from the folder that holds benchmarks"
+        source = ROOT.joinpath(*arguments[1].split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        assert "__main__" in source, f"{line}: does nothing"
+        for option in options:
+            assert f'add_argument("{option}"' in source, f"{line}: no option {option}"
+    elif program == "pip":
+        assert arguments[0] == "install", line
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        known = extras["project"]["optional-dependencies"]
+        for extra in re.findall(r"\w+", "".join(re.findall(r"\[(.*?)\]", line))):
+            assert extra in known, f"{line}: no extra {extra}"
+    else:
+        assert program == "fxexpand", f"{line}: this test does not know how to check it"
+        group = typer.main.get_command(app)
+        assert isinstance(group, typer.core.TyperGroup)
+        command = group if arguments[0].startswith("-") else group.commands.get(arguments[0])
+        assert command is not None, f"{line}: no such command"
+        allowed = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert set(options) <= allowed, f"{line}: no option {set(options) - allowed}"
+
+
+def require_parameters(code: str) -> None:
+    """That ``fxexpand.f(a, b=1, *, c)`` names parameters of ``f``, and the defaults where it gives some."""
+    function, _, rest = code.partition("(")
+    module, _, attribute = function.rpartition(".")
+    arguments = ast.parse(f"def f({rest}: ...").body[0]
+    assert isinstance(arguments, ast.FunctionDef)
+    found = inspect.signature(pkgutil.resolve_name(f"{module}:{attribute}")).parameters
+    given = [*arguments.args.args, *arguments.args.kwonlyargs]
+    assert {each.arg for each in given} <= set(found), f"{code}: it has {list(found)}"
+    last = len(arguments.args.args) - len(arguments.args.defaults)
+    defaults = zip(
+        [*arguments.args.args[last:], *arguments.args.kwonlyargs],
+        [*arguments.args.defaults, *arguments.args.kw_defaults],
+        strict=True,
+    )
+    for each, default in defaults:
+        if default is not None and ast.unparse(default) != "...":
+            value = eval(ast.unparse(default), dict(vars(fxexpand)))
+            assert found[each.arg].default == value, f"{code}: {each.arg} is {found[each.arg].default}"
+
+
 CASES = [(path, line) for path in DOCUMENTS if path.exists() for line in commands(path)]
 
 
@@ -86,18 +147,32 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("path", "line"), CASES, ids=[f"{name(path)}: {line}" for path, line in CASES])
 def test_commands_work(path: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_known(line)
     program, *arguments = shlex.split(line)
-    if program == "make":
-        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
-    elif program == "python":
-        assert arguments[0] == "-m", f"{line}: run it as a module, from the folder that holds benchmarks"
-        assert (ROOT / Path(*arguments[1].split("."))).with_suffix(".py").exists()
-    else:
-        assert program == "fxexpand", f"{line}: this test does not know how to check it"
+    if program == "fxexpand":
         monkeypatch.chdir(tmp_path)
         result = CliRunner().invoke(app, [*arguments, "--help"] if arguments[0] in LONG else arguments)
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_what_the_text_names_exists(path: Path) -> None:
+    for code in INLINE.findall(FENCE.sub("", path.read_text(encoding="utf-8"))):
+        words = code.split()
+        if len(words) > 1 and words[0] in ("make", "python", "pip", "fxexpand"):
+            require_known(code)
+        elif re.fullmatch(r"fxexpand(\.\w+)+", code):
+            pkgutil.resolve_name(code)
+        elif re.fullmatch(r"fxexpand(\.\w+)+\(.*\)", code):
+            require_parameters(code)
+
+
+def test_the_api_table_has_the_parameters_of_the_functions() -> None:
+    section = README.read_text(encoding="utf-8").split("## API at a glance")[1].split("\n## ")[0]
+    calls = re.findall(r"^\| `(\w+)(\(.*?\))`(?=[ ,])", section, re.MULTILINE)
+    assert {"expand", "fuse", "fused_state_dict", "report", "export_onnx"} <= {call for call, _ in calls}
+    for call, parameters in calls:
+        require_parameters(f"fxexpand.{call}{parameters}")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
@@ -114,7 +189,7 @@ def test_the_documents_name_no_machine() -> None:
 
 
 def test_the_two_commands_of_a_newcomer_come_first() -> None:
-    assert commands(ROOT / "README.md")[:2] == ["make demo", "make test"]
+    assert commands(README)[:2] == ["make demo", "make test"]
 
 
 def test_the_readers_can_fail(tmp_path: Path) -> None:
@@ -125,3 +200,25 @@ def test_the_readers_can_fail(tmp_path: Path) -> None:
         run_blocks(page)
     assert caught.traceback[-1].lineno == 3  # counted from 0: the fourth line of the page
     assert CliRunner().invoke(app, ["demo", "--seed", "3", "--help"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("make dem", "no such target"),
+        ("python -m benchmarks.roundtrip --quickly", "no option --quickly"),
+        ('pip install -e ".[visions]"', "no extra visions"),
+        ("fxexpand train timm:resnet10t", "no such command"),
+        ("fxexpand demo --seed 3", "no option"),
+        ("curl example", "does not know"),
+    ],
+)
+def test_a_stale_command_is_noticed(line: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        require_known(line)
+
+
+@pytest.mark.parametrize("code", ["expand(model, recipes)", 'fuse(model, *, scope="all")'])
+def test_a_stale_signature_is_noticed(code: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(code)):
+        require_parameters(f"fxexpand.{code}")

@@ -13,7 +13,7 @@ READY := $(VENV)/.installed
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## expand, train and fuse a small network, and show what came of it (two minutes)
+demo: $(READY) ## expand, train and fuse a small network, and show what came of it (up to three minutes)
 	$(BIN)/fxexpand demo
 
 test: $(READY) ## run the tests, in random order on two processes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.errors import InexactError, RefusedError, UnusableWeightError
+from fxexpand.errors import InexactError, RefusedError
 from fxexpand.evaluating import evaluating
 from fxexpand.kernel import Kernel, cast, native_weight
 from fxexpand.layers import Expanded, Form, bare, expand_layer, restore_layer
@@ -22,7 +22,7 @@ from fxexpand.recipes.structure import leaves
 from fxexpand.report import Action, Report, Row
 from fxexpand.selection import Selection
 from fxexpand.sites import Site, own_modules
-from fxexpand.verify import block_error, in_dtype, require_small
+from fxexpand.verify import block_error, in_dtype, require_finite, require_small
 from fxexpand.weights import (
     WeightExpansion,
     expand_weight,
@@ -71,7 +71,7 @@ def plan_expansion(
         else:
             weight = site.weight
             assert weight is not None
-            _require_finite(site, weight)
+            require_finite(weight, site.owners[0].name, site.kind)
             try:
                 block, kernel = _block(site, recipe, weight, init, form, generator)
             except InexactError as error:
@@ -243,14 +243,6 @@ def _restore_layer_step(
 
 def _restore_weight_step(module: nn.Module, name: str, parameter: nn.Parameter) -> Callable[[], None]:
     return lambda: restore_weight(module, name, parameter)
-
-
-def _require_finite(site: Site, weight: Tensor) -> None:
-    if not weight.is_meta and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
-        raise UnusableWeightError(
-            f"{site.owners[0].name} ({site.kind}): holds NaN or Inf, so it has no factors. "
-            "Load a sound checkpoint, or leave it out by select."
-        )
 
 
 def _row(site: Site, action: Action, reason: str) -> Row:

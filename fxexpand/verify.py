@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxexpand.errors import VerificationError
+from fxexpand.errors import UnusableWeightError, VerificationError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
@@ -63,6 +63,15 @@ def in_dtype(block: nn.Module, dtype: torch.dtype) -> nn.Module:
         for tensor in block.parameters()
     }
     return copy.deepcopy(block, memo).to(dtype)
+
+
+def require_finite(weight: Tensor, name: str, kind: str) -> None:
+    """Raises: UnusableWeightError: NaN or Inf, of which there are no factors; meta tensors pass."""
+    if not weight.is_meta and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+        raise UnusableWeightError(
+            f"{name} ({kind}): holds NaN or Inf, so it has no factors. "
+            "Load a sound checkpoint, or leave it out by select."
+        )
 
 
 def require_small(error: float, dtype: torch.dtype, site: str) -> float:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from fxexpand.kernel import Kernel
 from fxexpand.layers import exact_products, size_mismatch
 from fxexpand.lower import laid_out_as
-from fxexpand.recipes import Init, Recipe, fold
+from fxexpand.recipes import Recipe, fold
 
 _ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
 
@@ -103,9 +103,9 @@ class WeightExpansion(nn.Module):
             return planned
         return self.factor(value)
 
-    def factor(self, value: Tensor, init: Init = "preserve") -> tuple[Tensor, ...]:
+    def factor(self, value: Tensor) -> tuple[Tensor, ...]:
         """Factors for ``value``, as at the first expansion."""
-        block = self.recipe.build(self.view.kernel(value.detach()), init=init)
+        block = self.recipe.build(self.view.kernel(value.detach()))
         return tuple(factor.detach() for factor in block.parameters())
 
     def folded(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.errors import InexactError, UnusableWeightError
+from fxexpand.errors import InexactError
 from fxexpand.graph import Census, expand_calls, finish, operand, site_of
 from fxexpand.kernel import Kernel
 from fxexpand.ops import LAYERS, describe, kernel_of
@@ -18,7 +18,7 @@ from fxexpand.recipes import Chain, Init, Recipe
 from fxexpand.report import Report, Row
 from fxexpand.selection import Select, Selection
 from fxexpand.sites import FLOATING
-from fxexpand.verify import block_error, require_small
+from fxexpand.verify import block_error, require_finite, require_small
 
 ELSEWHERE = "Use fxexpand.expand on the model before tracing"
 
@@ -143,9 +143,5 @@ def _kernel(census: Census, name: str, module: nn.Module) -> Kernel:
     kernel = kernel_of(module)
     if kernel.weight.dtype not in FLOATING:
         raise InexactError(f"{kernel.weight.dtype} weights cannot be trained")
-    if not kernel.weight.is_meta and not bool(torch.isfinite(kernel.weight).all()):
-        raise UnusableWeightError(
-            f"{name}.weight ({describe(module)}): holds NaN or Inf, so it has no factors. "
-            "Load a sound checkpoint, or leave it out by select."
-        )
+    require_finite(kernel.weight, f"{name}.weight", describe(module))
     return kernel

@@ -22,7 +22,7 @@ from fxexpand.recipes.structure import leaves
 from fxexpand.report import Action, Report, Row
 from fxexpand.selection import Selection
 from fxexpand.sites import Site, own_modules
-from fxexpand.verify import block_error, in_dtype, require_finite, require_small
+from fxexpand.verify import Scratch, block_error, in_float64, require_finite, require_small
 from fxexpand.weights import (
     WeightExpansion,
     expand_weight,
@@ -61,6 +61,7 @@ def plan_expansion(
     rows: list[Row] = []
     steps: list[Callable[[], None]] = []
     modules: dict[nn.Module, None] = {}
+    scratch = Scratch()
     for site in progress(sites):
         recipe = selection.recipe_for(site.name, site.module)
         if site.action != "expand" or recipe is None:
@@ -81,7 +82,7 @@ def plan_expansion(
                 measured = init == "preserve" and not weight.is_meta
                 deviation: float | None = None
                 if measured:
-                    deviation = require_small(block_error(block, kernel), weight.dtype, site.name)
+                    deviation = require_small(block_error(block, kernel, scratch), weight.dtype, site.name)
                 after = sum(p.numel() for p in block.parameters())
                 rows.append(
                     replace(_row(site, "expanded", _into(site, recipe)), params_after=after, error=deviation)
@@ -105,9 +106,10 @@ def plan_folding(
     steps: list[Callable[[], None]] = []
     modules: dict[nn.Module, None] = {}
     shared: dict[int, nn.Parameter] = {}
+    scratch = Scratch()
     for path, module in progress(list(own_modules(model))):
         if isinstance(module, Expanded):
-            row, weight, bias = _folded_layer(path or type(module).__name__, module, verify)
+            row, weight, bias = _folded_layer(path or type(module).__name__, module, verify, scratch)
             rows.append(row)
             steps.append(_restore_layer_step(module, weight, bias))
             modules[module] = None
@@ -181,10 +183,12 @@ def _step(site: Site, block: nn.Sequential, recipe: Recipe, form: Form) -> Calla
     return lambda: expand_weight([(owner.module, owner.attribute) for owner in site.owners], expansion)
 
 
-def _folded_layer(name: str, module: Expanded, verify: bool) -> tuple[Row, nn.Parameter, nn.Parameter | None]:
+def _folded_layer(
+    name: str, module: Expanded, verify: bool, scratch: Scratch
+) -> tuple[Row, nn.Parameter, nn.Parameter | None]:
     factors = list(module.expansion.parameters())
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
-    wide = in_dtype(module.expansion, torch.float64)
+    wide = in_float64(module.expansion, scratch)
     with evaluating(wide):  # a BatchNorm folds by its running statistics
         kernel = fold(wide)
     fused = cast(kernel, dtype)

@@ -120,17 +120,17 @@ class _Turn:
 
     def on_rows(self, matrix: Tensor) -> Tensor:
         """``Q @ matrix``, from ``(groups, columns, n)`` to ``(groups, rows, n)``."""
-        groups, columns, width = matrix.shape
-        placed = matrix.new_zeros(groups, self.rows, width)
-        torch.mul(matrix, self.signs.unsqueeze(-1), out=placed[:, :columns])
-        return placed.baddbmm_(self.mirrors, self.mirrors[:, :columns].mT @ placed[:, :columns], alpha=-2.0)
+        signed, columns = matrix * self.signs.unsqueeze(-1), matrix.shape[1]
+        result: Tensor = self.mirrors @ (-2.0 * self.mirrors[:, :columns].mT @ signed)
+        result[:, :columns] += signed
+        return result
 
     def on_columns(self, matrix: Tensor) -> Tensor:
         """``matrix @ Q.mT``, from ``(groups, n, columns)`` to ``(groups, n, rows)``."""
-        groups, height, columns = matrix.shape
-        placed = matrix.new_zeros(groups, height, self.rows)
-        torch.mul(matrix, self.signs.unsqueeze(1), out=placed[..., :columns])
-        return placed.baddbmm_(placed[..., :columns] @ self.mirrors[:, :columns], self.mirrors.mT, alpha=-2.0)
+        signed, columns = matrix * self.signs.unsqueeze(1), matrix.shape[2]
+        result: Tensor = (signed @ (-2.0 * self.mirrors[:, :columns])) @ self.mirrors.mT
+        result[..., :columns] += signed
+        return result
 
     def around(self, diagonal: Tensor, other: _Turn) -> Tensor:
         """``Q @ diag(diagonal) @ other.mT``, ``(groups, rows, rows)``, as one update of low rank.
@@ -140,16 +140,14 @@ class _Turn:
         """
         columns = diagonal.shape[1]
         signed = (diagonal * self.signs * other.signs).unsqueeze(-1)
-        result = diagonal.new_zeros(diagonal.shape[0], self.rows, other.rows)
-        torch.diagonal(result, dim1=1, dim2=2)[:, :columns] = signed.squeeze(-1)
         left = torch.zeros_like(self.mirrors)  # D^T V
         left[:, :columns] = signed * self.mirrors[:, :columns]
         right = torch.zeros_like(other.mirrors)  # D U
         right[:, :columns] = signed * other.mirrors[:, :columns]
         inner = 4.0 * self.mirrors @ (left.mT @ other.mirrors) - 2.0 * right
-        return result.baddbmm_(
-            torch.cat([-2.0 * self.mirrors, inner], -1), torch.cat([left, other.mirrors], -1).mT
-        )
+        result = torch.cat([-2.0 * self.mirrors, inner], -1) @ torch.cat([left, other.mirrors], -1).mT
+        torch.diagonal(result, dim1=1, dim2=2)[:, :columns] += signed.squeeze(-1)
+        return result
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

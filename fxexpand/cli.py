@@ -180,7 +180,7 @@ def export(
         network = _model(model, weights)
         given = _inputs(network, inputs)
         if fuse:
-            network = pipeline.fuse(network, given, inplace=True)
+            network = pipeline.fuse(network, given)
             typer.echo(pipeline.report(network).summary, err=True)
         with _one_line(f"{model}: torch cannot export it"):
             found = export_onnx(network, out, given, dynamic_batch=not fixed_batch, verify=verify)
@@ -213,7 +213,7 @@ def bench(
         network = _model(model, weights).to(place)
         given = _inputs(network, inputs, place)
         expanded = expand(network, recipe)
-        models = {"plain": network, "expanded": expanded, "fused": fuse(expanded)}
+        models = {"plain": network, "expanded": expanded, "fused": fuse(expanded, scope="expanded")}
         with _one_line(f"{model}: cannot be measured"):
             found = measure_latency(
                 models, given, backends=backend or ("eager",), rounds=rounds, threads=threads

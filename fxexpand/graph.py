@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from fxexpand.errors import InexactError
 from fxexpand.recipes import Skip
 from fxexpand.tracing import hooked
 
+EMPTY: Mapping[fx.Node, Any] = MappingProxyType({})
 FACTOR = "fxexpand_factor"  # attribute of a module inside an expanded layer: its path in there
 OF_ONE_VALUE = (
     "tensor_meta",
@@ -47,6 +53,18 @@ class Census:
         return None
 
 
+def tensor_at(graph_module: fx.GraphModule, target: str) -> Tensor:
+    """The parameter or buffer that a ``get_attr`` node reads.
+
+    Raises: InexactError: it is no tensor.
+    """
+    path, _, name = target.rpartition(".")
+    tensor = getattr(graph_module.get_submodule(path), name)
+    if not isinstance(tensor, Tensor):
+        raise InexactError(f"{target} is no tensor.")
+    return tensor
+
+
 def operand(node: fx.Node) -> fx.Node | None:
     """The only argument of a call, where that is a value of the graph."""
     given = [*node.args, *node.kwargs.values()]
@@ -66,11 +84,36 @@ def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name: str = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     package = getattr(node.target, "__module__", None)
     augmented = package == "_operator" and (name.startswith("i") or name == "setitem")
     flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # F.relu(x, inplace=True)
-    return name.endswith("_") or augmented or flagged
+    return name.endswith("_") or augmented or (flagged and _takes_inplace(node.target))
+
+
+def _takes_inplace(target: object) -> bool:
+    """Whether a function has an option ``inplace``; methods have none."""
+    if not callable(target):
+        return False
+    try:
+        return "inplace" in inspect.signature(target).parameters
+    except ValueError:  # written in C, where in-place functions have names that end with "_"
+        return False
+
+
+def read_what_is_written(graph_module: fx.GraphModule) -> None:
+    """Have nodes that follow a call such as ``x.add_(y)`` read its result, which is ``x``, and not ``x``."""
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    for node, place in order.items():
+        target = node.args[0] if node.args else None
+        if node.op == "call_module" or not isinstance(target, fx.Node) or node.target is operator.setitem:
+            continue
+        if works_in_place(graph_module, node):
+            for user in list(target.users):
+                if order[user] > place:
+                    user.replace_input_with(target, node)
 
 
 def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential) -> None:
@@ -81,7 +124,7 @@ def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential
     for name, part in block.named_modules():
         if not isinstance(part, nn.Sequential):
             vars(part)[FACTOR] = name
-    _set_submodule(graph_module, target, block)
+    put(graph_module, target, block)
     for node in graph_module.graph.find_nodes(op="call_module", target=target):
         x = operand(node)
         assert x is not None
@@ -90,48 +133,116 @@ def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential
         _take_over(node, last)
 
 
-def fuse_calls(
-    graph_module: fx.GraphModule, target: str, module: nn.Module, runs: Iterable[Sequence[fx.Node]]
-) -> None:
-    """Put ``module`` under the name ``target``, and one call of it in place of each run of nodes.
+def call_instead(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    target: str,
+    source: fx.Node,
+    place: fx.Node,
+    before: Sequence[fx.Node] = (),
+    after: Sequence[fx.Node] = (),
+) -> fx.Node:
+    """Have a call of the module ``target`` on ``source`` read wherever ``node`` was; the new value.
 
     Args:
-        runs: nodes in the graph's order; the first reads the source, and only the last is read by others.
+        place: the node before which to call.
+        before, after: views of the graph to apply again, to the source and to what the module gives.
     """
-    _set_submodule(graph_module, target, module)
-    for run in runs:
-        first, last = run[0], run[-1]
-        with graph_module.graph.inserting_before(first):
-            node = graph_module.graph.call_module(target, (operand(first),))
-        _take_over(last, node)
-        for inner in reversed(run[:-1]):
-            graph_module.graph.erase_node(inner)
+    with graph_module.graph.inserting_before(place):
+        x = _viewed(graph_module.graph, source, before)
+        x = _viewed(graph_module.graph, graph_module.graph.call_module(target, (x,)), after)
+    x.meta = dict(node.meta)
+    node.replace_all_uses_with(x)
+    return x
 
 
-def extract(graph_module: fx.GraphModule, run: Sequence[fx.Node]) -> fx.GraphModule:
-    """A run of nodes, whose first reads the source, as a graph of its own; the modules are shared."""
+def read_early(
+    graph_module: fx.GraphModule, reader: fx.Node, source: fx.Node, views: Sequence[fx.Node]
+) -> None:
+    """Have a node that reads a shape read it of ``source``, viewed, so that nothing else is kept for it."""
+    with graph_module.graph.inserting_before(reader):
+        value = _viewed(graph_module.graph, source, views)
+    first = reader.args[0]
+    assert isinstance(first, fx.Node)
+    reader.replace_input_with(first, value)
+
+
+def extract(
+    graph_module: fx.GraphModule, source: fx.Node, nodes: Iterable[fx.Node], sizes: Mapping[fx.Node, int]
+) -> fx.GraphModule:
+    """What ``nodes`` compute of ``source``, as a graph of its own; the modules and parameters are shared.
+
+    Args:
+        nodes: in the graph's order; what else they read are constants and sizes.
+        sizes: the numbers to put in for sizes.
+    """
     graph = fx.Graph()
-    source = operand(run[0])
-    assert source is not None
-    copies = {source: graph.placeholder("x")}
-    for node in run:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[run[-1]])
+    copies: dict[fx.Node, Any] = {**sizes, source: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> Any:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    graph.output([copied(node) for node in nodes][-1])
     return fx.GraphModule(graph_module, graph)
 
 
-def finish(graph_module: fx.GraphModule, replaced: Iterable[str] = ()) -> None:
-    """Remove the submodules among ``replaced`` that nothing calls any more; check and compile the graph."""
+def call_alone(
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+    sizes: Mapping[fx.Node, int],
+) -> fx.GraphModule:
+    """A graph that applies views, a module, and views again; see ``call_instead`` and ``extract``."""
+    graph = fx.Graph()
+    x = _viewed(graph, graph.placeholder("x"), before, sizes)
+    graph.output(_viewed(graph, graph.call_module("fused", (x,)), after, sizes))
+    root = {str(view.target): graph_module.get_submodule(str(view.target))
+            for view in (*before, *after) if view.op == "call_module"}  # fmt: skip
+    return fx.GraphModule({**root, "fused": module}, graph)
+
+
+def put(graph_module: fx.GraphModule, target: str, module: nn.Module) -> None:
+    """Put a module under a name, in place of what is there; it keeps its place among the others."""
+    path, _, name = target.rpartition(".")
+    graph_module.get_submodule(path)._modules[name] = module
+
+
+def finish(
+    graph_module: fx.GraphModule, replaced: Iterable[str] = (), removable: Container[fx.Node] = ()
+) -> None:
+    """Erase the ``removable`` nodes that nobody reads; check and compile the graph.
+
+    Args:
+        replaced: submodules, parameters and buffers to delete where nothing calls or reads them any more.
+    """
+    for node in reversed(graph_module.graph.nodes):
+        if not node.users and node in removable:
+            graph_module.graph.erase_node(node)
     used: set[str] = set()
+    called: set[str] = set()
     for node in graph_module.graph.nodes:
         if node.op in ("call_module", "get_attr"):
             parts = str(node.target).split(".")
             used.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+            called.update([str(node.target)] if node.op == "call_module" else [])
     for target in replaced:
-        if target not in used:
-            _remove(graph_module, target)
+        parts = target.split(".")
+        if target not in used and not any(".".join(parts[:i]) in called for i in range(1, len(parts))):
+            remove(graph_module, target)
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def _viewed(
+    graph: fx.Graph, x: fx.Node, views: Sequence[fx.Node], sizes: Mapping[fx.Node, Any] = EMPTY
+) -> fx.Node:
+    for view in views:
+        given: dict[fx.Node, Any] = {**sizes, view.all_input_nodes[0]: x}
+        x = graph.node_copy(view, lambda arg, given=given: given.get(arg, arg))  # type: ignore[misc]
+    return x
 
 
 def _emit(origin: fx.Node, target: str, part: nn.Module, x: fx.Node) -> fx.Node:
@@ -157,18 +268,14 @@ def _take_over(node: fx.Node, successor: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _set_submodule(graph_module: fx.GraphModule, target: str, module: nn.Module) -> None:
-    path, _, name = target.rpartition(".")
-    graph_module.get_submodule(path)._modules[name] = module  # keeps its place among the others
-
-
-def _remove(graph_module: fx.GraphModule, target: str) -> None:
-    """Delete a submodule, and what holds it if that is then empty."""
+def remove(graph_module: fx.GraphModule, target: str) -> None:
+    """Delete a submodule or a tensor, if it is there, and what holds it if that is then empty."""
     path, _, name = target.rpartition(".")
     try:
         parent = graph_module.get_submodule(path)
     except AttributeError:
         return  # went with its parent
-    parent._modules.pop(name, None)
+    for held in (parent._modules, parent._parameters, parent._buffers):
+        held.pop(name, None)
     if path and not (parent._modules or parent._parameters or parent._buffers):
-        _remove(graph_module, path)
+        remove(graph_module, path)

@@ -6,7 +6,9 @@ that is stored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,15 @@ NORMS: dict[type[nn.Module], Layer] = {
     nn.BatchNorm1d: Layer(1),
     nn.BatchNorm2d: Layer(2),
     nn.BatchNorm3d: Layer(3),
+    nn.SyncBatchNorm: Layer(2),
+}
+
+
+# The norm+act modules of timm, and the BatchNorm that is their first half.
+_NORM_ACT: dict[str, type[nn.Module]] = {
+    "BatchNormAct2d": nn.BatchNorm2d,
+    "FrozenBatchNormAct2d": nn.BatchNorm2d,
+    "SyncBatchNormAct": nn.SyncBatchNorm,
 }
 
 
@@ -55,7 +66,7 @@ def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype 
     Raises: InexactError with the reason where the module is not one fixed affine map.
     """
     kind = type(module)
-    layer = LAYERS.get(kind) or NORMS.get(kind)
+    layer = LAYERS.get(kind) or NORMS.get(kind) or (Layer(2) if frozen_norm(module) else None)
     stored = (*module._parameters.values(), *module._buffers.values())
     if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in stored):
         raise InexactError("its parameters are not initialised yet. Run the model once first.")
@@ -63,7 +74,7 @@ def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype 
         raise InexactError(_type_reason(module))
     if "forward" in module.__dict__:
         raise InexactError(f"this {kind.__name__} has a forward of its own, set on the instance.")
-    if kind in NORMS:
+    if kind not in LAYERS:
         return _norm(module, layer.rank if rank is None else rank, dtype)
     if rank not in (None, layer.rank):
         raise InexactError(f"a {kind.__name__} has {layer.rank} spatial dimensions, not {rank}.")
@@ -131,15 +142,42 @@ def _padding(module: nn.modules.conv._ConvNd, layer: Layer) -> Padding:
     return tuple((p, p) for p in module.padding)
 
 
+def frozen_norm(module: nn.Module) -> bool:
+    """Whether it is torchvision's FrozenBatchNorm2d: BatchNorm by buffers alone, in training mode too."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("torchvision.ops.misc", "FrozenBatchNorm2d")
+
+
+def norm_and_rest(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The two parts of a norm+act module of timm: BatchNorm, then drop and activation; None for any other."""
+    kind = type(module)
+    stock = _NORM_ACT.get(kind.__name__)
+    if stock is None or kind.__module__ != "timm.layers.norm_act":
+        return None
+    norm: nn.Module = stock.__new__(stock)
+    inside = {name: part for name, part in module._modules.items() if name in ("drop", "act")}
+    norm.__dict__.update(module.__dict__)
+    norm.__dict__.update(_modules={})
+    if kind.__name__.startswith("Frozen"):  # buffers alone, in training mode too
+        norm.__dict__.update(training=False, momentum=0.1, affine=True, track_running_stats=True)
+        norm.__dict__["num_features"] = int(norm.__dict__["_buffers"]["running_mean"].numel())
+    if set(inside) != set(module._modules):
+        return None
+    rest = [part for part in inside.values() if part is not None and type(part) is not nn.Identity]
+    if not rest:
+        return norm, nn.Identity()
+    following = rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+    return norm, following.train(module.training)
+
+
 def _norm(module: nn.Module, rank: int, dtype: torch.dtype | None) -> Kernel:
-    """BatchNorm with running statistics: ``γ / sqrt(σ² + ε)`` and ``β − μ γ / sqrt(σ² + ε)``, per channel."""
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    mean, variance, gamma, beta = module.running_mean, module.running_var, module.weight, module.bias
+    held: Any = module
+    mean, variance, gamma, beta = held.running_mean, held.running_var, held.weight, held.bias
     if mean is None or variance is None:
         raise InexactError(
             "a BatchNorm without running statistics uses those of the batch, in evaluation mode too."
         )
-    if module.training:
+    if module.training and not frozen_norm(module):
         raise InexactError(
             "a BatchNorm in training mode uses the statistics of the batch. Call eval() first."
         )
@@ -147,15 +185,59 @@ def _norm(module: nn.Module, rank: int, dtype: torch.dtype | None) -> Kernel:
     result = given[0] if dtype is None else dtype
     for other in given[1:] if dtype is None else ():
         result = torch.promote_types(result, other)
-    wide = torch.promote_types(result, torch.float32)
-    factor = (variance.to(wide) + module.eps).rsqrt()
+    return norm_kernel(mean, variance, gamma, beta, held.eps, rank, result)
+
+
+def norm_kernel(
+    mean: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    rank: int,
+    dtype: torch.dtype,
+) -> Kernel:
+    """BatchNorm with running statistics: ``γ / sqrt(σ² + ε)`` and ``β − μ γ / sqrt(σ² + ε)``, per channel."""
+    wide = torch.promote_types(dtype, torch.float32)
+    factor = (variance.to(wide) + eps).rsqrt()
     if gamma is not None:
         factor = factor * gamma.to(wide)
     shift = -mean.to(wide) * factor
     if beta is not None:
         shift = shift + beta.to(wide)
-    weight = factor.to(result).reshape(-1, 1, *(1,) * rank)
-    return Kernel(weight, shift.to(result), groups=module.num_features)
+    weight = factor.to(dtype).reshape(-1, 1, *(1,) * rank)
+    return Kernel(weight, shift.to(dtype), groups=mean.shape[0])
+
+
+def convolution(name: str, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any]) -> Kernel:
+    """The kernel of ``torch.nn.functional.conv2d`` and its kin, by name, from their arguments.
+
+    Raises: InexactError: an argument is not known before the graph runs.
+    """
+    rank, transposed = int(name[-2]), "transpose" in name
+
+    def sizes(key: str, default: int) -> tuple[int, ...]:
+        value = options.get(key, default)
+        if isinstance(value, int):
+            return (value,) * rank
+        if not (isinstance(value, list | tuple) and all(isinstance(each, int) for each in value)):
+            raise InexactError(f"its {key} is computed by the graph.")
+        return tuple(value) * (rank if len(value) == 1 else 1)
+
+    groups, stride, dilation = options.get("groups", 1), sizes("stride", 1), sizes("dilation", 1)
+    if not isinstance(groups, int):
+        raise InexactError("its groups are computed by the graph.")
+    padding: Padding
+    if transposed:
+        extra = sizes("output_padding", 0)
+        padding = tuple((p, p - e) for p, e in zip(sizes("padding", 0), extra, strict=True))
+        weight = exchanged(weight, groups)
+    elif isinstance(options.get("padding"), str):
+        same = same_padding(tuple(weight.shape[2:]), dilation)
+        padding = same if options["padding"] == "same" else ((0, 0),) * rank
+    else:
+        padding = tuple((p, p) for p in sizes("padding", 0))
+    return Kernel(weight, bias, stride, padding, dilation, groups, transposed)
 
 
 def _usable(name: str, tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.copying import copied
+from fxexpand.errors import FxExpandError, RefusedError, SelectionError
 from fxexpand.inputs import ExampleInputs
 from fxexpand.layers import FORMS, Expanded, Form
+from fxexpand.passes.fuse import combined
+from fxexpand.passes.placement import commit_fusing, plan_fusing
 from fxexpand.recipes import INITS, Chain, Init, Recipe
 from fxexpand.report import Report
 from fxexpand.selection import Select, Selection
@@ -24,6 +25,7 @@ from fxexpand.verify import outputs_of, require_same_outputs
 from fxexpand.weights import expanded_weights, originals
 
 Scope: TypeAlias = Literal["all", "expanded"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 Model = TypeVar("Model", bound=nn.Module)
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ def expand(
     selection = Selection(select, recipe)
     compared = example_inputs if init == "preserve" else None
     before = outputs_of(model, compared) if compared is not None else []
-    target = model if inplace else _copied(model)
+    target = model if inplace else copied(model)
     plan = plan_expansion(
         find_sites(target, example_inputs),
         selection,
@@ -101,46 +103,85 @@ def fuse(
     model: Model,
     example_inputs: ExampleInputs | None = None,
     *,
-    scope: Scope = "expanded",
+    scope: Scope = "all",
     inplace: bool = False,
     strict: bool = False,
     verify: bool = True,
     progress: bool | None = None,
 ) -> Model:
-    """Fold every expansion back into the one kernel it computes.
+    """Fold every expansion, and every other affine part of the network, into the one kernel it computes.
 
-    The result has the class of the original network, its state-dict keys, shapes and dtypes, and its FLOPs,
-    and can be trained. Products are formed in float64 and rounded once. BatchNorm inside an expansion folds
-    by its running statistics, whatever the mode of the model.
+    With ``scope="expanded"`` the result is the original network again: its class, its state-dict keys, shapes
+    and dtypes, and its FLOPs. With ``"all"``, BatchNorm in evaluation mode goes into its neighbours, parallel
+    branches become one layer, and so on; call ``model.eval()`` first. Nothing is merged that would then cost
+    more. Classes are kept where modules alone change; where the calls between them change too, the smallest
+    module that makes these calls becomes a GraphModule. What holds no graph is left, and its parts are fused.
+
+    Products are formed in float64 and rounded once. BatchNorm inside an expansion folds by its running
+    statistics, whatever the mode of the model. What was done, and what was not and why: ``report(result)``.
 
     Args:
-        model: a network that ``expand`` made, trained or not; without expansions it is returned as a copy.
+        model: any module, traced or not, expanded or not.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. If given, the outputs
-            before and after are compared.
-        scope: ``"expanded"`` folds what ``expand`` made. (Other affine subgraphs: the ``Fuse`` pass.)
+            before and after are compared, and the graph may rely on the number of dimensions they show.
+        scope: ``"all"``, or ``"expanded"`` for nothing but what ``expand`` made.
         inplace: change ``model`` itself; by default a deep copy is changed.
         strict: a site that cannot be folded is an error.
-        verify: compare every folded site with its factors in float64, and the outputs if there are inputs.
+        verify: compare every fold with what it replaces in float64, and the outputs if there are inputs.
         progress: show a bar on stderr; None shows it on a terminal once two seconds have passed.
 
     Raises:
+        RefusedError: ``strict=True`` and a site is refused.
         VerificationError: a site or the outputs changed by more than rounding.
-        SelectionError: an unknown scope.
+        UnusableWeightError: what would be folded holds NaN or Inf.
+        SelectionError: an unknown scope, or ``inplace=True`` where the model itself would become a graph.
 
     An error leaves ``model`` as it was.
     """
     _require_module(model, "fuse")
-    if scope != "expanded":
-        raise SelectionError(
-            f"scope={scope!r}: this version folds what expand made, scope='expanded'. For other affine "
-            "subgraphs use fxexpand.passes.Fuse on a GraphModule."
-        )
+    if scope not in SCOPES:
+        raise SelectionError(f"scope={scope!r}: choose from {', '.join(SCOPES)}.")
     compared = example_inputs if verify else None
     before = outputs_of(model, compared) if compared is not None else []
-    target = model if inplace else _copied(model, shared=_factors(model))
+    target = model if inplace else copied(model, shared=_factors(model))
     plan = plan_folding(target, verify, _bar("fuse", progress))
-    _carry_out(target, plan, before, compared)
-    return target
+    if scope == "expanded":
+        _carry_out(target, plan, before, compared)
+        return target
+    return _fused(target, plan, before, example_inputs, verify, strict, inplace)
+
+
+def _fused(
+    target: Model,
+    folding: Plan,
+    before: list[Tensor],
+    example_inputs: ExampleInputs | None,
+    verify: bool,
+    strict: bool,
+    inplace: bool,
+) -> Model:
+    """Fold the expansions, then everything else; on an error ``target`` is as it was."""
+    with restoring([*target.modules()]):
+        commit(folding)
+        result: nn.Module = target
+        reports = [folding.report]
+        while len(reports) == 1 or reports[-1].changed:  # a fold takes readers away, so that more may follow
+            edits = plan_fusing(result, example_inputs, verify)
+            if inplace and target in edits.replaced:
+                raise SelectionError(
+                    f"{type(target).__name__}: fusing changes the calls in its own forward, so it becomes a "
+                    "GraphModule. Take the result of fuse(model) instead of inplace=True."
+                )
+            result = commit_fusing(result, edits)
+            reports.append(Report("fuse", tuple(edits.rows)))
+        found = combined(reports)
+        if strict and found.refusals:
+            raise RefusedError(found.refusals[0].message)
+        if before and example_inputs is not None and found.changed:
+            after = outputs_of(result, example_inputs)
+            require_same_outputs(before, after, len(found.changed), found.title)
+    result.__dict__[_REPORT] = found
+    return cast(Model, result)
 
 
 def report(model: nn.Module) -> Report:
@@ -163,7 +204,7 @@ def fused_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model.
     """
     _require_module(model, "fused_state_dict")
-    skeleton = _copied(model, shared=[*model.parameters(), *model.buffers()])
+    skeleton = copied(model, shared=[*model.parameters(), *model.buffers()])
     commit(plan_folding(skeleton, verify=False))
     return dict(skeleton.state_dict())
 
@@ -178,28 +219,6 @@ def _carry_out(
             after = outputs_of(target, example_inputs)
             require_same_outputs(before, after, len(plan.steps), plan.report.title)
         target.__dict__[_REPORT] = plan.report
-
-
-def _copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
-    """A deep copy of the model that keeps the ``shared`` tensors instead of copying them."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    for tensor in _uncopyable(model):
-        memo.setdefault(
-            id(tensor),
-            type(tensor)(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else tensor.detach().clone(),
-        )
-    return copy.deepcopy(model, memo)
-
-
-def _uncopyable(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that deepcopy refuses: what legacy hooks and recurrent layers keep, sparse parameters."""
-    for module in model.modules():
-        for value in vars(module).values():
-            for item in tree_leaves(value):
-                if isinstance(item, Tensor) and (not item.is_leaf or item.layout != torch.strided):
-                    yield item
 
 
 def _factors(model: nn.Module) -> Iterator[Tensor]:

@@ -108,6 +108,11 @@ def mode_of(graph_module: fx.GraphModule) -> Mode | None:
     return next((module.mode for module in graph_module.children() if isinstance(module, ModeGuard)), None)
 
 
+def fixes_arguments(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph made by ``trace`` raises when some argument is not the one it was traced with."""
+    return any(node.target is require_argument for node in graph_module.graph.nodes)
+
+
 def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
     """The largest submodules of ``model`` that have a graph for both modes, found from the root down.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fxexpand.errors import UnusableWeightError, VerificationError
 from fxexpand.evaluating import evaluating
@@ -66,10 +67,24 @@ def block_error(block: nn.Module, kernel: Kernel, scratch: Scratch | None = None
     """
     scratch = scratch or Scratch()
     generator = torch.Generator(device="cpu").manual_seed(0)
-    shape = (1, kernel.in_channels, *_probe_size(kernel))
+    shape = (1, kernel.in_channels, *probe_size(kernel))
     probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.weight.device)
     with evaluating(block):
         return worst_error([_run(block, probe, scratch)], [apply(cast(kernel, torch.float64), probe)])
+
+
+def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Sequence[int]) -> float:
+    """Relative error between two graphs of one input, run in eval mode and in float64, on a random probe.
+
+    Args:
+        kernel: what ``after`` applies; it gives the device.
+        shape: of the probe.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    probe = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(kernel.weight.device)
+    with evaluating(before), evaluating(after), torch.no_grad():
+        results = [in_float64(module, Scratch())(probe) for module in (after, before)]
+    return worst_error(results[:1], results[1:])
 
 
 def _run(block: nn.Module, x: Tensor, scratch: Scratch) -> Tensor:
@@ -89,6 +104,8 @@ def in_float64(block: nn.Module, scratch: Scratch) -> nn.Module:
     narrow = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dtype != torch.float64]
     if not narrow:
         return block
+    if any(parametrize.is_parametrized(module) for module in block.modules()):
+        return copy.deepcopy(block).double()  # shallow copies of these are forbidden
     wide = scratch.copies([tensor.detach() for tensor in narrow])
     return _with_tensors(block, {id(old): new for old, new in zip(narrow, wide, strict=True)})
 
@@ -135,7 +152,7 @@ def require_small(error: float, dtype: torch.dtype, site: str) -> float:
     return error
 
 
-def _probe_size(kernel: Kernel) -> list[int]:
+def probe_size(kernel: Kernel) -> list[int]:
     """The smallest with two outputs per dimension, so that strides show, and room to pad by reflection."""
     size = []
     for k, d, step, padding in zip(

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from torch.nn.utils import parametrize
 from fxexpand.kernel import Kernel
 from fxexpand.layers import exact_products, size_mismatch
 from fxexpand.lower import laid_out_as
+from fxexpand.products import Held, matrix_chain
 from fxexpand.recipes import Recipe, fold
 
 _ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
@@ -86,15 +89,49 @@ class WeightExpansion(nn.Module):
         super().__init__()
         self.view = view
         self.recipe = recipe
+        self.held: Held | None = None  # products that ``accumulate`` keeps
+        self._chain = matrix_chain(block)
         self._planned: tuple[Tensor, ...] | None = tuple(p.detach() for p in block.parameters())
         # In a list, so that torch does not see it as a submodule: it has shapes and structure, but no values.
         self._structure = [block.to("meta")]
+        self._readers = 0
+        self._read: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, *factors: Tensor) -> Tensor:
-        """The parameter, in its own shape."""
+        """The parameter, in its own shape; the same tensor at every read within ``reading_once``."""
+        if self.held is not None:
+            return self.held.leaf("weight", partial(self._formed, *factors))
+        if not self._readers or torch.compiler.is_compiling():
+            return self._formed(*factors)
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(id, factors)
+        if self._read is None or self._read[0] != mode:
+            self._read = mode, self._formed(*factors)
+        return self._read[1]
+
+    def _formed(self, *factors: Tensor) -> Tensor:
         with exact_products(factors[0]):
-            weight = self.view.parameter(fold(self._structure[0], factors).weight)
+            if self._chain is not None:
+                product = self._chain.product(factors, self._chain.whole)
+            else:
+                product = fold(self._structure[0], factors).weight
+            weight = self.view.parameter(product)
         return laid_out_as(weight, factors[0])
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Form the product at the first read only. (A compiler finds equal products by itself.)"""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._read = None
+
+    @property
+    def structure(self) -> nn.Sequential:
+        """The block, on the meta device; its parameters are the factors, in their order."""
+        return self._structure[0]
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:
         """Factors whose product is ``value``."""
@@ -139,6 +176,7 @@ def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpa
         hooks = module._load_state_dict_pre_hooks.values()
         if load_original not in [getattr(hook, "hook", None) for hook in hooks]:
             module.register_load_state_dict_pre_hook(load_original)  # type: ignore[no-untyped-call]
+        _read_once_per_forward(module)
         if isinstance(module, nn.RNNBase):
             _compute_flat_weights(module)
 
@@ -207,6 +245,23 @@ def load_original(
             value = given if assigned else given.detach().to(current[0].device, current[0].dtype)
             factors = expansion.factor(value)
         state_dict.update({f"{inside}{i}": factor for i, factor in enumerate(factors)})
+
+
+def _read_once_per_forward(module: nn.Module) -> None:
+    """Many modules read a weight several times: nn.MultiheadAttention does, to choose among its kernels."""
+    cls: Any = type(module)  # made for this module by parametrize
+    original = cls.__bases__[0].forward
+
+    @wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        with ExitStack() as stack:
+            for _, _, expansion in expanded_weights(self):
+                stack.enter_context(expansion.reading_once())
+            return original(self, *args, **kwargs)
+
+    cls.forward = forward
 
 
 def _compute_flat_weights(module: nn.RNNBase) -> None:

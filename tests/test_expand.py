@@ -159,7 +159,7 @@ def test_the_fused_state_dict_is_that_of_the_fused_model(model_and_input: tuple[
     model, x = model_and_input
     big = expand(model)
     train_steps(big, x)
-    direct, through = fused_state_dict(big), fuse(big).state_dict()
+    direct, through = fused_state_dict(big), fuse(big, scope="expanded").state_dict()
     assert list(direct) == list(through)
     assert all(torch.equal(direct[name], through[name]) for name in through)
     assert list(big.state_dict()) != list(direct), "the expanded network stays expanded"
@@ -171,8 +171,8 @@ def test_passes_are_idempotent(model_and_input: tuple[Any, Any]) -> None:
     again = expand(big)
     assert list(again.state_dict()) == list(big.state_dict())
     assert not report(again).changed and not report(again).refusals
-    small = fuse(big)
-    twice = fuse(small)
+    small = fuse(big, scope="expanded")
+    twice = fuse(small, scope="expanded")
     assert list(twice.state_dict()) == list(small.state_dict())
     assert not report(twice).rows
 
@@ -223,7 +223,7 @@ def test_random_starts(init: Any) -> None:
     if init == "matched":
         ratio = float((big.pointwise.weight.norm() / model.pointwise.weight.norm()).detach())
         assert abs(ratio - 1.0) < 1e-9
-    assert_same(fuse(big.eval())(x), big(x), rel=1e-10)
+    assert_same(fuse(big.eval(), scope="expanded")(x), big(x), rel=1e-10)
 
 
 def test_batch_norm_inside_folds_in_eval_mode() -> None:
@@ -237,7 +237,7 @@ def test_batch_norm_inside_folds_in_eval_mode() -> None:
         train_steps(big, x)
     big.eval()
     for training in (False, True):
-        small = fuse(big.train(training))
+        small = fuse(big.train(training), scope="expanded")
         assert small.training is training
         assert type(small) is ConvNet
         assert_same(small.eval()(x), big.eval()(x), rel=1e-10)
@@ -267,7 +267,7 @@ def test_half_precision_models_keep_their_dtype() -> None:
         half = fresh(model).to(dtype).eval()
         big = expand(half)
         assert {p.dtype for p in big.parameters()} == {dtype}
-        small = fuse(big)
+        small = fuse(big, scope="expanded")
         assert {p.dtype for p in small.parameters()} == {dtype}
         assert_same(big(x.to(dtype)), half(x.to(dtype)), rel=rel)
         assert_same(small(x.to(dtype)), half(x.to(dtype)), rel=rel)
@@ -290,7 +290,7 @@ def test_channels_last_is_kept() -> None:
     big = expand(model, form="collapsed")
     last = torch.channels_last
     assert big.stem.weight.is_contiguous(memory_format=last)
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert small.stem.weight.is_contiguous(memory_format=last)
     assert_same(big(x.contiguous(memory_format=last)), model(x), rel=1e-10)
 
@@ -362,7 +362,7 @@ def test_a_moving_average_follows() -> None:
     average = timm_utils.ModelEmaV3(big, decay=0.5)
     train_steps(big, x)
     average.update(big)
-    small = fuse(average.module.eval())
+    small = fuse(average.module.eval(), scope="expanded")
     assert type(small) is ConvNet
     assert_same(small(x), average.module(x), rel=1e-10)
 
@@ -374,6 +374,6 @@ def test_the_meta_device_costs_nothing() -> None:
         )
     big = expand(model)
     assert all(p.is_meta for p in big.parameters())
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert list(small.state_dict()) == list(model.state_dict())
     assert all(p.is_meta for p in small.parameters())

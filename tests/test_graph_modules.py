@@ -20,7 +20,7 @@ def test_a_traced_network_makes_the_round_trip() -> None:
     assert isinstance(big, fx.GraphModule) and len(report(big).changed) == 6
     assert_same(big(x), traced(x), rel=1e-10)
     train_steps(big, x)
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert list(small.state_dict()) == list(traced.state_dict())
     assert_same(small.eval()(x), big.eval()(x), rel=1e-10)
 

@@ -30,7 +30,7 @@ def assert_round_trip(model: Any, x: Any, **options: Any) -> Any:
     big = expand(model, **options)
     assert_same(big(x), reference(x), rel=1e-10)
     train_steps(big, x)
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert list(small.state_dict()) == list(reference.state_dict())
     fresh(reference).load_state_dict(small.state_dict())
     assert_same(small(x), big(x), rel=1e-10)
@@ -58,7 +58,7 @@ def test_a_module_under_two_names_stays_one_module() -> None:
     big = expand(model)
     assert big["a"] is big["b"][0]
     assert len(report(big).changed) == 1
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert small["a"] is small["b"][0]
     assert list(small.state_dict()) == list(model.state_dict())
 
@@ -81,7 +81,7 @@ def test_a_weight_tied_across_modules_and_types_stays_tied() -> None:
     assert len(report(big).changed) == 1
     assert torch.equal(big.a.weight, big.table.weight)
     assert sum(p.numel() for p in big.parameters()) == 12 * 6 + 12 * 12 + 6 * 12 + 6
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert small.a.weight is small.b.weight is small.table.weight
 
 
@@ -140,7 +140,7 @@ def test_hooks_stay_and_see_what_they_saw() -> None:
     assert [kind for kind, _ in seen] == [kind for kind, _ in wanted] == ["pre", "grad"]
     for (_, a), (_, b) in zip(seen, wanted, strict=True):
         assert_same(a, b, rel=1e-10)
-    assert len(fuse(big)[0]._forward_hooks) == 1
+    assert len(fuse(big, scope="expanded")[0]._forward_hooks) == 1
 
 
 def test_normed_weights_are_refused() -> None:
@@ -171,7 +171,7 @@ def test_a_parametrized_neighbour_survives_the_round_trip() -> None:
     big = expand(layer)
     assert {row.site for row in report(big).changed} == {"weight_hh_l0"}
     assert_same(big(x)[0], expected, rel=1e-10)
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert_same(small(x)[0], expected, rel=1e-10)
     assert_same(big(x)[0], expected, rel=1e-10)
     assert list(small.state_dict()) == list(layer.state_dict())
@@ -184,7 +184,7 @@ def test_frozen_parameters_stay_frozen() -> None:
     big = expand(model)
     assert not any(p.requires_grad for p in big.stem.parameters())
     assert not big.head.bias.requires_grad and big.head.weight.requires_grad
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
@@ -286,7 +286,7 @@ def test_a_root_that_is_a_layer_and_a_model_that_is_empty() -> None:
     for empty in (nn.Identity(), nn.Sequential(), nn.ReLU()):
         assert not report(expand(empty)).rows
         assert "no site" in str(report(expand(empty)))
-        assert type(fuse(expand(empty))) is type(empty)
+        assert type(fuse(expand(empty), scope="expanded")) is type(empty)
 
 
 def test_weights_in_any_memory_layout() -> None:
@@ -358,7 +358,7 @@ def test_a_model_on_two_devices() -> None:
     big = expand(model)
     assert {p.device.type for p in big[0].parameters()} == {"cpu"}
     assert {p.device.type for p in big[1].parameters()} == {"meta"}
-    small = fuse(big)
+    small = fuse(big, scope="expanded")
     assert_same(small[0](X.float()), model[0](X.float()), rel=1e-5)
     assert small[1].weight.is_meta
 
@@ -439,6 +439,6 @@ def test_a_copy_of_an_expanded_model_is_independent() -> None:
     x = torch.arange(5)
     train_steps(twin, x)
     assert_same(big(x), model(x), rel=1e-10)
-    fuse(twin, inplace=True)
+    fuse(twin, inplace=True, scope="expanded")
     assert_same(big(x), model(x), rel=1e-10)
     train_steps(big, x)

@@ -49,16 +49,17 @@ def test_a_module_called_twice_in_a_row_or_before_different_things() -> None:
     model = perturb(Twice().double()).eval()
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     graph_module = trace(model)
-    result = Fuse()(graph_module)
-    assert not result.modified and "several times" in reason(result, "conv") + reason(result, "bn")
-    expanded = Expand()(graph_module).graph_module
-    fused = Fuse()(expanded).graph_module
-    assert fused.state_dict().keys() == graph_module.state_dict().keys()
+    fused = Fuse()(graph_module).graph_module
+    assert sorted(called(fused)) == ["conv", "conv_1"]  # a kernel for each place
     assert_same(fused(x), model(x), EXACT)
+    expanded = Expand()(graph_module).graph_module
+    again = Fuse()(expanded).graph_module
+    assert again.state_dict().keys() == fused.state_dict().keys()
+    assert_same(again(x), model(x), EXACT)
 
 
-def test_a_broken_chain_of_a_shared_module_is_left() -> None:
-    """One of two calls of a chain was cut open, so the calls fold differently and neither may."""
+def test_of_a_shared_chain_the_unbroken_call_folds() -> None:
+    """One of two calls of a chain was cut open, so it keeps its factors."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -76,8 +77,10 @@ def test_a_broken_chain_of_a_shared_module_is_left() -> None:
     node.replace_all_uses_with(cut)
     cut.args = (node,)
     expanded.recompile()
-    result = Fuse()(expanded)
-    assert not result.modified and "several times" in reason(result, "conv.1")
+    fused = Fuse()(expanded).graph_module
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    assert sorted(called(fused)) == ["conv.0", "conv.0_1", "conv.1"]
+    assert_same(fused(x), expanded(x), EXACT)
 
 
 def test_what_is_left_of_a_broken_chain_keeps_the_names_of_its_factors() -> None:
@@ -287,7 +290,7 @@ def test_writing_in_place_keeps_the_order_of_reads(branches: bool) -> None:
     result = Fuse()(trace(model))
     assert_same(result.graph_module(x), model(x), EXACT)
     if branches:
-        assert not result.modified and "in place" in reason(result, "a")
+        assert not result.modified
     else:
         assert called(result.graph_module) == ["a", "b"]
 
@@ -299,14 +302,14 @@ class Unequal(nn.Module):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
         self.wide, self.one = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 1, 1)
-        self.doubled, self.corner = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.corner = nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         p = torch.relu(self.a(x) + self.b(y))
         q = self.wide(p) + self.one(p)  # one channel for all
-        r = torch.add(q, self.doubled(q), alpha=2)
+        r = torch.relu(q)
         r = r + self.corner(r)[..., :1, :1]
-        result: Tensor = r + 1.0
+        result: Tensor = r * torch.tanh(r)
         return result
 
 

@@ -25,7 +25,7 @@ def test_the_table_names_every_site_with_its_figures() -> None:
     assert row.params_before == 88 and row.params_after == 8 * 11 + 8 * 8
     assert row.error is not None and row.error < 1e-6
     assert json.loads(json.dumps(found.to_dict()))["rows"][0]["action"] == "left"
-    fused = report(fuse(big))
+    fused = report(fuse(big, scope="expanded"))
     assert fused.summary == "fuse: 6 fused"
     assert {r.params_after for r in fused.rows if r.site == "tokens.weight"} == {88}
 

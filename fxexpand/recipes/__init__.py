@@ -4,8 +4,30 @@ A recipe builds the training-time block of a kernel and its initial weights; fol
 its own, the kernel laws do that.
 """
 
+from fxexpand.recipes.branches import DBB, OREPA, ACNet, MobileOne, RepVGG
 from fxexpand.recipes.chain import Chain
+from fxexpand.recipes.doconv import DOConv
+from fxexpand.recipes.expandnet import ExpandNetCK, ExpandNetCL, ExpandNetFC
 from fxexpand.recipes.recipe import INITS, Init, Recipe
-from fxexpand.recipes.structure import Skip, fold, has_norm
+from fxexpand.recipes.structure import Branches, Scale, Skip, fold, has_norm
 
-__all__ = ["INITS", "Chain", "Init", "Recipe", "Skip", "fold", "has_norm"]
+__all__ = [
+    "DBB",
+    "INITS",
+    "OREPA",
+    "ACNet",
+    "Branches",
+    "Chain",
+    "DOConv",
+    "ExpandNetCK",
+    "ExpandNetCL",
+    "ExpandNetFC",
+    "Init",
+    "MobileOne",
+    "Recipe",
+    "RepVGG",
+    "Scale",
+    "Skip",
+    "fold",
+    "has_norm",
+]

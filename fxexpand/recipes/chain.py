@@ -13,11 +13,11 @@ from fxexpand.errors import InexactError, SelectionError
 from fxexpand.kernel import Kernel
 from fxexpand.lower import laid_out_as, to_module
 from fxexpand.recipes.factors import balanced_factors, kaiming_factors
+from fxexpand.recipes.parts import keeps_size, silent_norm
 from fxexpand.recipes.recipe import INITS, Init, Recipe
-from fxexpand.recipes.structure import LastDimBatchNorm, Skip
+from fxexpand.recipes.structure import Skip
 
 LOPSIDED = 4
-NORMS = (LastDimBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial rank
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Chain(Recipe):
         for start in range(0, depth, length):
             stop = min(start + length, depth)
             same = geometry[start].in_channels == geometry[stop - 1].out_channels
-            kept = same and _keeps_size(geometry[start])
+            kept = same and keeps_size(geometry[start])
             runs.append((start, stop, bool(self.residual) and kept))
         return runs
 
@@ -194,7 +194,7 @@ class Chain(Recipe):
             for factor in factors[start:stop]:
                 run.append(to_module(factor, copy=False))
                 if self.batch_norm:
-                    run.append(_silent_norm(factor))
+                    run.append(silent_norm(factor.weight, factor.out_channels))
             parts.extend([Skip(*run)] if skip else run)
         return nn.Sequential(*parts)
 
@@ -209,16 +209,6 @@ def _matrix(weight: Tensor, groups: int) -> Tensor:
     return weight.detach().reshape(groups, weight.shape[0] // groups, -1)
 
 
-def _keeps_size(kernel: Kernel) -> bool:
-    """Whether the identity of the same size can be added: stride 1 and a centred tap under equal padding."""
-    spans = [d * (k - 1) for d, k in zip(kernel.dilation, kernel.kernel_size, strict=True)]
-    centred = all(
-        k % 2 == 1 and before == after == span // 2
-        for k, span, (before, after) in zip(kernel.kernel_size, spans, kernel.padding, strict=True)
-    )
-    return centred and not kernel.transposed and all(step == 1 for step in kernel.stride)
-
-
 def _identity_weight(geometry: Kernel, like: Tensor) -> Tensor:
     """The weight of a centred identity in the shape of ``geometry``."""
     rows, width = geometry.weight.shape[:2]
@@ -227,13 +217,3 @@ def _identity_weight(geometry: Kernel, like: Tensor) -> Tensor:
     for channel in range(rows):
         weight[(channel, channel % width, *centre)] = 1.0
     return weight
-
-
-def _silent_norm(kernel: Kernel) -> nn.Module:
-    """A BatchNorm that is the identity in eval mode until it has seen data."""
-    norm = NORMS[kernel.rank](kernel.out_channels, dtype=kernel.weight.dtype, device=kernel.weight.device)
-    with torch.no_grad():
-        norm.weight.fill_(math.sqrt(1.0 + norm.eps))
-    norm.weight.requires_grad_(kernel.weight.requires_grad)
-    norm.bias.requires_grad_(kernel.weight.requires_grad)
-    return norm

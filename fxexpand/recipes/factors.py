@@ -19,7 +19,7 @@ MIRRORS = 16
 
 
 def balanced_factors(
-    matrix: Tensor, hidden: int, depth: int, generator: torch.Generator | None = None
+    matrix: Tensor, hidden: int | Sequence[int], depth: int, generator: torch.Generator | None = None
 ) -> list[Tensor]:
     """``depth`` factors with product ``matrix``, first factor first, in the matrix' dtype.
 
@@ -37,7 +37,7 @@ def balanced_factors(
 
     Args:
         matrix: ``(groups, out, in)``.
-        hidden: width of the factors in between, per group.
+        hidden: width between the factors, per group; or each of the ``depth - 1`` widths.
 
     Raises: InexactError: ``hidden`` is below the rank of the matrix, so no such factors exist.
 
@@ -45,6 +45,7 @@ def balanced_factors(
     """
     if depth == 1:
         return [matrix.detach().clone()]
+    widths = [hidden] * (depth - 1) if isinstance(hidden, int) else list(hidden)
     groups, out, inner = matrix.shape
     precise = matrix.dtype == torch.float64
     wide = matrix.detach().to(torch.float64 if precise else torch.float32)
@@ -61,20 +62,21 @@ def balanced_factors(
     rest = basis.mT @ side
     values = torch.linalg.vector_norm(rest, dim=-1)
     top = float(values.amax())
-    if hidden < values.shape[-1]:
-        lost = float(values[:, hidden:].amax())
+    narrow = min(widths)
+    if narrow < values.shape[-1]:
+        lost = float(values[:, narrow:].amax())
         if lost > (1e-10 if precise else 1e-5) * top:
             raise InexactError(
-                f"a hidden width of {hidden * groups} is below the rank of the weight "
+                f"a hidden width of {narrow * groups} is below the rank of the weight "
                 f"({min(out, inner) * groups} at most), so init='preserve' is impossible. "
                 "Use a larger width, or init='matched'."
             )
-        basis, rest, values = basis[..., :hidden], rest[:, :hidden], values[:, :hidden]
+        basis, rest, values = basis[..., :narrow], rest[:, :narrow], values[:, :narrow]
     size = torch.clamp(values, min=FLOOR * top if top > 0 else 1.0)
     scale = largest ** (1.0 / depth)
     share = size.pow(1.0 / depth) * scale  # (groups, rank): what each factor carries
     remaining = rest * (scale / size.pow((depth - 1) / depth)).unsqueeze(-1)
-    turns = [_Turn(groups, hidden, share.shape[-1], wide, generator) for _ in range(depth - 1)]
+    turns = [Turn(groups, width, share.shape[-1], wide, generator) for width in widths]
     if tall:
         first = turns[0].on_rows(share.unsqueeze(-1) * basis.mT)
         last = turns[-1].on_columns(remaining.mT)
@@ -101,7 +103,7 @@ def _eigenvectors(symmetric: Tensor) -> Tensor:
     return vectors
 
 
-class _Turn:
+class Turn:
     """A random matrix ``Q (groups, rows, columns)`` with orthonormal columns, that is never written down.
 
     ``Q`` is the first columns, with random signs, of the reflection ``I - 2 V V^T``, where ``V`` has up to
@@ -132,17 +134,17 @@ class _Turn:
         result[..., :columns] += signed
         return result
 
-    def around(self, diagonal: Tensor, other: _Turn) -> Tensor:
-        """``Q @ diag(diagonal) @ other.mT``, ``(groups, rows, rows)``, as one update of low rank.
+    def around(self, diagonal: Tensor, other: Turn) -> Tensor:
+        """``Q @ diag(diagonal) @ other.mT``, ``(groups, rows, other rows)``, an update of low rank.
 
         ``(I - 2 V V^T) D (I - 2 U U^T) = D - 2 V (V^T D) + (4 V (V^T D U) - 2 D U) U^T`` where ``D``
         holds the signed diagonal.
         """
         columns = diagonal.shape[1]
         signed = (diagonal * self.signs * other.signs).unsqueeze(-1)
-        left = torch.zeros_like(self.mirrors)  # D^T V
+        left = self.mirrors.new_zeros(*other.mirrors.shape[:2], self.mirrors.shape[2])  # D^T V
         left[:, :columns] = signed * self.mirrors[:, :columns]
-        right = torch.zeros_like(other.mirrors)  # D U
+        right = other.mirrors.new_zeros(*self.mirrors.shape[:2], other.mirrors.shape[2])  # D U
         right[:, :columns] = signed * other.mirrors[:, :columns]
         inner = 4.0 * self.mirrors @ (left.mT @ other.mirrors) - 2.0 * right
         result = torch.cat([-2.0 * self.mirrors, inner], -1) @ torch.cat([left, other.mirrors], -1).mT

@@ -1,16 +1,18 @@
-"""The two shapes a block is made of, one after the other and a skip around, and how they fold."""
+"""What a block is made of: parts one after the other, a skip around, branches side by side; how they fold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxexpand.geometry import Geometry, Tree, association, composition, composition_macs
-from fxexpand.kernel import Kernel, add, compose_all, identity
+from fxexpand.geometry import Geometry, Tree, alignment, association, composition, composition_macs
+from fxexpand.kernel import Kernel, add, compose_all, identity, scale
 from fxexpand.ops import kernel_of
+from fxexpand.recipes.fixed import Fixed
 
 
 class Skip(nn.Sequential):
@@ -20,6 +22,44 @@ class Skip(nn.Sequential):
         """``(batch, channels, *size)`` to the same shape."""
         result: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
         return result
+
+
+class Branches(nn.ModuleList):
+    """``f(x) + g(x) + ...``: the sum of what the modules make of one input; the main one comes first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs of all branches have one shape."""
+        first, *others = self
+        total: Tensor = first(x)
+        for branch in others:
+            total = total + branch(x)
+        return total
+
+
+class Scale(nn.Module):
+    """``s x`` with one learnable value ``s`` per channel.
+
+    Args:
+        weight: the initial values, ``(channels,)``.
+        rank: spatial dimensions after the channels.
+    """
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.rank = rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, channels, *size)`` to the same shape."""
+        return x * self.weight.reshape(-1, *(1,) * self.rank)
+
+    def kernel(self, values: Tensor) -> Kernel:
+        """The diagonal kernel of ``values``."""
+        return Kernel(values.reshape(-1, 1, *(1,) * self.rank), groups=values.shape[0])
+
+    def extra_repr(self) -> str:
+        """The number of channels."""
+        return str(self.weight.shape[0])
 
 
 class LastDimBatchNorm(nn.BatchNorm1d):
@@ -40,17 +80,24 @@ def fold(module: nn.Module, factors: Sequence[Tensor] | None = None) -> Kernel:
     """The one kernel that computes what ``module`` does, differentiable with respect to its factors.
 
     Args:
-        module: Linear and convolutions, BatchNorm in eval mode, nn.Sequential and Skip of those.
-        factors: weights ``(out, in/groups, *k)`` to use in place of the layers' own, in their order.
+        module: Linear and convolutions, BatchNorm in eval mode, Scale, Fixed, and nn.Sequential, Skip and
+            Branches of those.
+        factors: weights ``(out, in/groups, *k)``, and values of a Scale, to use in place of the modules'
+            own, in the order of their parameters.
 
     Raises: InexactError: BatchNorm in train mode, or another module that is no affine map.
     """
     given = None if factors is None else iter(factors)
+    like = next(module.parameters(), torch.empty(0)) if factors is None else factors[0]
 
-    def leaf(layer: nn.Module) -> Kernel:
-        if isinstance(layer, LastDimBatchNorm):
-            return kernel_of(layer.stock(), rank=0)
-        kernel = kernel_of(layer)
+    def leaf(part: nn.Module) -> Kernel:
+        if isinstance(part, Fixed):
+            return part.kernel(like)
+        if isinstance(part, Scale):
+            return part.kernel(part.weight if given is None else next(given))
+        if isinstance(part, LastDimBatchNorm):
+            return kernel_of(part.stock(), rank=0)
+        kernel = kernel_of(part)
         return kernel if given is None else replace(kernel, weight=next(given))
 
     return _fold(module, leaf)
@@ -62,20 +109,40 @@ def has_norm(module: nn.Module) -> bool:
 
 
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that have a kernel of their own, in the order they run."""
-    if isinstance(module, nn.Sequential):
+    """The layers, in the order they run: what ``kernel_of`` knows; no Scale, nothing fixed."""
+    if isinstance(module, nn.Sequential | Branches):
         for part in module:
             yield from leaves(part)
-    else:
+    elif not isinstance(module, Scale | Fixed):
         yield module
 
 
 def fold_cost(module: nn.Module) -> int:
-    """Multiply-adds of one ``fold`` in the order it takes; BatchNorm and skips are not counted."""
-    factors = [part for part in leaves(module) if isinstance(part, nn.Linear | _ConvNd)]
-    geometries = tuple(kernel_of(factor).geometry for factor in factors)
-    tree = association(geometries)
-    return 0 if isinstance(tree, str) else _cost(tree, geometries)[0]
+    """Multiply-adds of one ``fold`` in the order it takes; BatchNorm, scales and sums are not counted."""
+    return _cost_and_shape(module)[0]
+
+
+def _cost_and_shape(module: nn.Module) -> tuple[int, Geometry | None]:
+    """The cost of a fold and its result; None for one value per channel, or where nothing folds."""
+    if isinstance(module, Fixed):
+        return 0, module.geometry
+    if isinstance(module, nn.Linear | _ConvNd):
+        return 0, kernel_of(module).geometry
+    if not isinstance(module, nn.Sequential | Branches):
+        return 0, None
+    parts = [_cost_and_shape(part) for part in module]
+    inner = sum(cost for cost, _ in parts)
+    shapes = tuple(shape for _, shape in parts if shape is not None)
+    if not shapes:
+        return inner, None
+    if isinstance(module, Branches):
+        common = alignment(shapes)
+        return inner, None if isinstance(common, str) else common.result
+    tree = association(shapes)
+    if isinstance(tree, str):
+        return 0, None
+    outer, shape = _cost(tree, shapes)
+    return inner + outer, shape
 
 
 def _cost(tree: Tree, geometries: Sequence[Geometry]) -> tuple[int, Geometry]:
@@ -88,9 +155,21 @@ def _cost(tree: Tree, geometries: Sequence[Geometry]) -> tuple[int, Geometry]:
 
 
 def _fold(module: nn.Module, leaf: Callable[[nn.Module], Kernel]) -> Kernel:
+    if isinstance(module, Branches):
+        first, *others = [_fold(branch, leaf) for branch in module]
+        for other in others:
+            first = add(first, other)
+        return first
     if not isinstance(module, nn.Sequential):
         return leaf(module)
-    inner = compose_all([_fold(part, leaf) for part in module])
+    kernels: list[Kernel] = []
+    for part in module:
+        if isinstance(part, Scale) and kernels:
+            # The factor before it, which is smaller than the product.
+            kernels[-1] = scale(kernels[-1], leaf(part).weight.flatten())
+        else:
+            kernels.append(_fold(part, leaf))
+    inner = compose_all(kernels)
     if not isinstance(module, Skip):
         return inner
     around = identity(inner.out_channels, inner.rank, like=inner.weight, groups=inner.groups)

@@ -1,0 +1,88 @@
+"""Gradient accumulation: one product of the factors for many micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.layers import Expanded
+from fxexpand.products import Held
+from fxexpand.weights import expanded_weights, originals
+
+
+@contextmanager
+def accumulate(expanded: nn.Module, batches: int = 1) -> Iterator[None]:
+    """Form each product of factors once for all micro-batches of a step, and back-propagate through it once.
+
+    ::
+
+        with accumulate(model, batches=4):
+            for x, y in micro_batches:
+                (loss(model(x), y) / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Inside, a product is a leaf at which the gradients of the micro-batches add up; on leaving, one backward
+    pass takes the sum to the factors: ``d/dW_i Σ_b L_b(P(W)) = (dP/dW_i)^T Σ_b dL_b/dP``. Losses and
+    gradients are those of the plain loop, up to the order of additions. Clip, unscale and step afterwards.
+
+    Only where factors are multiplied at all: layers that run as chains (``form="chain"``, BatchNorm inside,
+    or few positions) go on as they are. Evaluation under ``torch.no_grad`` uses the products too. Code under
+    ``torch.compile`` shares a product where it is known beforehand that it is needed: with
+    ``form="collapsed"``, and in weight space. Elsewhere it forms its own, with the same results.
+
+    Args:
+        expanded: the model; a wrapper around it will do. Under DistributedDataParallel use ``no_sync`` for
+            all micro-batches but the last, as in any accumulation.
+        batches: how many micro-batches follow, at a guess: ``form="auto"`` weighs one product against all of
+            them.
+
+    Raises:
+        SelectionError: ``batches`` out of range.
+        FxExpandError: a block inside a block of the same model; factors that are sharded (FSDP), which exist
+            only while their layer runs; or, at the end, factors that changed inside, as by an optimizer.
+
+    After an error inside nothing is passed on: the factors' ``.grad`` lacks the micro-batches so far.
+    """
+    if not isinstance(batches, int) or batches < 1:
+        raise SelectionError(f"accumulate(batches={batches!r}): choose a whole number, 1 or more.")
+    holders = _holders(expanded)
+    for name, holder, factors in holders:
+        if holder.held is not None:
+            raise FxExpandError(f"{name}: is accumulating already. Leave that block before opening another.")
+        if any(hasattr(factor, "device_mesh") for factor in factors):
+            raise FxExpandError(
+                f"{name}: its factors are sharded, and a product of them cannot outlive a forward pass. "
+                "Accumulate without this block, or with DistributedDataParallel."
+            )
+    try:
+        for _, holder, factors in holders:
+            holder.held = Held(factors, batches)
+            if not isinstance(holder, Expanded):
+                holder(*factors)
+            elif holder.form == "collapsed":
+                _ = holder.weight
+        yield
+        gathered = [pair for _, holder, _ in holders for pair in holder.held.gathered()]
+    finally:
+        for _, holder, _ in holders:
+            holder.held = None
+    if gathered:
+        products, gradients = zip(*gathered, strict=True)
+        torch.autograd.backward(products, gradients)
+
+
+def _holders(model: nn.Module) -> list[tuple[str, Any, list[Tensor]]]:
+    """(name, what holds products, its factors) of every expansion whose factors are multiplied."""
+    found: dict[int, tuple[str, Any, list[Tensor]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Expanded) and not module.normed:
+            found[id(module)] = path or type(module).__name__, module, list(module.expansion.parameters())
+        for name, held, expansion in expanded_weights(module):
+            found[id(expansion)] = f"{path}.{name}".lstrip("."), expansion, originals(held)
+    return list(found.values())

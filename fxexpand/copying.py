@@ -1,0 +1,35 @@
+"""Deep copies of models that torch's own deepcopy refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
+    """A deep copy of the model that keeps the ``shared`` tensors instead of copying them."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for tensor in _uncopyable(model):
+        memo.setdefault(
+            id(tensor),
+            type(tensor)(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else tensor.detach().clone(),
+        )
+    return copy.deepcopy(model, memo)
+
+
+def _uncopyable(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that deepcopy refuses: what legacy hooks and recurrent layers keep, sparse parameters."""
+    for module in model.modules():
+        for value in vars(module).values():
+            for item in tree_leaves(value):
+                if isinstance(item, Tensor) and (not item.is_leaf or item.layout != torch.strided):
+                    yield item

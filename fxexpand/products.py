@@ -1,0 +1,199 @@
+"""Products of factors, prepared once: what to multiply in which order, and how many of the factors at all.
+
+``fxexpand.recipes.fold`` derives the geometry at every call. Training asks at every step, and the common
+block, a kernel followed by 1 x 1 factors, is nothing but a chain of matrices: its geometry is settled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxexpand.errors import FxExpandError
+from fxexpand.geometry import Tree, association
+from fxexpand.ops import LAYERS, kernel_of
+
+# From the first factor to the last one (not included) of those that are multiplied.
+Segment: TypeAlias = tuple[int, int]
+# Consecutive segments: each is multiplied first, then applied to the activations.
+Way: TypeAlias = tuple[Segment, ...]
+
+ENUMERATED = 8  # factors up to which all 2^(d - 1) ways are considered
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixChain:
+    """Factors ``(out, in/groups, *k)``, then ``(out, in/groups, 1...)``, all with the same groups.
+
+    Attributes:
+        groups: of every factor; the chain is that of one group, as often.
+        sizes: ``n_0 = in/groups * prod(k), n_1, ...``: factor i is a matrix ``(n_(i+1), n_i)``.
+        orders: the cheapest association of each segment of two factors or more.
+        ways: ``(positions, way)`` by falling number of positions from which on a way is the cheapest.
+    """
+
+    groups: int
+    sizes: tuple[int, ...]
+    orders: dict[Segment, Tree]
+    ways: tuple[tuple[float, Way], ...]
+
+    @property
+    def whole(self) -> Segment:
+        """All factors."""
+        return 0, len(self.sizes) - 1
+
+    def way(self, positions: float) -> Way:
+        """The way with the fewest multiply-adds for that many positions of the output.
+
+        Where torch.compile traces with a size that may vary, all factors are multiplied unless that is never
+        the cheapest: one graph serves all sizes.
+        """
+        for start, way in self.ways:
+            if not surely_below(positions, start):
+                return way
+        return self.ways[-1][1]
+
+    def product(self, weights: Sequence[Tensor], segment: Segment) -> Tensor:
+        """The weight ``(out, in/groups, *k)`` of consecutive factors, in the memory format of the first."""
+        start, stop = segment
+        first = weights[start]
+        if stop - start == 1:
+            return first
+        last_dim = is_channels_last(first)  # then the taps are rows of a matrix without a copy
+        source = first.movedim(1, -1) if last_dim else first
+        shape = (-1, self.sizes[start]) if self.groups == 1 else (self.groups, -1, self.sizes[start])
+        matrices = [source.reshape(shape)]
+        for size, weight in zip(self.sizes[start + 1 : stop], weights[start + 1 : stop], strict=True):
+            matrices.append(weight.reshape((-1, size) if self.groups == 1 else (self.groups, -1, size)))
+        product = _multiplied(self.orders[segment], matrices)
+        result = product.reshape(-1, *source.shape[1:])
+        return result.movedim(-1, 1) if last_dim else result
+
+
+def matrix_chain(block: nn.Module) -> MatrixChain | None:
+    """The chain of matrices that a block is; None where it is more than that.
+
+    A block that is one: ``nn.Sequential`` of one plain convolution or Linear and others of one tap, stride 1
+    and no padding, without biases, with equal groups.
+    """
+    if type(block) is not nn.Sequential or not len(block) or any(type(part) not in LAYERS for part in block):
+        return None
+    geometries = [kernel_of(part).geometry for part in block]
+    first, *others = geometries
+    if any(g.transposed or g.bias or (g.groups, g.rank) != (first.groups, first.rank) for g in geometries):
+        return None
+    if not all(g.pointwise for g in others):
+        return None
+    sizes = (first.macs // first.out_channels, *(g.out_channels // g.groups for g in geometries))
+    count = len(geometries)
+    costs = {(i, i + 1): 0 for i in range(count)}
+    orders: dict[Segment, Tree] = {}
+    for start, stop in itertools.combinations(range(count + 1), 2):
+        if stop - start > 1 and (count <= ENUMERATED or (start, stop) == (0, count)):
+            order = association(tuple(geometries[start:stop]))
+            assert not isinstance(order, str)  # pointwise kernels compose
+            orders[start, stop] = order
+            costs[start, stop] = first.groups * _cost(order, sizes[start : stop + 1])[0]
+    return MatrixChain(first.groups, sizes, orders, _cheapest(costs, sizes, first.groups))
+
+
+def surely_below(value: float, limit: float) -> bool:
+    """``value < limit``; while torch.compile traces a size that may vary: whether it holds for all sizes."""
+    if torch.compiler.is_compiling():
+        return bool(statically_known_true(value < limit))
+    return value < limit
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether the dimension of the channels, the second, is the innermost in memory."""
+    return weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
+
+
+class Held:
+    """Products that are formed once and stand in for themselves as leaves, so that gradients gather there.
+
+    Args:
+        factors: what the products are made of.
+        batches: micro-batches that share one product; the choice of a form counts it that much less.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], batches: int) -> None:
+        self.batches = batches
+        self._factors = list(factors)
+        self._versions = [factor._version for factor in self._factors]
+        self._pairs: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def leaf(self, key: Any, form: Callable[[], Tensor]) -> Tensor:
+        """The stand-in for the product ``form()``, formed at the first call with ``key``."""
+        if key not in self._pairs:
+            # Neither can hand a leaf on: a compiled graph, and inference mode, whose tensors never train.
+            if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+                return form()
+            # Hooks of a checkpoint around the caller must not count what only the first call saves.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                product = form()
+            self._pairs[key] = product, product.detach().requires_grad_(product.requires_grad)
+        leaf = self._pairs[key][1]
+        return leaf if torch.is_grad_enabled() else leaf.detach()
+
+    def gathered(self) -> list[tuple[Tensor, Tensor]]:
+        """Each product with the gradient that has gathered at its stand-in.
+
+        Raises: FxExpandError: the factors are no longer those that the products were made of.
+        """
+        if [factor._version for factor in self._factors] != self._versions:
+            raise FxExpandError(
+                "accumulate: the factors changed inside the block, so the products are out of date. Step the "
+                "optimizer after the block, and open a new one for the next step."
+            )
+        return [(product, leaf.grad) for product, leaf in self._pairs.values() if leaf.grad is not None]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _multiplied(order: Tree, matrices: Sequence[Tensor]) -> Tensor:
+    if isinstance(order, int):
+        return matrices[order]
+    inner, outer = order
+    return _multiplied(outer, matrices) @ _multiplied(inner, matrices)
+
+
+def _cost(order: Tree, sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Multiply-adds, rows and columns of a product in a given association."""
+    if isinstance(order, int):
+        return 0, sizes[order + 1], sizes[order]
+    before, between, columns = _cost(order[0], sizes)
+    after, rows, _ = _cost(order[1], sizes)
+    return before + after + rows * between * columns, rows, columns
+
+
+def _cheapest(costs: dict[Segment, int], sizes: Sequence[int], groups: int) -> tuple[tuple[float, Way], ...]:
+    """The lower envelope of the costs of all ways, each ``products + positions * weights``."""
+    count = len(sizes) - 1
+    if count <= ENUMERATED:
+        cuts = [c for n in range(count) for c in itertools.combinations(range(1, count), n)]
+    else:
+        cuts = [(), tuple(range(1, count))]
+    lines: list[tuple[int, int, Way]] = []
+    for cut in cuts:
+        way = tuple(itertools.pairwise((0, *cut, count)))
+        weights = groups * sum(sizes[start] * sizes[stop] for start, stop in way)
+        lines.append((weights, sum(costs[segment] for segment in way), way))
+    # From many positions, where the fewest weights win, down to none, where the cheapest products do.
+    weights, fixed, way = min(lines)
+    envelope: list[tuple[float, Way]] = []
+    while True:
+        crossings = [((fixed - f) / (w - weights), f, w, v) for w, f, v in lines if f < fixed and w > weights]
+        if not crossings:
+            return (*envelope, (0.0, way))
+        start, f, w, v = max(crossings, key=lambda crossing: (crossing[0], -crossing[1]))
+        envelope.append((start, way))
+        fixed, weights, way = f, w, v

@@ -1,0 +1,315 @@
+"""Parallel branches: RepVGG, MobileOne, ACNet, DBB and OREPA."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import InexactError, SelectionError
+from fxexpand.kernel import Kernel
+from fxexpand.recipes.fixed import Average, Cosine, Pad
+from fxexpand.recipes.parts import (
+    RELU,
+    TORCH,
+    Draw,
+    centred,
+    conv,
+    depthwise,
+    folded_weight,
+    keeps_size,
+    match,
+    pointwise,
+    require_convolution,
+    require_init,
+    silent_norm,
+)
+from fxexpand.recipes.recipe import Init, Recipe
+from fxexpand.recipes.structure import Branches, Scale, Skip
+
+
+class MultiBranch(Recipe):
+    """A sum of branches, each ending in a BatchNorm or a Scale; the first is the convolution itself.
+
+    ``init="preserve"`` starts the other branches as the paper does, and the first takes the rest of the
+    kernel. ``init="matched"`` starts all as the paper does, then multiplies the last layers of all branches.
+    A kernel's bias goes onto the first branch: onto its BatchNorm, or, before a Scale, onto its convolution.
+    """
+
+    @property
+    def needs_activations(self) -> bool:
+        """See ``Recipe``."""
+        return True
+
+    @abstractmethod
+    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+        """The branches as in the paper, the main one first.
+
+        Raises: InexactError: the recipe has none for such a kernel.
+        """
+
+    def build(
+        self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
+    ) -> nn.Sequential:
+        """See ``Recipe.build``."""
+        require_init(init)
+        require_convolution(kernel, type(self).__name__)
+        branches = self.branches(kernel, Draw(kernel, generator))
+        block = nn.Sequential(Branches(branches))
+        with torch.no_grad():
+            if not kernel.weight.is_meta and init == "preserve":
+                _give_rest(block, branches[0], kernel)
+            if not kernel.weight.is_meta and init == "matched":
+                match(block, kernel, [_last_scale(branch) for branch in branches])
+            block.requires_grad_(kernel.weight.requires_grad)
+            if kernel.bias is not None:
+                _give_bias(branches[0], kernel.bias)
+        return block
+
+
+@dataclass(frozen=True)
+class RepVGG(MultiBranch):
+    """k x k, 1 x 1 and, where channels and size are kept, the identity; each with a BatchNorm.
+
+    For odd kernels, of more than one tap. Padding, stride, dilation and groups are those of the kernel.
+
+    Source: X. Ding et al., "RepVGG" (arXiv 2101.03697), section 3.2.
+    """
+
+    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+        """See ``MultiBranch.branches``."""
+        _require_centre(kernel, "RepVGG")
+        _require_taps(kernel, "RepVGG", "Use MobileOne")
+        return [
+            _normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape))),
+            _normed(kernel, *centred(kernel, _draw_pointwise(kernel, draw))),
+            *_identity(kernel),
+        ]
+
+
+@dataclass(frozen=True)
+class MobileOne(MultiBranch):
+    """``k`` times the convolution, 1 x 1 beside a larger kernel and, where channels and size are kept, the
+    identity; each with a BatchNorm.
+
+    For odd kernels; the paper uses it on depthwise k x k and on 1 x 1 convolutions.
+
+    Attributes:
+        k: how many branches are like the convolution; the paper's smallest network has 4, the others 1.
+
+    Raises: SelectionError: ``k`` is no whole number, 1 or more.
+    Source: P. K. A. Vasu et al., "MobileOne" (arXiv 2206.04040), section 3.2.
+    """
+
+    k: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 1:
+            raise SelectionError(f"MobileOne(k={self.k!r}): choose a whole number of branches, 1 or more.")
+
+    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+        """See ``MultiBranch.branches``."""
+        _require_centre(kernel, "MobileOne")
+        alike = [_normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape))) for _ in range(self.k)]
+        small = []
+        if math.prod(kernel.kernel_size) > 1:
+            small = [_normed(kernel, *centred(kernel, _draw_pointwise(kernel, draw)))]
+        return [*alike, *small, *_identity(kernel)]
+
+
+@dataclass(frozen=True)
+class ACNet(MultiBranch):
+    """k x k, k x 1 and 1 x k, each with a BatchNorm: the skeleton of a square kernel is learned twice.
+
+    For odd kernels of two dimensions, both larger than 1.
+
+    Source: X. Ding et al., "ACNet" (arXiv 1908.03930), section 3.2.
+    """
+
+    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+        """See ``MultiBranch.branches``."""
+        if kernel.rank != 2:
+            raise InexactError(
+                f"ACNet crosses rows and columns, so it needs two spatial dimensions, not {kernel.rank}"
+            )
+        _require_centre(kernel, "ACNet")
+        rows, columns = kernel.kernel_size
+        if min(rows, columns) == 1:
+            raise InexactError(
+                f"ACNet crosses a row and a column of the kernel, and this one is {rows}x{columns}"
+            )
+        out, inner = kernel.weight.shape[:2]
+        return [
+            _normed(kernel, *centred(kernel, draw.kaiming(out, inner, *size)))
+            for size in ((rows, columns), (rows, 1), (1, columns))
+        ]
+
+
+@dataclass(frozen=True)
+class DBB(MultiBranch):
+    """The diverse branch block: k x k, 1 x 1, 1 x 1 then average, 1 x 1 then k x k; BatchNorm after each.
+
+    For odd kernels of more than one tap. The first 1 x 1 of the last branch starts as the identity; for
+    depthwise kernels it doubles the channels instead, the 1 x 1 branch is left out and the average has no
+    1 x 1. A kernel with dilation is averaged over the taps it has.
+
+    The two branches with a BatchNorm in the middle are padded in front, so their border is what the
+    BatchNorm makes of zeros, its folded bias: the fold is exact. In training the released code takes the
+    statistics without the border, this one with it.
+
+    Source: X. Ding et al., "Diverse Branch Block" (arXiv 2103.13425), section 3.4.
+    """
+
+    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+        """See ``MultiBranch.branches``."""
+        _require_centre(kernel, "DBB")
+        _require_taps(kernel, "DBB", "Use MobileOne")
+        out, channels, inside = kernel.out_channels, kernel.in_channels, _unpadded(kernel)
+        main = _normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape)))
+        if kernel.groups == channels == out:
+            small, hidden = [], 2 * channels
+            average = _normed(kernel, Average(kernel, channels))
+            first: nn.Module = pointwise(kernel, _draw_pointwise(kernel, draw, hidden))
+        else:
+            small = [_normed(kernel, *centred(kernel, _draw_pointwise(kernel, draw)))]
+            spread = pointwise(kernel, _draw_pointwise(kernel, draw))
+            average = _normed(kernel, *_pad(kernel), *_normed(kernel, spread), Average(inside, out))
+            hidden = channels
+            first = Skip(pointwise(kernel, _zeros(kernel, hidden)))
+        last = conv(inside, draw.kaiming(out, hidden // kernel.groups, *kernel.kernel_size))
+        norm = silent_norm(kernel.weight, hidden)
+        return [main, *small, average, _normed(kernel, *_pad(kernel), first, norm, last)]
+
+
+@dataclass(frozen=True)
+class OREPA(MultiBranch):
+    """The branches of online re-parameterisation, with a learnable scale per channel in place of BatchNorm.
+
+    k x k, 1 x 1 then average, 1 x 1 then fixed cosines, 1 x 1, 1 x 1 then k x k, and depthwise k x k then
+    1 x 1 with 8 times the channels. Without BatchNorm inside, all of it is one kernel per step: what
+    ``form="auto"`` does. The paper has one BatchNorm after the sum, which is the network's own.
+
+    For odd kernels of more than one tap. The first 1 x 1 of the fifth branch starts as the identity, with
+    more than 4 groups as two copies of it.
+
+    Source: M. Hu et al., "Online Convolutional Re-parameterization" (arXiv 2204.00826), and the released
+    code for the initial values.
+    """
+
+    @property
+    def needs_activations(self) -> bool:
+        """See ``Recipe``."""
+        return False
+
+    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+        """See ``MultiBranch.branches``."""
+        _require_centre(kernel, "OREPA")
+        _require_taps(kernel, "OREPA", "Use Chain")
+        out, inner = kernel.weight.shape[:2]
+        size, groups, channels = kernel.kernel_size, kernel.groups, kernel.in_channels
+        copies = 1 if groups <= 4 else 2
+        identity = pointwise(kernel, _zeros(kernel, copies * channels))
+
+        def spread() -> nn.Module:
+            return pointwise(kernel, _draw_pointwise(kernel, draw, slope=RELU))
+
+        return [
+            _scaled(0.25, kernel, conv(kernel, draw.kaiming(*kernel.weight.shape, slope=RELU))),
+            _scaled(0.25, kernel, spread(), Average(kernel, out)),
+            _scaled(0.0, kernel, spread(), Cosine(kernel, out)),
+            _scaled(1.0, kernel, *centred(kernel, _draw_pointwise(kernel, draw, slope=RELU))),
+            _scaled(
+                0.5,
+                kernel,
+                Skip(identity) if copies == 1 else Branches([identity, _copies(kernel, copies)]),
+                conv(kernel, draw.kaiming(out, copies * inner, *size, slope=RELU)),
+            ),
+            _scaled(
+                0.5,
+                kernel,
+                depthwise(kernel, draw.kaiming(8 * channels, 1, *size, slope=RELU)),
+                pointwise(kernel, draw.kaiming(out, 8 * inner, *(1,) * kernel.rank, slope=RELU)),
+            ),
+        ]
+
+
+def _normed(kernel: Kernel, *parts: nn.Module) -> nn.Sequential:
+    """The parts, which end in the kernel's channels, and a BatchNorm."""
+    return nn.Sequential(*parts, silent_norm(kernel.weight, kernel.out_channels))
+
+
+def _scaled(value: float, kernel: Kernel, *parts: nn.Module) -> nn.Sequential:
+    """The parts, which end in the kernel's channels, and a scale."""
+    scale = kernel.weight.detach().new_full((kernel.out_channels,), value)
+    return nn.Sequential(*parts, Scale(scale, kernel.rank))
+
+
+def _identity(kernel: Kernel) -> list[nn.Sequential]:
+    """The branch that only normalises, where channels and size are kept."""
+    kept = kernel.in_channels == kernel.out_channels and keeps_size(kernel)
+    return [_normed(kernel)] if kept else []
+
+
+def _draw_pointwise(kernel: Kernel, draw: Draw, channels: int | None = None, slope: float = TORCH) -> Tensor:
+    """A 1 x 1 weight with the kernel's inputs and groups."""
+    out = kernel.out_channels if channels is None else channels
+    return draw.kaiming(out, kernel.weight.shape[1], *(1,) * kernel.rank, slope=slope)
+
+
+def _zeros(kernel: Kernel, channels: int) -> Tensor:
+    return kernel.weight.detach().new_zeros((channels, kernel.weight.shape[1], *(1,) * kernel.rank))
+
+
+def _pad(kernel: Kernel) -> list[nn.Module]:
+    """The kernel's padding as a part of its own."""
+    return [Pad(kernel, kernel.padding)] if any(side for pair in kernel.padding for side in pair) else []
+
+
+def _unpadded(kernel: Kernel) -> Kernel:
+    return replace(kernel, padding=())
+
+
+def _copies(kernel: Kernel, times: int) -> nn.Module:
+    """Every channel of the input ``times`` times."""
+    one = kernel.weight.detach().new_empty((1, 1, *(1,) * kernel.rank))
+    return Average(Kernel(one), kernel.in_channels, times)
+
+
+def _require_centre(kernel: Kernel, recipe: str) -> None:
+    if any(k % 2 == 0 for k in kernel.kernel_size):
+        raise InexactError(
+            f"an even kernel ({'x'.join(map(str, kernel.kernel_size))}) has no middle tap, where {recipe} "
+            "puts its smaller branches. Use Chain or DOConv"
+        )
+
+
+def _require_taps(kernel: Kernel, recipe: str, instead: str) -> None:
+    if math.prod(kernel.kernel_size) == 1:
+        raise InexactError(f"{recipe} puts a 1x1 beside a larger kernel, and this one has one tap. {instead}")
+
+
+def _last_scale(branch: nn.Sequential) -> Tensor:
+    """What multiplies the output of a branch: the weight of its BatchNorm or its Scale."""
+    return branch[-1].get_parameter("weight")
+
+
+def _give_rest(block: nn.Sequential, main: nn.Sequential, kernel: Kernel) -> None:
+    """The main branch's weight such that the block, in eval mode, has the kernel's."""
+    weight = main[0].get_parameter("weight")
+    weight.zero_()
+    gain = folded_weight(main[-1])
+    weight.copy_((kernel.weight.detach().double() - folded_weight(block)) / gain)
+
+
+def _give_bias(main: nn.Sequential, bias: Tensor) -> None:
+    """The kernel's bias, where it reaches the output as it is."""
+    value, last = bias.detach().clone(), main[-1]
+    if isinstance(last, Scale):
+        parameter = nn.Parameter(value / last.weight, requires_grad=bias.requires_grad)
+        main[0].bias = parameter
+        return
+    last.get_parameter("bias").copy_(value)
+    last.get_parameter("bias").requires_grad_(bias.requires_grad)

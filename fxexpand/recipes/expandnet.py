@@ -1,0 +1,332 @@
+"""The expansion strategies of S. Guo, J. M. Alvarez, M. Salzmann, "ExpandNets" (arXiv 1811.10495)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.errors import InexactError, SelectionError
+from fxexpand.kernel import Kernel
+from fxexpand.lower import laid_out_as, to_module
+from fxexpand.recipes.factors import Turn, balanced_factors
+from fxexpand.recipes.parts import Draw, match, require_convolution, require_init, require_weight
+from fxexpand.recipes.recipe import Init, Recipe
+
+REACH = 5  # taps per dimension that the first two 3 x 3 factors cover
+
+
+@dataclass(frozen=True)
+class ExpandNet(Recipe):
+    """Layers in a row: first ``rate`` times the input channels, then ``rate`` times the output channels.
+
+    No factor but the last has a bias, so padding may stand wherever it changes nothing.
+
+    Attributes:
+        rate: the expansion rate; at 4 as in the paper by default.
+
+    Raises: SelectionError: ``rate`` is no positive number.
+    """
+
+    rate: float = 4
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.rate, int | float) and 0 < self.rate < math.inf):
+            raise SelectionError(
+                f"{type(self).__name__}(rate={self.rate!r}): choose a positive number, 1 or more as a rule."
+            )
+
+    @abstractmethod
+    def factors(self, kernel: Kernel) -> list[Kernel]:
+        """The factors, first one first, with weights on the meta device and no bias.
+
+        Raises: InexactError: the strategy has none for such a kernel.
+        """
+
+    @abstractmethod
+    def preserving(
+        self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
+    ) -> list[Tensor]:
+        """Weights in float64 whose product is the kernel's.
+
+        Raises: InexactError: the hidden layers are too narrow for that.
+        """
+
+    def build(
+        self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
+    ) -> nn.Sequential:
+        """See ``Recipe.build``; "kaiming" is torch's own initialisation, which the released code leaves."""
+        require_init(init)
+        factors = self.factors(kernel)
+        draw = Draw(kernel, generator)
+        if init == "preserve" and not kernel.weight.is_meta:
+            weights = self.preserving(kernel, factors, generator)
+        else:
+            weights = [draw.kaiming(*factor.weight.shape) for factor in factors]
+        factors = [
+            replace(factor, weight=laid_out_as(weight.reshape(factor.weight.shape).to(draw.like), draw.like))
+            for factor, weight in zip(factors, weights, strict=True)
+        ]
+        block = nn.Sequential(*(to_module(factor) for factor in factors))
+        if init == "matched" and not kernel.weight.is_meta:
+            match(block, kernel, list(block.parameters()), degree=len(factors))
+        block.requires_grad_(kernel.weight.requires_grad)
+        if kernel.bias is not None:
+            bias = kernel.bias.detach().clone()
+            block[-1].bias = nn.Parameter(bias, requires_grad=kernel.bias.requires_grad)
+        return block
+
+    def hidden(self, kernel: Kernel) -> tuple[int, int]:
+        """Channels after the first factor and after the others, in whole blocks per group."""
+        groups = kernel.groups
+        first, second = (
+            groups * math.ceil(self.rate * channels / groups)
+            for channels in (kernel.in_channels, kernel.out_channels)
+        )
+        return first, second
+
+
+@dataclass(frozen=True)
+class ExpandNetCL(ExpandNet):
+    """1 x 1, k x k, 1 x 1. Depthwise kernels too: all three factors have the kernel's groups.
+
+    Padding, stride and dilation are on the middle factor. (The paper pads the first one, the same map, at
+    more work.) ``init="preserve"``: ``W = Q_2^T (Q_2 W Q_1^T) Q_1`` with random orthonormal columns, the
+    factors of one norm; it needs ``rate >= 1``.
+    """
+
+    def factors(self, kernel: Kernel) -> list[Kernel]:
+        """See ``ExpandNet.factors``."""
+        require_convolution(kernel, "ExpandNetCL")
+        first, second = self.hidden(kernel)
+        middle = _weight(kernel, second, first, kernel.kernel_size)
+        return [
+            _pointwise(kernel, first, kernel.in_channels),
+            replace(kernel, weight=middle, bias=None),
+            _pointwise(kernel, kernel.out_channels, second),
+        ]
+
+    def preserving(
+        self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
+    ) -> list[Tensor]:
+        """See ``ExpandNet.preserving``."""
+        weight = _blocks(kernel)
+        _require_room(kernel, factors, 1, 1)
+        here = [(0,) * kernel.rank]
+        first = _moves(here, weight.shape[2], factors[0], weight)
+        last = _moves(here, weight.shape[1], factors[2], weight)
+        return turned([first, weight, last], factors, generator)
+
+
+@dataclass(frozen=True)
+class ExpandNetCK(ExpandNet):
+    """(k - 1) / 2 factors of 3 x 3, for odd kernels larger than 3 in some dimension.
+
+    All padding is on the first factor and the stride on the last; dilation is on all. In a dimension of fewer
+    taps than another, some factors have one tap.
+
+    ``init="preserve"`` is exact at ``rate=4`` for two-dimensional kernels up to 9 x 9: of the first two
+    factors the first moves the input to four corners, and the second holds the numbers, which together reach
+    5 x 5; the others move those tiles to their places. The hidden layers are then turned at random, so that
+    no unit is special. One dimension needs half the rate, three twice.
+    """
+
+    def factors(self, kernel: Kernel) -> list[Kernel]:
+        """See ``ExpandNet.factors``."""
+        require_convolution(kernel, "ExpandNetCK")
+        text = "x".join(map(str, kernel.kernel_size))
+        if any(k % 2 == 0 for k in kernel.kernel_size):
+            raise InexactError(f"3x3 kernels make odd ones, and this one is {text}. Use ExpandNetCL or Chain")
+        depth = max(_count(k) for k in kernel.kernel_size)
+        if depth < 2:
+            raise InexactError(
+                f"ExpandNetCK is for kernels larger than 3, and this one is {text}. Use ExpandNetCL"
+            )
+        first, second = self.hidden(kernel)
+        widths = [kernel.in_channels, first, *[second] * (depth - 2), kernel.out_channels]
+        factors = []
+        for i, (inputs, out) in enumerate(itertools.pairwise(widths)):
+            size = tuple(3 if _holds_three(k, i) else 1 for k in kernel.kernel_size)
+            weight = _weight(kernel, out, inputs, size)
+            factors.append(Kernel(weight, dilation=kernel.dilation, groups=kernel.groups))
+        factors[0] = replace(factors[0], padding=kernel.padding, padding_mode=kernel.padding_mode)
+        factors[-1] = replace(factors[-1], stride=kernel.stride)
+        return factors
+
+    def preserving(
+        self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
+    ) -> list[Tensor]:
+        """See ``ExpandNet.preserving``."""
+        weight = _blocks(kernel)
+        size = kernel.kernel_size
+        corners = list(itertools.product(*((0, 2) if k >= REACH else (0,) for k in size)))
+        tiles = list(itertools.product(*(_tiles(k) for k in size)))
+        _require_room(kernel, factors, len(corners), len(tiles))
+        first = _moves(corners, weight.shape[2], factors[0], weight)
+        second = _numbers(weight, size, corners, tiles, factors[1].kernel_size)
+        others = []
+        for i in range(2, len(factors)):
+            # Of the way to its tile, each factor goes as far as two taps.
+            steps = [tuple(min(2, max(0, to - 2 * (i - 2))) for to in tile) for tile in tiles]
+            others.append(_moves(steps, weight.shape[1], factors[i], weight, apart=True))
+        if others:  # the last one puts the tiles together
+            last = others[-1]
+            others[-1] = last.reshape(last.shape[0], -1, len(tiles), *last.shape[2:]).sum(2)
+        return turned([first, second, *others], factors, generator)
+
+
+@dataclass(frozen=True)
+class ExpandNetFC(ExpandNet):
+    """Three Linear layers in a row, the paper's "FC"; also for 1 x 1 convolutions.
+
+    ``init="preserve"`` is balanced, as in ``Chain``.
+    """
+
+    def factors(self, kernel: Kernel) -> list[Kernel]:
+        """See ``ExpandNet.factors``."""
+        require_weight(kernel)
+        if math.prod(kernel.kernel_size) > 1 or kernel.transposed:
+            raise InexactError(
+                "ExpandNetFC is for Linear layers and kernels of one tap. Use ExpandNetCL or ExpandNetCK"
+            )
+        first, second = self.hidden(kernel)
+        start = _weight(kernel, first, kernel.in_channels, kernel.kernel_size)
+        return [
+            replace(kernel, weight=start, bias=None),
+            _pointwise(kernel, second, first),
+            _pointwise(kernel, kernel.out_channels, second),
+        ]
+
+    def preserving(
+        self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
+    ) -> list[Tensor]:
+        """See ``ExpandNet.preserving``."""
+        widths = [factor.out_channels // kernel.groups for factor in factors[:-1]]
+        return balanced_factors(_blocks(kernel).flatten(2), widths, len(factors), generator)
+
+
+def turned(
+    blocks: Sequence[Tensor], factors: Sequence[Kernel], generator: torch.Generator | None
+) -> list[Tensor]:
+    """Factors with the product of ``blocks``, as wide as ``factors``, every hidden unit in use, of one norm.
+
+    Between two factors stands ``Q^T Q = 1`` with Q of random orthonormal columns. A zero weight leaves the
+    norms as they are: all others are not zero, so the zero trains.
+
+    Args:
+        blocks: ``(groups, out, in, *k)`` or with the taps flattened; ``out`` of one is ``in`` of the next.
+    """
+    results = [block.flatten(3) for block in blocks]
+    for i, factor in enumerate(factors[:-1]):
+        inner, outer = results[i], results[i + 1]
+        groups, core = inner.shape[:2]
+        width = factor.out_channels // groups
+        turn = Turn(groups, width, core, inner, generator)
+        results[i] = turn.on_rows(inner.flatten(2)).reshape(groups, width, *inner.shape[2:])
+        columns = turn.on_columns(outer.transpose(2, 3).flatten(1, 2))
+        results[i + 1] = columns.reshape(groups, outer.shape[1], outer.shape[3], width).transpose(2, 3)
+    norms = [float(result.norm()) for result in results]
+    if min(norms) == 0.0:
+        return results
+    common = math.prod(norm ** (1.0 / len(norms)) for norm in norms)
+    return [result * (common / norm) for result, norm in zip(results, norms, strict=True)]
+
+
+def _blocks(kernel: Kernel) -> Tensor:
+    """The weight in float64, ``(groups, out/groups, in/groups, *k)``."""
+    weight = kernel.weight.detach().double()
+    return weight.reshape(kernel.groups, -1, *weight.shape[1:])
+
+
+def _weight(kernel: Kernel, out: int, inputs: int, size: Sequence[int]) -> Tensor:
+    """An empty weight, with the kernel's groups."""
+    shape = (out, inputs // kernel.groups, *size)
+    return torch.empty(shape, dtype=kernel.weight.dtype, device="meta")
+
+
+def _pointwise(kernel: Kernel, out: int, inputs: int) -> Kernel:
+    return Kernel(_weight(kernel, out, inputs, (1,) * kernel.rank), groups=kernel.groups)
+
+
+def _require_room(kernel: Kernel, factors: Sequence[Kernel], corners: int, tiles: int) -> None:
+    """Raises: InexactError: fewer hidden channels than it takes to hold any kernel of the size."""
+    needed = max(corners, tiles if len(factors) > 2 else 1)
+    have = [factor.out_channels for factor in factors]
+    if have[0] < corners * kernel.in_channels or (len(factors) > 2 and have[1] < tiles * kernel.out_channels):
+        raise InexactError(
+            f"hidden layers of {' and '.join(map(str, have[:-1]))} channels cannot hold every kernel of this "
+            f"size, so init='preserve' is impossible. Use rate={needed}, or init='matched'"
+        )
+
+
+def _count(taps: int) -> int:
+    """How many kernels of 3 taps make one of ``taps``."""
+    return (taps - 1) // 2
+
+
+def _holds_three(taps: int, place: int) -> bool:
+    """Whether the factor at ``place`` has 3 taps in a dimension where all make ``taps``: the second first."""
+    return {0: 1, 1: 0}.get(place, place) < _count(taps)
+
+
+def _tiles(taps: int) -> list[int]:
+    """Where tiles of ``REACH`` taps start, so that they cover a dimension of ``taps`` and none sticks out."""
+    rest = max(0, taps - REACH)
+    count = math.ceil(taps / REACH) if rest else 1
+    return [i * rest // max(1, count - 1) for i in range(count)]
+
+
+def _moves(
+    steps: Sequence[tuple[int, ...]], channels: int, factor: Kernel, like: Tensor, apart: bool = False
+) -> Tensor:
+    """A factor that reads one tap per output, ``(groups, channels * steps, in, *k)``.
+
+    Args:
+        steps: the tap of each output of a channel.
+        apart: output (c, s) reads input (c, s); else input c.
+    """
+    count, groups = len(steps), factor.groups
+    weight = like.new_zeros(channels * count, channels * count if apart else channels, *factor.kernel_size)
+    rows = torch.arange(channels, device=like.device) * count
+    for s, tap in enumerate(steps):
+        place: Any = (rows + s, rows + s if apart else rows // count, *tap)
+        weight[place] = 1.0
+    return weight.expand(groups, *weight.shape)
+
+
+def _numbers(
+    weight: Tensor,
+    size: Sequence[int],
+    corners: Sequence[tuple[int, ...]],
+    tiles: Sequence[tuple[int, ...]],
+    taps: Sequence[int],
+) -> Tensor:
+    """The second factor: for each tile and corner the taps there, shared with all that reach the same.
+
+    Args:
+        weight: ``(groups, out, in, *size)``.
+        taps: of the second factor.
+
+    Returns: ``(groups, out * tiles, in * corners, *taps)``.
+    """
+    places = [
+        [
+            tuple(slice(t + c, t + c + k) for t, c, k in zip(tile, corner, taps, strict=True))
+            for corner in corners
+        ]
+        for tile in tiles
+    ]
+    reached = weight.new_zeros(*size)
+    for place in itertools.chain.from_iterable(places):
+        reached[place] += 1.0
+    shared = weight / reached
+    rows = [
+        torch.stack([shared[:, :, :, *place] for place in row], 3) for row in places
+    ]  # (g, out, in, c, *taps)
+    return torch.stack(rows, 2).flatten(3, 4).flatten(1, 2)

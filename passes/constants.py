@@ -1,0 +1,107 @@
+"""Which values of a graph do not depend on its inputs, and what they are, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxexpand.errors import InexactError
+from fxexpand.graph import tensor_at, works_in_place
+from fxexpand.kernel import apply
+from fxexpand.ops import LAYERS, kernel_of
+
+
+class Constants:
+    """The constants of a graph: its parameters and buffers, and what is computed of nothing else.
+
+    They are evaluated when asked for, once: ``W1 + W2``, a standardised weight, ``γ / sqrt(σ² + ε)``.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self._values: dict[fx.Node, Any] = {}
+        self._shapes: dict[fx.Node, torch.Size] = {}
+        written = {
+            arg
+            for node in graph_module.graph.nodes
+            if works_in_place(graph_module, node)
+            for arg in (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out"))
+        }
+        self._known: set[fx.Node] = set()
+        for node in graph_module.graph.nodes:
+            inputs = node.all_input_nodes
+            calls = node.op in ("call_function", "call_method") and bool(inputs)
+            if node.op == "call_module" and inputs and not node.kwargs:
+                calls = type(graph_module.get_submodule(str(node.target))) in LAYERS
+            if node not in written and (
+                node.op == "get_attr" or (calls and all(each in self._known for each in inputs))
+            ):
+                self._known.add(node)
+
+    def __contains__(self, value: object) -> bool:
+        """Whether it is a node that is constant."""
+        return value in self._known
+
+    def sources(self, node: fx.Node) -> list[str]:
+        """The names of the parameters and buffers that a constant is made of."""
+        if node.op == "get_attr":
+            return [str(node.target)]
+        own = []
+        if node.op == "call_module":
+            held = self.graph_module.get_submodule(str(node.target))._parameters
+            own = [f"{node.target}.{name}" for name, tensor in held.items() if tensor is not None]
+        return own + [name for each in node.all_input_nodes for name in self.sources(each)]
+
+    def shape(self, node: fx.Node) -> torch.Size:
+        """Of a constant tensor.
+
+        Raises: InexactError: it is no tensor.
+        """
+        if node.op == "get_attr":
+            return tensor_at(self.graph_module, str(node.target)).shape
+        if node not in self._shapes:
+            self._shapes[node] = self.value(node).shape
+        return self._shapes[node]
+
+    def value(self, node: fx.Node) -> Tensor:
+        """A constant tensor, in float64, without gradients.
+
+        Raises: InexactError: it is no tensor, draws random numbers, or cannot be computed in float64.
+        """
+        value = self._evaluated(node)
+        if not isinstance(value, Tensor):
+            raise InexactError("it takes a constant that is no tensor.")
+        return value
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        if node in self._values:
+            return self._values[node]
+        value: Any
+        if node.op == "get_attr":
+            tensor = tensor_at(self.graph_module, str(node.target)).detach()
+            value = tensor.double() if tensor.is_floating_point() else tensor
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._evaluated)
+            state = torch.get_rng_state()
+            try:
+                with torch.no_grad():
+                    if node.op == "call_module":
+                        layer = self.graph_module.get_submodule(str(node.target))
+                        given: Any = args
+                        value = apply(kernel_of(layer, dtype=torch.float64), *given)
+                    elif node.op == "call_function":
+                        assert callable(node.target)
+                        value = node.target(*args, **kwargs)
+                    else:
+                        value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            except (RuntimeError, TypeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise InexactError(f"a constant it takes cannot be computed in float64: {reason}") from error
+            if not torch.equal(state, torch.get_rng_state()):
+                torch.set_rng_state(state)
+                raise InexactError("a constant it takes is drawn at random.")
+        if node.op != "get_attr":
+            self._values[node] = value
+        return value

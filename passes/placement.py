@@ -1,0 +1,256 @@
+"""Carry fusions into the tree of modules that a graph was traced from.
+
+Where a fusion is a row of modules, the new layer takes the place of one and the others become Identity: every
+class is kept. Where it is all that a module does, the layer takes that module's place. Otherwise the smallest
+module that holds all of its nodes becomes a GraphModule. What cannot be traced is left, and its parts are
+fused on their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxexpand.inputs import ExampleInputs
+from fxexpand.ops import LAYERS, describe
+from fxexpand.passes.affine import Walk
+from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
+from fxexpand.passes.shapes import NDIM
+from fxexpand.passes.split import shown, split_norms
+from fxexpand.report import Row
+from fxexpand.tracing import UntraceableError, fixes_arguments, trace
+
+
+@dataclass
+class Edits:
+    """What to do to a model: modules to put in place of others, and the rows of the report."""
+
+    replaced: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+
+def plan_fusing(model: nn.Module, example_inputs: ExampleInputs | None, verify: bool) -> Edits:
+    """Fuse every graph in ``model`` that can be traced; the model is not touched.
+
+    Raises:
+        UnusableWeightError: what would be folded holds NaN or Inf.
+        VerificationError: a new layer computes something else than what it replaces.
+    """
+    edits, seen = Edits(), set[nn.Module]()
+    _visit("", model, example_inputs, verify, edits, seen)
+    told = {row.site for row in edits.rows}
+    for name, module in model.named_modules():
+        affine = type(module) in LAYERS or isinstance(module, _BatchNorm)
+        if affine and module not in seen and name not in told:
+            count = sum(parameter.numel() for parameter in module.parameters())
+            reason = "no graph that can be traced calls it"
+            edits.rows.append(Row(name, describe(module), "refused", reason, count, count))
+    return edits
+
+
+def commit_fusing(model: nn.Module, edits: Edits) -> nn.Module:
+    """Carry a plan out; returns the model, which is a new one where the root itself was replaced."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in edits.replaced:
+                parent._modules[name] = edits.replaced[child]
+    return edits.replaced.get(model, model)
+
+
+def _visit(
+    name: str,
+    module: nn.Module,
+    example_inputs: ExampleInputs | None,
+    verify: bool,
+    edits: Edits,
+    seen: set[nn.Module],
+) -> None:
+    """Fuse the graph of a module; where it has none, those of its children."""
+    if module in seen:
+        return
+    seen.add(module)
+    try:
+        graph_module = trace(module, example_inputs=example_inputs)
+    except UntraceableError as error:
+        for child_name, child in module.named_children():
+            inner = f"{name}.{child_name}" if name else child_name
+            if type(child) in LAYERS or isinstance(child, _BatchNorm):
+                count = sum(parameter.numel() for parameter in child.parameters())
+                reason = f"{name or type(module).__name__} cannot be traced: {error.reason}"
+                edits.rows.append(Row(inner, describe(child), "refused", reason, count, count))
+                seen.add(child)
+            else:
+                _visit(inner, child, None, verify, edits, seen)
+        return
+    parts = dict(module.named_modules())
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        part = parts.get(str(node.target))
+        if part is not None and part._modules and not type(part).__module__.startswith("torch.nn."):
+            _visit(f"{name}.{node.target}" if name else str(node.target), part, None, verify, edits, seen)
+    seen.update(parts.values())
+    _fuse_graph(name, module, graph_module, verify, edits)
+
+
+def _fuse_graph(
+    name: str, module: nn.Module, graph_module: fx.GraphModule, verify: bool, edits: Edits
+) -> None:
+    with split_norms(graph_module):
+        walk = Walk(graph_module)
+        groups = grouped(walk)
+        tree = _Tree(walk, module, groups)
+        graphs = tree.graphs()
+        fusions = []
+        for group in groups:
+            where = tree.places[group.name]
+            if where is None or any(_within(path, owner) for path in where for owner in graphs):
+                continue
+            title = next(path for path, new in where.items() if new is None)
+            fusion = new_layer(walk, replace(group, name=title), verify)
+            fusions.append(fusion)
+            for path, new in where.items():
+                edits.replaced[module.get_submodule(path)] = fusion.module if new is None else new
+        found = [row for row in rows(walk, fusions) if not any(_within(row.site, owner) for owner in graphs)]
+    for owner, graph in graphs.items():
+        result = Fuse(inplace=True, verify=verify)(graph)
+        edits.replaced[module.get_submodule(owner)] = result.graph_module
+        prefix = f"{owner}." if owner else ""
+        found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
+    start = f"{name}." if name else ""
+    edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
+
+
+class _Tree:
+    """Where the nodes of a graph come from in the tree of modules.
+
+    Attributes:
+        places: by the name of a group, the modules to put in place of others by their paths, None for the new
+            layer; None where that alone does not do it.
+    """
+
+    def __init__(self, walk: Walk, root: nn.Module, groups: Sequence[Group]) -> None:
+        self._walk = walk
+        self._root = root
+        self._inside: dict[str, list[fx.Node]] = {}
+        self._calls: dict[str, set[str]] = {}
+        for node in walk.order:
+            computes = node.op.startswith("call") and node not in walk.reader.constants
+            for call, (path, _) in node.meta.get("nn_module_stack", {}).items():
+                self._calls.setdefault(path, set()).add(call)
+                if computes:
+                    self._inside.setdefault(path, []).append(node)
+        self._names: dict[nn.Module, list[str]] = {}
+        for name, module in root.named_modules(remove_duplicate=False):
+            self._names.setdefault(module, []).append(name)
+        self._groups = groups
+        self._gone = walk.gone()
+        self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
+
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """The modules that become graphs, by their paths, with those graphs: none inside another."""
+        owners = {self._owner(group) for group in self._groups if self.places[group.name] is None}
+        graphs: dict[str, fx.GraphModule] = {}
+        while True:
+            owners = {o for o in owners if not any(o != other and _within(o, other) for other in owners)}
+            torn = {
+                self._owner(group)
+                for group in self._groups
+                if len({any(_within(path, o) for o in owners) for path in self.places[group.name] or ()}) > 1
+            }
+            for owner in owners - graphs.keys():
+                graph = self._graph(owner)
+                if graph is None:
+                    torn.add(owner.rpartition(".")[0])
+                else:
+                    graphs[owner] = graph
+            if torn <= owners:
+                return {owner: graphs[owner] for owner in sorted(owners)}
+            owners |= torn
+
+    def _graph(self, owner: str) -> fx.GraphModule | None:
+        """The graph of a module by itself; None where it has none that holds for each of its calls."""
+        if not owner:
+            return self._walk.graph_module
+        try:
+            graph_module = trace(self._root.get_submodule(owner))
+        except UntraceableError:
+            return None
+        if fixes_arguments(graph_module):
+            return None
+        inside = set(self._inside[owner])
+        given = {each for node in inside for each in node.all_input_nodes if each not in inside}
+        given = {each for each in given if each not in self._walk.reader.constants}
+        taken = graph_module.graph.find_nodes(op="placeholder")
+        if len(given) == len(taken) == 1:
+            taken[0].meta[NDIM] = self._walk.reader.shapes.ndim(given.pop())
+        return graph_module
+
+    def _stack(self, node: fx.Node) -> list[str]:
+        """The modules whose forward makes the call, from the root on."""
+        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        return ["", *(stack[:-1] if node.op == "call_module" else stack)]
+
+    def _owner(self, group: Group) -> str:
+        """The smallest module whose forward makes all calls of a group."""
+        nodes = [node for form in group.values.values() for node in form.nodes]
+        stacks = zip(*(self._stack(node) for node in nodes), strict=False)
+        shared: list[str] = [level[0] for level in stacks if len(set(level)) == 1]
+        return shared[-1]
+
+    def _whole(self, group: Group) -> dict[str, nn.Module | None] | None:
+        """The module that does nothing else."""
+        path = self._owner(group)
+        nodes = {node for form in group.values.values() for node in form.nodes}
+        viewed = any(form.before or form.after for form in group.values.values())
+        if viewed or not path or not set(self._inside[path]) <= nodes or not self._named_once(path):
+            return None
+        return {path: None} if len(self._calls[path]) == len(group.values) else None
+
+    def _row(self, group: Group) -> dict[str, nn.Module | None] | None:
+        """A row of modules: one for the new layer, and the others do nothing any more."""
+        form = next(iter(group.values.values()))
+        kernels = self._walk.kernels(self._walk.in_order(form))
+        places: dict[fx.Node, str] = {}
+        found: dict[str, nn.Module | None] = {}
+        read = {*form.nodes, form.source}
+        for node in kernels:
+            path = self._unit(node, len(group.values))
+            alone = sum(each in read for each in node.all_input_nodes) == 1
+            if path is None or path in found or not alone or node not in self._gone:
+                return None
+            split = node.op == "call_module" and path != node.target
+            places[node] = path
+            found[path] = self._walk.graph_module.get_submodule(path) if split else nn.Identity()
+        order = self._walk.order
+        low = max((order[view] for view in form.before), default=-1)
+        high = min((order[view] for view in form.after), default=len(order))
+        fitting = [node for node in kernels if low < order[node] < high]
+        layers = [node for node in fitting if self._walk.weighs(node)]
+        if not layers:
+            return None
+        found[places[layers[0]]] = None
+        return found
+
+    def _unit(self, node: fx.Node, calls: int) -> str | None:
+        """The module that does nothing but what a node does, at all of its calls."""
+        if node.op == "call_module":
+            path, made = shown(str(node.target)), self._calls_of(str(node.target))
+        else:
+            path = self._stack(node)[-1]
+            made = len(self._calls.get(path, ()))
+            if self._inside.get(path) != [node]:
+                return None
+        return path if path and made == calls and self._named_once(path) else None
+
+    def _calls_of(self, target: str) -> int:
+        module = self._walk.graph_module.get_submodule(target)
+        return len(self._walk.reader.census.calls[id(module)])
+
+    def _named_once(self, path: str) -> bool:
+        return len(self._names[self._root.get_submodule(path)]) == 1
+
+
+def _within(path: str, owner: str) -> bool:
+    return not owner or path == owner or path.startswith(f"{owner}.")

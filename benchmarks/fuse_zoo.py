@@ -31,11 +31,9 @@ from benchmarks.operators import operators
 from benchmarks.settle import settle
 from benchmarks.surgery_cost import timed
 from benchmarks.traps import TRAPS
-from fxexpand import SelectionError, count_flops, fuse, measure_latency, report
+from fxexpand import count_flops, fuse, measure_latency, report
 from fxexpand.outputs import worst_error
-from fxexpand.passes import Fuse
 from fxexpand.table import short, table
-from fxexpand.tracing import trace
 from fxexpand.verify import outputs_of
 
 # By the file in timm: those with fuse, reparameterize or switch_to_deploy.
@@ -74,13 +72,7 @@ ROUNDS = 20  # of latency
 
 def folded(model: nn.Module, x: Tensor, **options: Any) -> nn.Module:
     """``fxexpand.fuse`` of everything."""
-    try:
-        return fuse(model, x, scope="all", **options)
-    except SelectionError:  # before scope="all"
-        result = Fuse()(trace(copy.deepcopy(model), example_inputs=x))
-        result.graph_module.__dict__["_fxexpand_report"] = result.report
-        graph: nn.Module = result.graph_module
-        return graph
+    return fuse(model, x, **options)
 
 
 def _torch_fx(model: nn.Module, x: Tensor) -> nn.Module:

@@ -158,9 +158,12 @@ class Interpretation:
         return forms
 
     def _picked(self, node: fx.Node, step: Pick) -> tuple[Form, ...]:
-        given = {form.map.outputs or form.map.inputs for form in self.forms.get(step.operand, ())} - {None}
+        shape = self._reader.shapes.of(step.operand)
+        channels = None if shape is None or step.rank >= len(shape) else shape[-1 - step.rank]
         try:
-            return self._applied(node, Affine(step.operand, step.of(given.pop() or 0))) if given else ()
+            if channels is None or channels.unknown:
+                return ()
+            return self._applied(node, Affine(step.operand, step.of(channels.number)))
         except InexactError:
             return ()
 
@@ -168,10 +171,15 @@ class Interpretation:
         shape, place = step.map.shape, self._order[node]
         if shape is None and step.map.rank is not None:
             shape = step.map.at(Place(1, step.map.rank, META))  # its stride
-        steps = 1 if shape is None else math.prod(shape.stride)
+        density = self._reader.shapes.ratio(node, step.operand)
+        if density is not None and step.map.inputs and step.map.outputs:
+            density *= Fraction(step.map.inputs, step.map.outputs)
+        if density is None:
+            steps = 1 if shape is None else math.prod(shape.stride)
+            density = Fraction(steps) if shape is not None and shape.transposed else Fraction(1, steps)
         work = Fraction(0)
-        if step.map.shape is not None and (step.weighs or _diagonal(step.map.shape)):
-            work = _work(step.map.shape)
+        if step.weighs and step.map.shape is not None:
+            work = _work(step.map.shape, density)
         bridges = [each for each in node.all_input_nodes if isinstance(self._steps.get(each), Bridge)]
         local = Form(
             source=step.operand,
@@ -183,7 +191,7 @@ class Interpretation:
             layer=node if step.weighs else None,
             cost=work,
             paid=work,
-            density=Fraction(steps) if shape is not None and shape.transposed else Fraction(1, steps),
+            density=density,
             computed=step.computed,
             idle=idle,
             devices=frozenset(tensor.device for tensor in self._tensors(node)),
@@ -419,7 +427,7 @@ class Interpretation:
             return None
         if form.layer is None or joined.shape is None:
             return replace(form, map=joined)
-        cost = _work(joined.shape)
+        cost = _work(joined.shape, form.density)
         if cost > form.paid:
             factor = float(cost / form.paid) if form.paid else math.inf
             more = f"one kernel would cost {factor:.3g} times the multiply-adds"
@@ -465,17 +473,11 @@ class Interpretation:
         self.notes.setdefault(node, (refused, reason))
 
 
-def _work(kernel: Kernel) -> Fraction:
-    """Multiply-adds per position of the input; a Linear has no groups to save any, a diagonal has none."""
-    if _diagonal(kernel):
-        return Fraction(kernel.out_channels)
+def _work(kernel: Kernel, density: Fraction) -> Fraction:
+    """Multiply-adds per position of the input; a Linear has no groups to save any."""
     if kernel.rank == 0:
-        return Fraction(kernel.out_channels * kernel.in_channels)
-    return Fraction(macs(kernel), 1 if kernel.transposed else math.prod(kernel.stride))
-
-
-def _diagonal(kernel: Kernel) -> bool:
-    return kernel.groups == kernel.in_channels == kernel.out_channels > 1 and kernel.pointwise
+        return kernel.out_channels * kernel.in_channels * density
+    return Fraction(macs(kernel)) * (1 if kernel.transposed else density)
 
 
 def _key(view: fx.Node) -> tuple[object, ...]:

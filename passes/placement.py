@@ -8,6 +8,7 @@ fused on their own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -111,7 +112,8 @@ def _fuse_graph(
             fusion = new_layer(walk, replace(group, name=title), verify)
             fusions.append(fusion)
             for path, new in where.items():
-                edits.replaced[module.get_submodule(path)] = fusion.module if new is None else new
+                old = module.get_submodule(path)
+                edits.replaced[old] = (fusion.module if new is None else new).train(old.training)
         found = [row for row in rows(walk, fusions) if not any(_within(row.site, owner) for owner in graphs)]
     for owner, graph in graphs.items():
         result = Fuse(inplace=True, verify=verify)(graph)
@@ -146,6 +148,7 @@ class _Tree:
             self._names.setdefault(module, []).append(name)
         self._groups = groups
         self._gone = walk.gone()
+        self._shared = Counter(node for group in groups for node in next(iter(group.values.values())).nodes)
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
     def graphs(self) -> dict[str, fx.GraphModule]:
@@ -227,7 +230,7 @@ class _Tree:
         low = max((order[view] for view in form.before), default=-1)
         high = min((order[view] for view in form.after), default=len(order))
         fitting = [node for node in kernels if low < order[node] < high]
-        layers = [node for node in fitting if self._walk.weighs(node)]
+        layers = [node for node in fitting if self._walk.weighs(node) and self._shared[node] == 1]
         if not layers:
             return None
         found[places[layers[0]]] = None

@@ -12,8 +12,10 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.ops import LAYERS
@@ -135,6 +137,16 @@ class Shapes:
         shape = self._shapes.get(node)
         return None if shape is None else len(shape)
 
+    def ratio(self, node: fx.Node, source: fx.Node) -> Fraction | None:
+        """How many numbers a value has for each one of another, in the example; None without one."""
+        counts = []
+        for each in (node, source):
+            shape = recorded(each)
+            if shape is None:
+                return None
+            counts.append(math.prod(shape))
+        return Fraction(counts[0], counts[1]) if counts[1] else None
+
     def probe(self, node: fx.Node, wanted: Sequence[int]) -> tuple[list[int], dict[fx.Node, int]]:
         """A shape for a value, and the sizes that the graph would read in a run with it.
 
@@ -154,10 +166,7 @@ class Shapes:
         """Unknown sizes, as many as an example had, by ``trace(example_inputs=...)`` or an export."""
         if isinstance(node.meta.get(NDIM), int):
             return self._fresh(node, node.meta[NDIM])
-        value = node.meta.get("val")
-        shape = (
-            value.shape if isinstance(value, Tensor) else getattr(node.meta.get("tensor_meta"), "shape", None)
-        )
+        shape = recorded(node)
         return None if shape is None else self._fresh(node, len(shape))
 
     def _fresh(self, node: fx.Node, ndim: int) -> Shape:
@@ -374,6 +383,13 @@ class Shapes:
         if isinstance(value, int) and not isinstance(value, bool):
             return Size(value) if value >= 0 else None
         return self._sizes.get(value) if isinstance(value, fx.Node) else None
+
+
+def recorded(node: fx.Node) -> torch.Size | None:
+    """The shape of a value in the example, by ``trace(example_inputs=...)`` or an export."""
+    value = node.meta.get("val")
+    shape = value.shape if isinstance(value, Tensor) else getattr(node.meta.get("tensor_meta"), "shape", None)
+    return shape if shape is not None and all(isinstance(size, int) for size in shape) else None
 
 
 def place_after(before: Shape, after: Shape, dim: int) -> int | None:

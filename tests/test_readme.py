@@ -218,7 +218,7 @@ def test_a_stale_command_is_noticed(line: str, message: str) -> None:
         require_known(line)
 
 
-@pytest.mark.parametrize("code", ["expand(model, recipes)", 'fuse(model, *, scope="all")'])
+@pytest.mark.parametrize("code", ["expand(model, recipes)", 'fuse(model, *, scope="some")'])
 def test_a_stale_signature_is_noticed(code: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(code)):
         require_parameters(f"fxexpand.{code}")

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxexpand.errors import FxExpandError
 from fxexpand.geometry import Tree, association
@@ -106,6 +105,8 @@ def matrix_chain(block: nn.Module) -> MatrixChain | None:
 def surely_below(value: float, limit: float) -> bool:
     """``value < limit``; while torch.compile traces a size that may vary: whether it holds for all sizes."""
     if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
         return bool(statically_known_true(value < limit))
     return value < limit
 

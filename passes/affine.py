@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 
 from fxexpand.errors import InexactError
 from fxexpand.graph import read_what_is_written, site_of, tensor_at
-from fxexpand.passes.forms import Form, Interpretation
+from fxexpand.passes.form import Form
+from fxexpand.passes.forms import Interpretation
 from fxexpand.passes.maps import META, Place
+from fxexpand.passes.reader import Reader
 from fxexpand.passes.shapes import shape_readers
-from fxexpand.passes.steps import Affine, Bridge, Reader, Same, Step, View
+from fxexpand.passes.steps import Affine, Bridge, Same, Step, View
 from fxexpand.verify import probe_size
 
 

@@ -1,4 +1,4 @@
-"""Forms: the values of a graph as maps of earlier values, and how two of them become one.
+"""The forms of all values of a graph, and how two of them become one.
 
 Affine steps compose, sums of two maps of one source add. A merged kernel may cost more multiply-adds than
 what it replaces and still lead to one that costs less (branches of different sizes, once summed): such
@@ -10,95 +10,24 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from functools import cached_property
 
-import torch
 from torch import Tensor, fx
 
 from fxexpand.errors import InexactError
 from fxexpand.graph import tensor_at, works_in_place
 from fxexpand.kernel import Kernel, macs
 from fxexpand.lower import to_module
+from fxexpand.passes.form import Form
 from fxexpand.passes.maps import META, Map, Place, after, beside, fitted, identity, plus
 from fxexpand.passes.operators import call_of
-from fxexpand.passes.steps import Affine, Bridge, Pick, Reader, Same, Stack, Step, Sum, View, fresh
+from fxexpand.passes.reader import Reader, fresh
+from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View
 
 LIMIT = 256  # how many times what it replaces a candidate may cost
 CANDIDATES = 4  # forms of a value that are kept
-
-
-@dataclass(frozen=True, eq=False)
-class Form:
-    """A value of the graph as a map of an earlier one.
-
-    Attributes:
-        source: the value it is a map of.
-        map: the map, at the place between ``before`` and ``after``.
-        own, parts: what computes it: nodes, and the forms that were merged.
-        start, stop: the places of the first and the last of its nodes in the graph.
-        last: the place of the last that reads the source.
-        layer: the first of them that is a Linear or a convolution.
-        before, after: views of the source before the map applies, and of what it gives.
-        rank: dimensions after the channels of the source, where ``before`` holds views.
-        cost: multiply-adds per position of the source.
-        paid: those of what it replaces, for the nodes that nobody else reads.
-        density: positions of the value per position of the source.
-        computed: a weight is computed at every call.
-        shared: it computes again what others read too, so that nothing before that is saved.
-        idle: nothing but what passes a value on or moves it.
-        devices: where its tensors are.
-        credited: values that it takes to be computed for nobody else; see ``credits``.
-    """
-
-    source: fx.Node
-    map: Map
-    own: tuple[fx.Node, ...]
-    start: int
-    last: int
-    stop: int
-    parts: tuple[Form, ...] = ()
-    layer: fx.Node | None = None
-    before: tuple[fx.Node, ...] = ()
-    after: tuple[fx.Node, ...] = ()
-    rank: int | None = None
-    cost: Fraction = Fraction(0)
-    paid: Fraction = Fraction(0)
-    density: Fraction = Fraction(1)
-    computed: bool = False
-    shared: bool = False
-    idle: bool = False
-    devices: frozenset[torch.device] = frozenset()
-    credited: tuple[fx.Node, ...] = ()
-
-    @property
-    def sound(self) -> bool:
-        """Whether it costs no more than what it replaces."""
-        return self.layer is None or self.cost <= self.paid
-
-    @property
-    def price(self) -> Fraction:
-        """The multiply-adds that the value costs, in this form or as it was."""
-        return min(self.cost, self.paid)
-
-    @cached_property
-    def nodes(self) -> dict[fx.Node, None]:
-        """All that computes it."""
-        return {node: None for form in self._tree() for node in form.own}
-
-    @cached_property
-    def credits(self) -> set[fx.Node]:
-        """The values whose cost it saves, since nobody else reads them."""
-        return {node for form in self._tree() for node in form.credited}
-
-    def _tree(self) -> Iterator[Form]:
-        todo = [self]
-        while todo:
-            form = todo.pop()
-            yield form
-            todo.extend(form.parts)
 
 
 class Interpretation:

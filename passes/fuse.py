@@ -17,7 +17,7 @@ from fxexpand.kernel import cast
 from fxexpand.lower import laid_out_as, to_module
 from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
-from fxexpand.passes.forms import Form
+from fxexpand.passes.form import Form
 from fxexpand.passes.maps import Place
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.passes.split import shown, split_norms

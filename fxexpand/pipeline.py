@@ -121,7 +121,8 @@ def fuse(
     statistics, whatever the mode of the model. What was done, and what was not and why: ``report(result)``.
 
     Args:
-        model: any module, traced or not, expanded or not.
+        model: any module, traced or not, expanded or not; or a ``torch.export.ExportedProgram``, of which the
+            result is a GraphModule.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. If given, the outputs
             before and after are compared, and the graph may rely on the number of dimensions they show.
         scope: ``"all"``, or ``"expanded"`` for nothing but what ``expand`` made.
@@ -138,6 +139,9 @@ def fuse(
 
     An error leaves ``model`` as it was.
     """
+    given: object = model
+    if isinstance(given, torch.export.ExportedProgram):
+        model = cast(Model, given.module())
     _require_module(model, "fuse")
     if scope not in SCOPES:
         raise SelectionError(f"scope={scope!r}: choose from {', '.join(SCOPES)}.")

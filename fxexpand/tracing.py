@@ -32,7 +32,7 @@ Leaf: TypeAlias = Callable[[str, nn.Module], bool]
 Mode: TypeAlias = Literal["train", "eval"]
 
 GUARD = "fxexpand_mode"  # the ModeGuard of a graph that holds in one mode
-TOLERANCE = 1e-4  # of a trace against its model: both do the same operations, in the same order
+ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
 
 # What forward code raises when it is given proxies instead of tensors.
 _FAILURES = (
@@ -428,7 +428,9 @@ def _check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_i
         actual = tensors_of(ShapeProp(graph_module).propagate(*inputs))
     if mode_of(graph_module) == "train":
         return  # the model ran in eval mode
-    if not all(tensor.is_meta for tensor in expected) and worst_error(actual, expected) > TOLERANCE:
+    eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
+    limit = min(ROUNDINGS * eps, 0.1)
+    if not all(tensor.is_meta for tensor in expected) and worst_error(actual, expected) > limit:
         reason = "its trace computes something else: it goes by a type or a value that no trace sees"
         raise _untraceable(model, reason, "fxexpand.tracing.regions finds the parts that have a graph.")
 

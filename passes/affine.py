@@ -73,8 +73,10 @@ class Walk:
         step = self.steps[node]
         return isinstance(step, Affine) and step.weighs
 
-    def kernels(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        """The nodes that compute something."""
+    def kernels(self, form: Form) -> list[fx.Node]:
+        """The nodes of a form that compute something, as they stand in the graph."""
+        moved = {*form.before, *form.after}
+        nodes = (node for node in self.in_order(form) if node not in moved)
         return [node for node in nodes if not isinstance(self.steps[node], Same | View | Bridge)]
 
     def in_order(self, form: Form) -> tuple[fx.Node, ...]:
@@ -97,8 +99,7 @@ class Walk:
 
     def gone(self) -> set[fx.Node]:
         """The nodes that the chosen forms replace or let go."""
-        alive = self._alive(self.chosen)
-        return {node for node in self.order if node in self.chosen or node not in alive}
+        return {*self.chosen, *self.dead()}
 
     @cached_property
     def absorbed(self) -> set[fx.Node]:
@@ -107,6 +108,11 @@ class Walk:
             (node, self.order[node] > form.start) for form in self.chosen.values() for node in form.nodes
         )
         return {node for node, later in nodes if later}
+
+    def dead(self) -> set[fx.Node]:
+        """The nodes that nobody reads once the chosen forms are in place."""
+        alive = self._alive(self.chosen)
+        return {node for node in self.order if node not in alive}
 
     def shapes_read(self) -> dict[fx.Node, Form]:
         """The nodes that read shapes of values which may go, each with a form that has the same shape."""
@@ -165,11 +171,11 @@ class Walk:
         if form.layer is None or form.map.shape is None:
             return False
         single = self.site(form.layer) is not None and len(self.factors(form.layer)) == 1
-        return len(self.kernels(form.nodes)) > 1 or single or form.computed
+        return len(self.kernels(form)) > 1 or single or form.computed
 
     def _idle(self, node: fx.Node, form: Form, alive: set[fx.Node]) -> bool:
         """Whether everything else that the form holds is computed all the same."""
-        others = [other for other in self.kernels(form.nodes) if other is not node]
+        others = [other for other in self.kernels(form) if other is not node]
         return bool(others) and not form.computed and all(other in alive for other in others)
 
     def _alive(self, chosen: dict[fx.Node, Form]) -> set[fx.Node]:

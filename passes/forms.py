@@ -21,7 +21,7 @@ from fxexpand.graph import tensor_at, works_in_place
 from fxexpand.kernel import Kernel, macs
 from fxexpand.lower import to_module
 from fxexpand.passes.form import Form
-from fxexpand.passes.maps import META, Map, Place, after, beside, fitted, identity, plus
+from fxexpand.passes.maps import META, ApartError, Map, Place, after, beside, fitted, identity, plus
 from fxexpand.passes.operators import call_of
 from fxexpand.passes.reader import Reader, fresh
 from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View
@@ -301,6 +301,8 @@ class Interpretation:
             form = replace(form, after=(*between, *outer.after))
         elif between:
             rank = inner.rank if inner.before else self._rank_before(between, inner.map, outer.map)
+            if rank is None:
+                return None  # the views make the channels of several dimensions
             form = replace(form, before=(*inner.before, *between), rank=rank)
         first = min(outer.nodes, key=self._order.__getitem__)
         return self._accepted(form, lambda: self._joined(outer, inner, between), first, alone)
@@ -315,11 +317,11 @@ class Interpretation:
         ranks = (inner.map.rank, outer.map.rank)
         known = ranks[0] is not None and ranks[1] is not None
         if known and self._through(between, ranks[0] or 0) != ranks[1]:
-            raise InexactError("its input is rearranged, with the channels in another place.")
+            raise ApartError("its input is rearranged, with the channels in another place.")
         if inner.layer is None:
             return after(outer.map, fitted(inner.map, outer.map))
         if outer.layer is not None and any(self._averages(view) for view in between):
-            raise InexactError("its input is averaged over positions, and it would cost more before that.")
+            raise ApartError("its input is averaged over positions, and it would cost more before that.")
         return after(fitted(outer.map, inner.map), inner.map)
 
     def _rank_before(self, views: Sequence[fx.Node], inner: Map, outer: Map) -> int | None:
@@ -352,7 +354,7 @@ class Interpretation:
             if joined.shape is not None and form.layer is not None:
                 to_module(joined.shape)
         except InexactError as error:
-            self._note(at, True, str(error))
+            self._note(at, not isinstance(error, ApartError), str(error))
             return None
         if form.layer is None or joined.shape is None:
             return replace(form, map=joined)

@@ -140,7 +140,7 @@ def rows(walk: Walk, fusions: Sequence[Fusion]) -> list[Row]:
     fused: dict[fx.Node, Row] = {}
     for fusion in fusions:
         for form in fusion.values.values():
-            fused.update(dict.fromkeys(walk.kernels(form.nodes), fusion.row))
+            fused.update(dict.fromkeys(walk.kernels(form), fusion.row))
     found: dict[tuple[str, str], Row] = {}
     for node in walk.order:
         if node in fused:
@@ -160,7 +160,7 @@ def rows(walk: Walk, fusions: Sequence[Fusion]) -> list[Row]:
 
 def _key(walk: Walk, form: Form) -> object:
     """The same for calls of the same modules in the same way, which one new layer may serve; else None."""
-    nodes = walk.kernels(walk.in_order(form))
+    nodes = walk.kernels(form)
     if any(node.op != "call_module" and node.target is not operator.add for node in nodes):
         return None
     return tuple((node.op, node.target) for node in walk.in_order(form))
@@ -196,7 +196,7 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     name, values = group.name, group.values
     form = next(iter(values.values()))
     nodes = walk.in_order(form)
-    parts = walk.kernels(nodes)
+    parts = walk.kernels(form)
     for node in parts:
         _require_finite(walk, node)
     assert form.layer is not None and form.map.shape is not None

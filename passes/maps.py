@@ -21,6 +21,10 @@ from fxexpand.kernel import Kernel
 MIXED = "it takes channels along another dimension"
 
 
+class ApartError(InexactError):
+    """Two maps have nothing to do with each other: no obstacle that could be removed."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a map is applied: channels it gets, spatial dimensions, and where its numbers are made."""
@@ -94,7 +98,7 @@ def after(outer: Map, inner: Map) -> Map:
     rank = _common(outer.rank, inner.rank)
     given = inner.inputs if inner.outputs is None else inner.outputs
     if None not in (given, outer.inputs) and given != outer.inputs:
-        raise InexactError(f"it takes {outer.inputs} channels and gets {given}.")
+        raise ApartError(f"it takes {outer.inputs} channels and gets {given}.")
     outputs = inner.outputs if outer.outputs is None else outer.outputs
     return _joined("after", outer, inner, rank, inner.inputs, outputs)
 
@@ -122,7 +126,7 @@ def beside(one: Map, two: Map) -> Map:
     gives = [inputs if m.outputs is None else m.outputs for m in (one, two)]
     outputs = None if gives[0] is None or gives[1] is None else gives[0] + gives[1]
     if outputs is None:
-        raise InexactError("how many channels are stacked is not known.")
+        raise ApartError("how many channels are stacked is not known.")
     return _joined("beside", one, two, rank, inputs, outputs)
 
 
@@ -135,9 +139,9 @@ def fitted(moved: Map, beside: Map) -> Map:
     own = moved.rank if moved.rank is not None else rank
     channels = moved.inputs if moved.inputs is not None else beside.inputs or beside.outputs
     if rank is None or own is None or channels is None:
-        raise InexactError("its input is rearranged, and its channels are not known.")
+        raise ApartError("its input is rearranged, and its channels are not known.")
     if not moved.at(Place(channels, own, META)).pointwise:
-        raise InexactError("its input is rearranged, and it reads more than one position.")
+        raise ApartError("its input is rearranged, and it reads more than one position.")
     if own == rank:
         return moved
 
@@ -211,4 +215,4 @@ def _join(how: str, one: Kernel, two: Kernel) -> Kernel:
 def _common(one: int | None, two: int | None) -> int | None:
     if one is None or two is None or one == two:
         return two if one is None else one
-    raise InexactError(MIXED + ".")
+    raise ApartError(MIXED + ".")

@@ -38,6 +38,29 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     ),
     "matmul": ("input", "other"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    # torch.batch_norm, and with it ATen, has another order than torch.nn.functional.batch_norm.
+    "torch.batch_norm": (
+        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+        "cudnn_enabled",
+    ),
+    "_native_batch_norm_legit_no_training": (
+        *("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps"),
+    ),
+    "addmm": ("bias", "input", "other"),
+    "t": ("input",),
+    "convolution": (
+        *(
+            "input",
+            "weight",
+            "bias",
+            "stride",
+            "padding",
+            "dilation",
+            "transposed",
+            "output_padding",
+            "groups",
+        ),
+    ),
     "avg_pool1d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
     "avg_pool2d": (
         *("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
@@ -130,12 +153,25 @@ def call_of(node: fx.Node) -> Call | None:
     arguments = dict(zip(names, given, strict=False))
     for key, value in node.kwargs.items():
         arguments[PARAMETERS.get(key, key)] = value
+    if name == "convolution":
+        name = _specific_convolution(arguments)
+    name = name.removeprefix("torch.")
     return Call(name, arguments) if names[0] in arguments else None
+
+
+def _specific_convolution(arguments: dict[str, Any]) -> str:
+    """aten.convolution under the name of the function that it is."""
+    sides = arguments.get("stride")
+    rank = len(sides) if isinstance(sides, list | tuple) else 0
+    return f"conv_transpose{rank}d" if arguments.get("transposed") else f"conv{rank}d"
 
 
 def _name(target: object) -> str | None:
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__ if target.namespace == "aten" else None
+        name = target.overloadpacket.__name__ if target.namespace == "aten" else None
+        return "torch.batch_norm" if name == "batch_norm" else name
+    if target is torch.batch_norm:
+        return "torch.batch_norm"
     name = getattr(target, "__name__", None)
     if not isinstance(name, str):
         return None

@@ -117,11 +117,20 @@ def _fuse_graph(
         found = [row for row in rows(walk, fusions) if not any(_within(row.site, owner) for owner in graphs)]
     for owner, graph in graphs.items():
         result = Fuse(inplace=True, verify=verify)(graph)
-        edits.replaced[module.get_submodule(owner)] = result.graph_module
+        old = module.get_submodule(owner)
+        _keep_attributes(result.graph_module, old)
+        edits.replaced[old] = result.graph_module
         prefix = f"{owner}." if owner else ""
         found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
     start = f"{name}." if name else ""
     edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
+
+
+def _keep_attributes(graph_module: nn.Module, old: nn.Module) -> None:
+    """Plain attributes of a module that became a graph: code around it may read them."""
+    for name, value in vars(old).items():
+        if name not in vars(graph_module) and not name.startswith("_"):
+            vars(graph_module)[name] = value
 
 
 class _Tree:
@@ -147,7 +156,7 @@ class _Tree:
         for name, module in root.named_modules(remove_duplicate=False):
             self._names.setdefault(module, []).append(name)
         self._groups = groups
-        self._gone = walk.gone()
+        self._dead = walk.dead()
         self._shared = Counter(node for group in groups for node in next(iter(group.values.values())).nodes)
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
@@ -214,14 +223,14 @@ class _Tree:
     def _row(self, group: Group) -> dict[str, nn.Module | None] | None:
         """A row of modules: one for the new layer, and the others do nothing any more."""
         form = next(iter(group.values.values()))
-        kernels = self._walk.kernels(self._walk.in_order(form))
+        kernels = self._walk.kernels(form)
         places: dict[fx.Node, str] = {}
         found: dict[str, nn.Module | None] = {}
         read = {*form.nodes, form.source}
         for node in kernels:
             path = self._unit(node, len(group.values))
             alone = sum(each in read for each in node.all_input_nodes) == 1
-            if path is None or path in found or not alone or node not in self._gone:
+            if path is None or path in found or not alone or not (node in group.values or node in self._dead):
                 return None
             split = node.op == "call_module" and path != node.target
             places[node] = path

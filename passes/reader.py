@@ -34,6 +34,10 @@ from fxexpand.passes.shapes import Shapes, place_after
 from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View
 from fxexpand.recipes import Branches
 from fxexpand.recipes.structure import LastDimBatchNorm
+from fxexpand.tracing import hooked
+
+# ATen's BatchNorm in evaluation mode gives the result and two empty tensors.
+NORM_OF_THREE = "_native_batch_norm_legit_no_training"
 
 
 class Reader:
@@ -94,6 +98,8 @@ class Reader:
             computed = weighs and type(module) not in LAYERS
             rank = self._rank_of_norm(module, x) if is_norm(module) else None
             return Affine(x, module_map(module, rank), weighs, computed)
+        if hooked(module):
+            return None
         if type(module) in POOLS:
             return self._pool(pool_call(module, x))
         if type(module) in GLOBAL_POOLS:
@@ -130,8 +136,10 @@ class Reader:
             return Bridge() if self._summed(node) else None
         if not isinstance(x, fx.Node) or x in self.constants:
             return None
-        if call.name == "linear" or call.name.startswith("conv") or call.name == "matmul":
+        if call.name in ("linear", "matmul", "addmm") or call.name.startswith("conv"):
             return self._weighted(call, x)
+        if call.name == NORM_OF_THREE:
+            return Bridge()
         if call.name == "batch_norm":
             return self._norm(call, x)
         if call.name.startswith("avg_pool"):
@@ -219,16 +227,17 @@ class Reader:
         return numbers, shape[wide[0]], len(shape) - 1 - wide[0]
 
     def _weighted(self, call: Call, x: fx.Node) -> Step | None:
-        weight, bias = call.get("other" if call.name == "matmul" else "weight"), call.get("bias")
+        product = call.name in ("matmul", "addmm")
+        weight, bias = call.get("other" if product else "weight"), call.get("bias")
         if weight not in self.constants or not (bias is None or bias in self.constants):
             return None
-        if call.name == "matmul" and len(self.constants.shape(weight)) != 2:
+        if product and (len(self.constants.shape(weight)) != 2 or "alpha" in call.arguments):
             return None
         bias_shape = None if bias is None else self.constants.shape(bias)
 
         def build(values: Tensor, offset: Tensor | None) -> Kernel:
-            if call.name in ("linear", "matmul"):
-                return Kernel(values if call.name == "linear" else values.t(), offset)
+            if product or call.name == "linear":
+                return Kernel(values.t() if product else values, offset)
             return convolution(call.name, values, offset, call.arguments)
 
         meta = partial(torch.empty, dtype=torch.float64, device="meta")
@@ -367,6 +376,8 @@ class Reader:
             index, parts = call["index"], call_of(x)
             if parts is not None and parts.name in ("split", "chunk") and isinstance(index, int):
                 return self._part(parts, index)
+            if parts is not None and parts.name == NORM_OF_THREE and index == 0:
+                return self._norm(parts, parts["input"]) if self._varies(parts["input"]) else None
             found = picked(index, ndim)
             if found is None:
                 return None

@@ -242,7 +242,7 @@ class Shapes:
         if call.name == "linear":
             weight = self._shapes.get(call.get("weight"))
             return None if weight is None else (*before[:-1], weight[0])
-        if call.name == "matmul":
+        if call.name in ("matmul", "addmm"):
             other = self._shapes.get(call["other"]) if isinstance(call["other"], fx.Node) else None
             return None if other is None or min(len(before), len(other)) < 2 else (*before[:-1], other[-1])
         if call.name in ELEMENTWISE:
@@ -315,7 +315,11 @@ class Shapes:
             return None
         if isinstance(index, int):
             parts = call_of(first)
-            whole = parts is not None and parts.name in ("split", "chunk")
+            whole = parts is not None and parts.name in (
+                "split",
+                "chunk",
+                "_native_batch_norm_legit_no_training",
+            )
             return before if whole else before[1:]
         cuts = index if isinstance(index, tuple) else (index,)
         if Ellipsis in cuts:

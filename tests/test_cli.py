@@ -77,7 +77,7 @@ def test_export_writes_what_it_says(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     result = run("export", f"{__name__}:expanded", *ONE, "--out", path, "--fuse", "--json")
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == "fuse: 5 fused\n"
+    assert result.stderr == "fuse: 8 fused\n"  # five expansions, three norms
     values = json.loads(result.stdout)
     operators = [node.op_type for node in onnx.load(path).graph.node]
     assert operators.count("Conv") == values["operators"]["Conv"] == 3

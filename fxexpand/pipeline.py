@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Literal, TypeAlias, TypeVar, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,20 @@ def expand(
     return target
 
 
+@overload
+def fuse(
+    model: torch.export.ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    scope: Scope = "all",
+    inplace: bool = False,
+    strict: bool = False,
+    verify: bool = True,
+    progress: bool | None = None,
+) -> nn.Module: ...
+
+
+@overload
 def fuse(
     model: Model,
     example_inputs: ExampleInputs | None = None,
@@ -108,7 +122,19 @@ def fuse(
     strict: bool = False,
     verify: bool = True,
     progress: bool | None = None,
-) -> Model:
+) -> Model: ...
+
+
+def fuse(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    scope: Scope = "all",
+    inplace: bool = False,
+    strict: bool = False,
+    verify: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
     """Fold every expansion, and every other affine part of the network, into the one kernel it computes.
 
     With ``scope="expanded"`` the result is the original network again: its class, its state-dict keys, shapes
@@ -139,9 +165,8 @@ def fuse(
 
     An error leaves ``model`` as it was.
     """
-    given: object = model
-    if isinstance(given, torch.export.ExportedProgram):
-        model = cast(Model, given.module())
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     _require_module(model, "fuse")
     if scope not in SCOPES:
         raise SelectionError(f"scope={scope!r}: choose from {', '.join(SCOPES)}.")

@@ -8,7 +8,8 @@ fused on their own.
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,13 +23,14 @@ from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
 from fxexpand.passes.shapes import NDIM
 from fxexpand.passes.split import shown, split_norms
 from fxexpand.report import Row
-from fxexpand.tracing import UntraceableError, fixes_arguments, trace
+from fxexpand.tracing import UntraceableError, fixes_arguments, hooked, trace
 
 
 @dataclass
 class Edits:
-    """What to do to a model: modules to put in place of others, and the rows of the report."""
+    """What to do to a model of these modules: what to put in place of which, and the rows of the report."""
 
+    modules: set[nn.Module]
     replaced: dict[nn.Module, nn.Module] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
@@ -40,7 +42,7 @@ def plan_fusing(model: nn.Module, example_inputs: ExampleInputs | None, verify: 
         UnusableWeightError: what would be folded holds NaN or Inf.
         VerificationError: a new layer computes something else than what it replaces.
     """
-    edits, seen = Edits(), set[nn.Module]()
+    edits, seen = Edits(set(model.modules())), set[nn.Module]()
     _visit("", model, example_inputs, verify, edits, seen)
     told = {row.site for row in edits.rows}
     for name, module in model.named_modules():
@@ -76,6 +78,9 @@ def _visit(
     try:
         graph_module = trace(module, example_inputs=example_inputs)
     except UntraceableError as error:
+        if hooked(module) and "forward" not in vars(module):
+            _visit(name, _without_hooks(module), None, verify, edits, seen)
+            return
         for child_name, child in module.named_children():
             inner = f"{name}.{child_name}" if name else child_name
             if type(child) in LAYERS or isinstance(child, _BatchNorm):
@@ -89,7 +94,8 @@ def _visit(
     parts = dict(module.named_modules())
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
-        if part is not None and part._modules and not type(part).__module__.startswith("torch.nn."):
+        whole = type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.Sequential)
+        if part is not None and part._modules and not whole:
             _visit(f"{name}.{node.target}" if name else str(node.target), part, None, verify, edits, seen)
     seen.update(parts.values())
     _fuse_graph(name, module, graph_module, verify, edits)
@@ -115,6 +121,8 @@ def _fuse_graph(
                 old = module.get_submodule(path)
                 edits.replaced[old] = (fusion.module if new is None else new).train(old.training)
         found = [row for row in rows(walk, fusions) if not any(_within(row.site, owner) for owner in graphs)]
+    if "" in graphs and module not in edits.modules:  # the copy of a module with hooks
+        del graphs[""]
     for owner, graph in graphs.items():
         result = Fuse(inplace=True, verify=verify)(graph)
         old = module.get_submodule(owner)
@@ -124,6 +132,14 @@ def _fuse_graph(
         found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
     start = f"{name}." if name else ""
     edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A module with the same parts. Its hooks run around what is inside, which may be rewritten."""
+    bare = copy.copy(module)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        vars(bare)[name] = OrderedDict()
+    return bare
 
 
 def _keep_attributes(graph_module: nn.Module, old: nn.Module) -> None:

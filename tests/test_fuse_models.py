@@ -1,0 +1,259 @@
+"""``fuse`` on whole models: which modules stay, which become graphs, and what is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxexpand
+from fxexpand import RefusedError, SelectionError, UnusableWeightError, fuse, report
+from fxexpand.passes import Fuse
+from fxexpand.tracing import trace
+from tests.compare import assert_same
+from tests.networks import assert_untouched, perturb, snapshot
+
+EXACT = 1e-10
+
+
+def conv_norm(inp: int, out: int, size: int = 3, **options: Any) -> list[nn.Module]:
+    return [nn.Conv2d(inp, out, size, padding=size // 2, bias=False, **options), nn.BatchNorm2d(out)]
+
+
+class Block(nn.Module):
+    """Two branches and the identity, and an activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.wide, self.point = (
+            nn.Sequential(*conv_norm(channels, channels)),
+            nn.Conv2d(channels, channels, 1),
+        )
+        self.norm, self.act, self.note = nn.BatchNorm2d(channels), nn.ReLU(), "kept"
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.wide(x) + self.point(x) + self.norm(x))
+
+
+class Net(nn.Module):
+    """Rows of modules, a block that must be rewired, and a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv_norm(3, 6, stride=2), nn.ReLU())
+        self.block = Block(6)
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 4)
+
+    def forward_features(self, x: Tensor) -> Any:
+        return self.block(self.stem(x))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.norm(self.forward_features(x).mean((2, 3))))
+
+
+def net() -> tuple[Net, Tensor]:
+    model = perturb(Net().double()).eval()
+    assert isinstance(model, Net)
+    return model, torch.randn(2, 3, 9, 8, dtype=torch.float64)
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def test_only_what_is_rewired_becomes_a_graph() -> None:
+    model, x = net()
+    before = snapshot(model)
+    small: Any = fuse(model, x)
+    assert type(small) is Net and small is not model
+    assert isinstance(small.block, fx.GraphModule) and small.block.note == "kept"  # what code around may read
+    assert [type(module) for module in small.stem] == [nn.Conv2d, nn.Identity, nn.ReLU]
+    assert norms(small) == 0 and isinstance(small.get_submodule("norm"), nn.Identity)
+    assert_same(small(x), model(x), EXACT)
+    assert_same(small.forward_features(x), model.forward_features(x), EXACT)
+    assert_untouched(model, before)
+    assert {row.site for row in report(small).changed} == {"stem.0", "block.wide.0", "head"}
+    assert all(row.error is not None and row.error < EXACT for row in report(small).changed)
+    assert not report(fuse(small, x)).changed
+
+
+def test_the_result_trains_and_travels() -> None:
+    model, x = net()
+    small = fuse(model)
+    small(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    twin = copy.deepcopy(small)
+    twin.load_state_dict(small.state_dict())
+    assert_same(twin(x), model(x), EXACT)
+    exported = torch.export.export(small, (x,)).module()
+    assert_same(exported(x), model(x), EXACT)
+
+
+def test_an_expanded_network_folds_in_one_go() -> None:
+    model, x = net()
+    for recipe in (fxexpand.Chain(2), fxexpand.RepVGG(), fxexpand.Chain(2, batch_norm=True)):
+        big = fxexpand.expand(model, recipe, select="stem.0")
+        small = fuse(big, x)
+        assert norms(small) == 0 and not any("expansion" in name for name in small.state_dict())
+        assert small.state_dict().keys() == fuse(model, x).state_dict().keys()
+        assert_same(small(x), big(x), EXACT)
+
+
+def test_the_pass_folds_expanded_layers_and_blocks_of_recipes() -> None:
+    model, x = net()
+    for recipe in (fxexpand.Chain(2), fxexpand.OREPA()):
+        big = fxexpand.expand(model, recipe, select="stem.0")
+        result = Fuse()(trace(big))
+        assert norms(result.graph_module) == 0
+        assert_same(result.graph_module(x), big(x), EXACT)
+
+
+def test_in_place_where_classes_are_kept() -> None:
+    model = perturb(nn.Sequential(*conv_norm(3, 4), nn.ReLU(), nn.Linear(5, 5)).double()).eval()
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    expected = model(x)
+    assert fuse(model, x, inplace=True) is model
+    assert norms(model) == 0
+    assert_same(model(x), expected, EXACT)
+
+
+def test_a_root_that_would_become_a_graph_is_not_changed_in_place() -> None:
+    model = perturb(Block(3).double()).eval()
+    before = snapshot(model)
+    with pytest.raises(SelectionError, match=r"^Block: .*fuse\(model\)"):
+        fuse(model, inplace=True)
+    assert_untouched(model, before)
+    small: Any = fuse(model)
+    assert isinstance(small, fx.GraphModule)
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    assert_same(small(x), model(x), EXACT)
+
+
+class Routed(nn.Module):
+    """No graph: it branches on values. Its parts have graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry, self.entry_norm = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.backbone = nn.Sequential(*conv_norm(6, 6), nn.ReLU())
+        self.heads = nn.ModuleList([nn.Sequential(*conv_norm(6, 2)), Block(6)])
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.backbone(self.entry_norm(self.entry(x)))
+        return self.heads[0](y) if y.sum() > 0 else self.heads[1](y)
+
+
+def test_regions_of_what_cannot_be_traced() -> None:
+    model = perturb(Routed().double()).eval()
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    small = fuse(model, x)
+    assert type(small) is Routed and type(small.entry_norm) is nn.BatchNorm2d
+    assert [norms(small.backbone), norms(small.heads)] == [0, 0]
+    assert isinstance(small.heads[1], fx.GraphModule)
+    assert_same(small(x), model(x), EXACT)
+    reasons = {row.site: row.reason for row in report(small).refusals}
+    assert reasons.keys() == {"entry", "entry_norm"} and "cannot be traced" in reasons["entry"]
+    with pytest.raises(RefusedError, match="entry"):
+        fuse(model, x, strict=True)
+
+
+def test_hooks_stay_and_what_has_them() -> None:
+    model, x = net()
+    calls: list[int] = []
+    model.stem.register_forward_hook(lambda *args: calls.append(1))
+    model.block.wide[0].register_forward_hook(lambda *args: calls.append(2))
+    small = fuse(model, x)
+    calls.clear()
+    assert_same(small(x), model(x), EXACT)
+    assert sorted(calls) == [1, 1, 2, 2]
+    assert norms(small.stem) == 0  # the hook sees what it saw: the output of the whole row
+    assert any("hook" in row.reason for row in report(small).refusals if row.site == "block.wide.0")
+
+
+class Twice(nn.Module):
+    """One conv before two different norms, and a weight that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.tied, self.tie, self.norm = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.tie.weight = self.tied.weight
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.relu(self.one(self.conv(x))) * torch.tanh(self.two(self.conv(x)))
+        return self.norm(self.tie(torch.relu(self.tied(y))))
+
+
+def test_shared_modules_get_a_kernel_per_call_and_tied_weights_stay_tied() -> None:
+    model = perturb(Twice().double()).eval()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    small = fuse(model, x)
+    assert_same(small(x), model(x), EXACT)
+    convs = [module for module in small.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convs) == 4 and norms(small) == 1
+    assert small.get_submodule("tied").weight is small.get_submodule("tie").weight
+    assert any("shared" in row.reason for row in report(small).refusals)
+
+
+def test_train_mode_norms_are_refused_and_nothing_changes() -> None:
+    model, x = net()
+    small = fuse(model.train())
+    assert type(small) is Net and norms(small) == norms(model)
+    assert any("eval" in row.reason for row in report(small).refusals)
+    torch.manual_seed(0)
+    expected = copy.deepcopy(model)(x)
+    assert_same(small(x), expected, EXACT)
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model, _x = net()
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(UnusableWeightError, match=r"head\.weight"):
+        fuse(model, inplace=True)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_exported_programs(decompose: bool) -> None:
+    modules = (
+        *conv_norm(3, 6, stride=2),
+        nn.ReLU(),
+        *conv_norm(6, 5, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    model = perturb(nn.Sequential(*modules, nn.Linear(5, 4), nn.Linear(4, 3)).double()).eval()
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    program = torch.export.export(model, (x,))
+    small: Any = fuse(program.run_decompositions() if decompose else program)
+    assert "batch_norm" not in small.code and small.code.count("linear") + small.code.count("addmm") <= 4
+    assert_same(small(x), model(x), EXACT)
+
+
+def test_timm_and_torchvision_networks_keep_their_classes() -> None:
+    import timm
+    import torchvision
+
+    images = torch.randn(2, 3, 64, 64)
+    networks = [torchvision.models.resnet18(), timm.create_model("mobilenetv3_small_050")]
+    for network in [*networks, torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)]:
+        model = perturb(network).eval()
+        small = fuse(model, images)
+        assert type(small) is type(model)
+        kinds = {type(module).__name__ for module in small.modules()}
+        assert not {kind for kind in kinds if "BatchNorm" in kind}
+        assert_same(small(images), model(images), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_and_the_meta_device(dtype: torch.dtype) -> None:
+    model, _ = net()
+    small = fuse(model.to(dtype))
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    empty = fuse(model.to("meta"))
+    assert norms(empty) == 0 and all(parameter.is_meta for parameter in empty.parameters())

@@ -125,7 +125,9 @@ class Walk:
         assert shape is not None
         rank = shape.rank if not form.before else form.rank or 0
         ndim = self.reader.shapes.ndim(form.source) or rank + (2 if rank or not form.after else 3)
-        size = probe_size(shape) if not form.before else [max(3, self._window(form.before))] * rank
+        size = probe_size(shape)
+        if form.before:
+            size = [self._window(form.before) * max([3, *size])] * rank
         return self.reader.shapes.probe(form.source, [2] * (ndim - 1 - rank) + [shape.in_channels, *size])
 
     def _window(self, views: Sequence[fx.Node]) -> int:

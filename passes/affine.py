@@ -31,6 +31,7 @@ class Walk:
     Attributes:
         order: every node with its place.
         steps: what the nodes do that do something affine.
+        shape_readers: the nodes that read nothing of a value but its shape.
         chosen: the values to fuse, each with the form to give it, which lets other nodes go.
         notes: by node: whether something was refused, and the reason it stayed apart.
     """
@@ -42,7 +43,7 @@ class Walk:
         self.reader = Reader(graph_module)
         self.steps: dict[fx.Node, Step] = {}
         self._called = sorted({str(node.target) for node in graph_module.graph.find_nodes(op="call_module")})
-        self._shape_readers = set(shape_readers(graph_module))
+        self.shape_readers = set(shape_readers(graph_module))
         reasons: dict[fx.Node, str] = {}
         for node in self.order:
             try:
@@ -116,7 +117,7 @@ class Walk:
 
     def shapes_read(self) -> dict[fx.Node, Form]:
         """The nodes that read shapes of values which may go, each with a form that has the same shape."""
-        forms = {reader: self._shape_form(reader) for reader in self._shape_readers}
+        forms = {reader: self._shape_form(reader) for reader in self.shape_readers}
         return {reader: form for reader, form in forms.items() if form is not None}
 
     def probe(self, form: Form) -> tuple[list[int], dict[fx.Node, int]]:
@@ -199,7 +200,7 @@ class Walk:
 
     def _shape_form(self, reader: fx.Node) -> Form | None:
         """Of a node that reads the shape of a value: the form by which the source, viewed, has that shape."""
-        if reader not in self._shape_readers or not isinstance(reader.args[0], fx.Node):
+        if reader not in self.shape_readers or not isinstance(reader.args[0], fx.Node):
             return None
         for form in self._forms.get(reader.args[0], ()):
             shape, source = form.map.shape, self._forms.get(form.source, ())

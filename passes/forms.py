@@ -171,6 +171,7 @@ class Interpretation:
                     parts=(form,),
                     credited=(),
                     after=views,
+                    shared=form.shared or not alone,
                     last=last,
                     stop=self._order[node],
                 )
@@ -225,16 +226,24 @@ class Interpretation:
 
     def _term(self, node: fx.Node, value: fx.Node, term: Map, first: bool) -> list[Form]:
         """The forms of one term of a sum; the last is the value itself as the source."""
-        alone = first and self._readers[value] <= {node}
+        alone = self._readers[value] <= {node}
         found = []
         for form in self.forms.get(value, ()):
             try:
                 scaled = after(term, form.map)
             except InexactError:
                 continue
-            credited = (value,) if alone and form.layer is not None else ()
-            paid = form.price if alone else Fraction(0)
-            found.append(replace(form, map=scaled, paid=paid, own=(), parts=(form,), credited=credited))
+            saved = alone and first
+            term_form = replace(
+                form,
+                map=scaled,
+                own=(),
+                parts=(form,),
+                paid=form.price if saved else Fraction(0),
+                credited=(value,) if saved and form.layer is not None else (),
+                shared=form.shared or not alone,
+            )
+            found.append(term_form)
         place = self._order[node]
         return [*found, Form(value, term, (), place, place, place)]
 

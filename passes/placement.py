@@ -9,6 +9,7 @@ fused on their own.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,11 @@ from dataclasses import dataclass, field, replace
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxexpand.graph import works_in_place
 from fxexpand.inputs import ExampleInputs
 from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
+from fxexpand.passes.form import Form
 from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
 from fxexpand.passes.shapes import NDIM
 from fxexpand.passes.split import shown, split_norms
@@ -173,7 +176,8 @@ class _Tree:
             self._names.setdefault(module, []).append(name)
         self._groups = groups
         self._dead = walk.dead()
-        self._shared = Counter(node for group in groups for node in next(iter(group.values.values())).nodes)
+        self._nodes = [next(iter(group.values.values())).nodes for group in groups]
+        self._shared = Counter(node for nodes in self._nodes for node in nodes)
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
     def graphs(self) -> dict[str, fx.GraphModule]:
@@ -258,8 +262,31 @@ class _Tree:
         layers = [node for node in fitting if self._walk.weighs(node) and self._shared[node] == 1]
         if not layers:
             return None
+        if not self._unnoticed(group, form, layers[0]):
+            return None
         found[places[layers[0]]] = None
         return found
+
+    def _unnoticed(self, group: Group, form: Form, anchor: fx.Node) -> bool:
+        """Whether no code that stays reads a value that is another one now, or writes into it.
+
+        What stays runs, whether its result is read or not; before the new layer it finds the source.
+        """
+        order = self._walk.order
+        between = itertools.islice(order, form.start + 1, order[anchor])
+        if any(works_in_place(self._walk.graph_module, node) for node in between):
+            return False  # Identity passes the source on, into which something is written before the layer
+        for node in form.nodes:
+            if node in group.values:
+                continue
+            for user in node.users:
+                if works_in_place(self._walk.graph_module, user) and user.args and user.args[0] is node:
+                    return False
+                absorbed = any(node in other and user in other for other in self._nodes)
+                shape = user in self._walk.shape_readers and order[node] < order[anchor]
+                if user not in form.nodes and not absorbed and not shape:
+                    return False
+        return True
 
     def _unit(self, node: fx.Node, calls: int) -> str | None:
         """The module that does nothing but what a node does, at all of its calls."""

@@ -97,6 +97,10 @@ SIZES = (64, 96, 128, 160)  # tried in this order before the network's own
 AT_LEAST = {"torchvision:efficientnet_b5": 96}
 
 
+# All 32 encoder layers, expanded and in float64, take more than 23 GB; they are alike.
+ENCODER_LAYERS = {"torchvision:vit_h_14": 8}
+
+
 @dataclass(frozen=True)
 class Network:
     """A network of a library, and the arguments it is built with."""
@@ -125,6 +129,10 @@ class Network:
         if self.name in ("googlenet", "inception_v3"):
             options["init_weights"] = False
         model = builder(weights=None, **options)
+        layers = ENCODER_LAYERS.get(str(self))
+        if layers is not None:
+            encoder: Any = model.encoder
+            encoder.layers = encoder.layers[:layers]
         return model
 
     def parameters(self) -> int:

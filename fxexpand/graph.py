@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from fxexpand.errors import InexactError
 from fxexpand.recipes import Skip
@@ -23,6 +24,14 @@ OF_ONE_VALUE = (
     "val",
     "example_value",
 )  # keys of a node's meta that no other node may take over
+
+
+AUGMENTED = frozenset(
+    [
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem", "delitem"),
+    ]
+)
 
 
 class Census:
@@ -88,7 +97,7 @@ def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     name: str = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     package = getattr(node.target, "__module__", None)
-    augmented = package == "_operator" and (name.startswith("i") or name == "setitem")
+    augmented = package == "_operator" and name in AUGMENTED
     flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # F.relu(x, inplace=True)
     return name.endswith("_") or augmented or (flagged and _takes_inplace(node.target))
 
@@ -108,12 +117,23 @@ def read_what_is_written(graph_module: fx.GraphModule) -> None:
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     for node, place in order.items():
         target = node.args[0] if node.args else None
-        if node.op == "call_module" or not isinstance(target, fx.Node) or node.target is operator.setitem:
-            continue
-        if works_in_place(graph_module, node):
+        if isinstance(target, fx.Node) and _returns_what_it_writes(node):
             for user in list(target.users):
                 if order[user] > place:
                     user.replace_input_with(target, node)
+
+
+def _returns_what_it_writes(node: fx.Node) -> bool:
+    """Whether a call is sure to return its first argument, written into."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name)
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__module__", None) == "_operator":
+        return name in AUGMENTED and name not in ("setitem", "delitem")
+    inplace = node.kwargs.get("inplace") is True and getattr(functional, name, None) is node.target
+    return inplace or (name.endswith("_") and getattr(torch, name, None) is node.target)
 
 
 def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential) -> None:

@@ -343,3 +343,42 @@ def test_channels_last_stays() -> None:
     graph_module = trace(Branches().eval()).to(memory_format=torch.channels_last)
     weight = Fuse()(graph_module).graph_module.get_parameter("wide.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_functions_whose_names_look_like_writing_do_not_write() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = x > 0
+            other = ~mask
+            result: Tensor = self.bn(self.conv(x)) * mask - x.clamp(min=0, max=True) * other * mask.float()
+            return result
+
+    model = perturb(Masked().double()).eval()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    fused = Fuse()(trace(model))
+    assert fused.modified
+    assert_same(fused.graph_module(x), model(x), EXACT)
+
+
+def test_what_follows_a_write_reads_what_was_written() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv1d(3, 3, 1), nn.Conv1d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y.mul_(2.0)
+            F.relu(y, inplace=True)
+            result: Tensor = self.other(y) + y
+            return result
+
+    model = Writes().double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    fused = Fuse()(trace(model))
+    assert fused.modified
+    assert_same(fused.graph_module(x), model(x), EXACT)

@@ -195,11 +195,15 @@ def extract(
     Args:
         nodes: in the graph's order; what else they read are constants and sizes.
         sizes: the numbers to put in for sizes.
+
+    Raises: InexactError: they read a size that is not among these.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {**sizes, source: graph.placeholder("x")}
 
     def copied(node: fx.Node) -> Any:
+        if node.op == "placeholder" and node not in copies:
+            raise InexactError("it reads a size that is not known.")
         if node not in copies:
             copies[node] = graph.node_copy(node, copied)
         return copies[node]

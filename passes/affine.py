@@ -148,6 +148,11 @@ class Walk:
         while True:
             alive = self._alive(chosen)
             here = {node: form for node, form in chosen.items() if node in alive}
+            wasted = [node for node, form in here.items() if self._wasted(node, form, alive)]
+            if wasted:
+                chosen |= {node: self._shallower(node, chosen[node]) for node in wasted}
+                chosen = {node: form for node, form in chosen.items() if self._worthwhile(form)}
+                continue
             idle = [node for node, form in here.items() if self._idle(node, form, alive)]
             # First what saves no layer: it may be what keeps a layer alive that others are to save.
             idle = [node for node in idle if not here[node].credits] or idle
@@ -156,6 +161,17 @@ class Walk:
                 return {node: form for node, form in chosen.items() if node in alive}
             for node in idle:
                 del chosen[node]
+
+    def _wasted(self, node: fx.Node, form: Form, alive: set[fx.Node]) -> bool:
+        """Whether a scale or a norm was merged that is computed all the same, for others."""
+        others = (other for other in self.kernels(form) if other is not node)
+        return any(other in alive and not self.weighs(other) for other in others)
+
+    def _shallower(self, node: fx.Node, form: Form) -> Form:
+        """The next sound form, that reaches less far back; at the end one that is not worthwhile."""
+        forms = self._forms[node]
+        rest = forms[forms.index(form) + 1 :]
+        return next((each for each in rest if each.sound), Form(node, form.map, (), 0, 0, 0))
 
     def _through_bridges(self, users: Iterable[fx.Node]) -> set[fx.Node]:
         """The nodes that read a value, be it as a part of a split or in a stack."""

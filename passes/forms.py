@@ -352,6 +352,8 @@ class Interpretation:
                 return None
             if isinstance(step, View):
                 found = step.moves(found)
+            elif isinstance(step, Affine) and found < (step.map.rank or 0):
+                return None  # it averages over the channels too
         return found
 
     def _accepted(self, form: Form, join: Callable[[], Map], at: fx.Node, alone: bool = True) -> Form | None:

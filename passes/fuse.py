@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.copying import copied
-from fxexpand.errors import UnusableWeightError
+from fxexpand.errors import InexactError, UnusableWeightError
 from fxexpand.graph import call_alone, call_instead, extract, finish, put, read_early
-from fxexpand.kernel import cast
+from fxexpand.kernel import Kernel, cast
 from fxexpand.lower import laid_out_as, to_module
 from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
@@ -218,11 +218,9 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
         bias.requires_grad_(any(t.requires_grad for t in given) if given else weight.requires_grad)
     error = None
     if verify and not weight.is_meta:
-        probe, sizes = walk.probe(form)
-        probed = extract(walk.graph_module, form.source, nodes, sizes)
-        alone = call_alone(walk.graph_module, module, form.before, form.after, sizes)
-        error = fold_error(probed, alone, kernel, probe)
-        require_small(error, weight.dtype, name)
+        error = _error(walk, form, module, kernel)
+        if error is not None:
+            require_small(error, weight.dtype, name)
     held = {id(tensor): tensor for node in parts for tensor in walk.tensors(node)}
     targets = [str(node.target) for node in parts if node.op == "call_module"]
     read = [name for node in parts for name in walk.reader.read(node)]
@@ -239,6 +237,17 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     )
     targets += [str(node.target) for node in nodes if node.op == "call_module"]
     return Fusion(row, module, name, values, list(dict.fromkeys([*targets, *read])))
+
+
+def _error(walk: Walk, form: Form, module: nn.Module, kernel: Kernel) -> float | None:
+    """The relative error on a probe; None where the nodes read sizes that only a run of the network knows."""
+    probe, sizes = walk.probe(form)
+    try:
+        probed = extract(walk.graph_module, form.source, walk.in_order(form), sizes)
+    except InexactError:
+        return None
+    alone = call_alone(walk.graph_module, module, form.before, form.after, sizes)
+    return fold_error(probed, alone, kernel, probe)
 
 
 def _weight(walk: Walk, layer: fx.Node) -> Tensor:

@@ -103,7 +103,7 @@ class Reader:
         if type(module) in POOLS:
             return self._pool(pool_call(module, x))
         if type(module) in GLOBAL_POOLS:
-            return View(x, lambda rank: rank, averages=True)
+            return _averaging(x, type(module).__name__)
         if isinstance(module, nn.Flatten):
             return self._view(node, x, Call("flatten", {}))
         if type(module) in PADS:
@@ -145,7 +145,7 @@ class Reader:
         if call.name.startswith("avg_pool"):
             return self._pool(call)
         if call.name.startswith("adaptive_avg_pool"):
-            return View(x, lambda rank: rank, averages=True)
+            return _averaging(x, call.name)
         if call.name in ("pad", "constant_pad_nd"):
             if call.get("mode", "constant") != "constant":
                 return None
@@ -292,7 +292,7 @@ class Reader:
             note = f"an average over windows that are cut at the border ({option}) is no kernel."
             if not averages:
                 raise InexactError(note)
-            return View(x, lambda r: r, averages=True, note=note)
+            return _averaging(x, call.name, note)
 
         def leaf(place: Place) -> Kernel:
             weight = torch.full(
@@ -426,6 +426,12 @@ def fresh(graph_module: fx.GraphModule, node: object) -> bool:
         return isinstance(target, fx.Node) and fresh(graph_module, target)
     weighs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
     return weighs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")
+
+
+def _averaging(x: fx.Node, name: str, note: str | None = None) -> View:
+    """An average over the last dimensions, as many as the name says: the channels must not be among them."""
+    rank = int(name[-2])
+    return View(x, lambda given: given if given >= rank else None, averages=True, note=note)
 
 
 def _padding(x: fx.Node, sides: Any, value: Any) -> Step | None:

@@ -125,8 +125,10 @@ class Shapes:
         self._shapes: dict[fx.Node, Shape | None] = {}
         self._sizes: dict[fx.Node, Size] = {}
         for node in graph_module.graph.nodes:
-            shape = self._deduced(node)
-            self._shapes[node] = self._recorded(node) if shape is None else shape
+            shape, example = self._deduced(node), self._recorded(node)
+            # A convolution without a batch is told by the example alone.
+            differs = shape is not None and example is not None and len(shape) != len(example)
+            self._shapes[node] = example if shape is None or differs else shape
 
     def of(self, node: fx.Node) -> Shape | None:
         """The shape of a tensor, or of each part that a split makes; None where the rank is not known."""
@@ -194,6 +196,8 @@ class Shapes:
             return None if before is None else (*before[:-1], Size(module.out_features))
         if kind in LAYERS:
             held: Any = module
+            if before is not None and len(before) == LAYERS[kind].rank + 1:  # without a batch
+                return (Size(held.out_channels), *self._fresh(node, len(before))[1:])
             batch, *size = before or self._fresh(node, LAYERS[kind].rank + 2)
             kept = kind.__name__.startswith("Conv") and not LAYERS[kind].transposed and _keeps_size(held)
             sizes = size[1:] if kept else self._fresh(node, LAYERS[kind].rank + 2)[2:]
@@ -230,6 +234,8 @@ class Shapes:
             return self._item(node, call, before)
         if call.name.startswith("conv"):
             rank, weight = int(call.name[-2]), self._shapes.get(call.get("weight"))
+            if before is not None and len(before) == rank + 1:
+                return self._fresh(node, rank + 1)
             batch = (before or self._fresh(node, rank + 2))[0]
             place = 1 if "transpose" in call.name else 0
             out = weight[place] if weight is not None and call.get("groups", 1) == 1 else None

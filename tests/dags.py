@@ -150,7 +150,7 @@ class Builder:
         try:
             with torch.no_grad():
                 result = run(self.network, *given)
-        except (RuntimeError, ValueError):  # shapes that do not fit
+        except (RuntimeError, ValueError, IndexError):  # shapes that do not fit
             return None
         results = list(result) if outputs > 1 else [result]
         if len(results) != outputs or not all(self._sound(value, before) for value in results):

@@ -9,7 +9,7 @@ fused on their own.
 from __future__ import annotations
 
 import copy
-import itertools
+from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -176,6 +176,9 @@ class _Tree:
             self._names.setdefault(module, []).append(name)
         self._groups = groups
         self._dead = walk.dead()
+        writes = (place for node, place in walk.order.items() if works_in_place(walk.graph_module, node))
+        self._writes = list(writes)
+        self._written_by = set(self._writes)
         self._nodes = [next(iter(group.values.values())).nodes for group in groups]
         self._shared = Counter(node for nodes in self._nodes for node in nodes)
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
@@ -273,18 +276,16 @@ class _Tree:
         What stays runs, whether its result is read or not; before the new layer it finds the source.
         """
         order = self._walk.order
-        between = itertools.islice(order, form.start + 1, order[anchor])
-        if any(works_in_place(self._walk.graph_module, node) for node in between):
+        between = slice(bisect(self._writes, form.start), bisect_left(self._writes, order[anchor]))
+        if self._writes[between]:
             return False  # Identity passes the source on, into which something is written before the layer
         for node in form.nodes:
-            if node in group.values:
-                continue
-            for user in node.users:
-                if works_in_place(self._walk.graph_module, user) and user.args and user.args[0] is node:
+            for user in node.users if node not in group.values else ():
+                if order[user] in self._written_by and user.args and user.args[0] is node:
                     return False
-                absorbed = any(node in other and user in other for other in self._nodes)
-                shape = user in self._walk.shape_readers and order[node] < order[anchor]
-                if user not in form.nodes and not absorbed and not shape:
+                if user in form.nodes or (user in self._walk.shape_readers and order[node] < order[anchor]):
+                    continue
+                if not any(node in nodes and user in nodes for nodes in self._nodes):
                     return False
         return True
 

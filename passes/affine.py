@@ -12,10 +12,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxexpand.errors import InexactError
-from fxexpand.graph import read_what_is_written, site_of, tensor_at
+from fxexpand.graph import read_what_is_written, site_of
 from fxexpand.passes.form import Form
 from fxexpand.passes.forms import Interpretation
 from fxexpand.passes.maps import META, Place
@@ -62,12 +62,6 @@ class Walk:
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a node calls."""
         return self.graph_module.get_submodule(str(node.target))
-
-    def tensors(self, node: fx.Node) -> list[Tensor]:
-        """The parameters and buffers that a node holds or reads."""
-        if node.op == "call_module":
-            return [*self.module(node).parameters(), *self.module(node).buffers()]
-        return [tensor_at(self.graph_module, name) for name in self.reader.read(node)]
 
     def weighs(self, node: fx.Node) -> bool:
         """Whether the node is a Linear or a convolution."""

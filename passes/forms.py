@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from torch import Tensor, fx
+from torch import fx
 
 from fxexpand.errors import InexactError
-from fxexpand.graph import tensor_at, works_in_place
+from fxexpand.graph import works_in_place
 from fxexpand.kernel import Kernel, macs
 from fxexpand.lower import to_module
 from fxexpand.passes.form import Form
 from fxexpand.passes.maps import META, ApartError, Map, Place, after, beside, fitted, identity, plus
+from fxexpand.passes.memory import fresh
 from fxexpand.passes.operators import call_of
-from fxexpand.passes.reader import Reader, fresh
+from fxexpand.passes.reader import Reader
 from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View
 
 LIMIT = 256  # how many times what it replaces a candidate may cost
@@ -56,12 +57,6 @@ class Interpretation:
         self._write_places = [order[node] for node in self._writes]
         for node, step in steps.items():
             self.forms[node] = self._forms(node, step)
-
-    def _tensors(self, node: fx.Node) -> list[Tensor]:
-        if node.op == "call_module":
-            module = self._reader.graph_module.get_submodule(str(node.target))
-            return [*module.parameters(), *module.buffers()]
-        return [tensor_at(self._reader.graph_module, name) for name in self._reader.read(node)]
 
     def _forms(self, node: fx.Node, step: Step) -> tuple[Form, ...]:
         if isinstance(step, Same):
@@ -123,7 +118,7 @@ class Interpretation:
             density=density,
             computed=step.computed,
             idle=idle,
-            devices=frozenset(tensor.device for tensor in self._tensors(node)),
+            devices=frozenset(tensor.device for tensor in self._reader.tensors(node)),
         )
         return self._with_extended(local)
 

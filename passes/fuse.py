@@ -213,7 +213,7 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     weight, bias = module.get_parameter("weight"), module._parameters["bias"]
     weight.requires_grad_(any(_weight(walk, layer).requires_grad for layer in layers))
     if bias is not None:
-        given = [tensor for node in parts for tensor in walk.tensors(node)
+        given = [tensor for node in parts for tensor in walk.reader.tensors(node)
                  if isinstance(tensor, nn.Parameter) and _is_bias(walk, node, tensor)]  # fmt: skip
         bias.requires_grad_(any(t.requires_grad for t in given) if given else weight.requires_grad)
     error = None
@@ -221,7 +221,7 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
         error = _error(walk, form, module, kernel)
         if error is not None:
             require_small(error, weight.dtype, name)
-    held = {id(tensor): tensor for node in parts for tensor in walk.tensors(node)}
+    held = {id(tensor): tensor for node in parts for tensor in walk.reader.tensors(node)}
     targets = [str(node.target) for node in parts if node.op == "call_module"]
     read = [name for node in parts for name in walk.reader.read(node)]
     described = dict.fromkeys([shown(target) for target in targets] + [node.name for node in parts
@@ -254,7 +254,7 @@ def _weight(walk: Walk, layer: fx.Node) -> Tensor:
     """The weight of a layer, or the largest tensor that it is computed of."""
     if layer.op == "call_module" and isinstance(walk.module(layer)._parameters.get("weight"), Tensor):
         return walk.module(layer).get_parameter("weight")
-    return max(walk.tensors(layer), key=Tensor.numel)
+    return max(walk.reader.tensors(layer), key=Tensor.numel)
 
 
 def _is_bias(walk: Walk, node: fx.Node, tensor: Tensor) -> bool:
@@ -273,8 +273,8 @@ def _require_finite(walk: Walk, node: fx.Node) -> None:
         held = [(f"{shown(str(node.target))}.{name} ({describe(module)})", tensor)
                 for name, tensor in module.state_dict().items()]  # fmt: skip
     else:
-        held = [(f"{name} (read by {node.name})", tensor)
-                for name, tensor in zip(walk.reader.read(node), walk.tensors(node), strict=True)]  # fmt: skip
+        named = zip(walk.reader.read(node), walk.reader.tensors(node), strict=True)
+        held = [(f"{name} (read by {node.name})", tensor) for name, tensor in named]
     for title, tensor in held:
         if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise UnusableWeightError(

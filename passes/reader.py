@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.errors import InexactError
-from fxexpand.graph import Census, works_in_place
+from fxexpand.graph import Census, tensor_at, works_in_place
 from fxexpand.kernel import Kernel
 from fxexpand.ops import LAYERS, convolution, norm_kernel
 from fxexpand.passes.constants import Constants
 from fxexpand.passes.maps import Map, Place, after, identity, scaling, shifting
+from fxexpand.passes.memory import fresh
 from fxexpand.passes.module_maps import (
     BLOCKS,
     GLOBAL_POOLS,
@@ -55,6 +55,13 @@ class Reader:
             return []
         read = [each for each in node.all_input_nodes if each in self.constants]
         return [name for each in read for name in self.constants.sources(each)]
+
+    def tensors(self, node: fx.Node) -> list[Tensor]:
+        """The parameters and buffers that a node holds or reads."""
+        if node.op == "call_module":
+            module = self.graph_module.get_submodule(str(node.target))
+            return [*module.parameters(), *module.buffers()]
+        return [tensor_at(self.graph_module, name) for name in self.read(node)]
 
     def step(self, node: fx.Node) -> Step | None:
         """What the node does; None where that is nothing affine.
@@ -409,23 +416,6 @@ class Reader:
             return list(range(start, start + sizes[index % len(sizes)]))
 
         return Pick(x, rows, -1 - dim if dim < 0 else (ndim or 0) - 1 - dim)
-
-
-def fresh(graph_module: fx.GraphModule, node: object) -> bool:
-    """Whether the value of a node has memory of its own, that no other value of the graph shares."""
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        return type(module) in LAYERS or isinstance(module, _BatchNorm) or type(module) in POOLS
-    call = call_of(node)
-    if call is None:
-        return False
-    if works_in_place(graph_module, node):
-        target = node.args[0]
-        return isinstance(target, fx.Node) and fresh(graph_module, target)
-    weighs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
-    return weighs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")
 
 
 def _averaging(x: fx.Node, name: str, note: str | None = None) -> View:

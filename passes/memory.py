@@ -1,0 +1,28 @@
+"""Which values have memory of their own."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxexpand.graph import works_in_place
+from fxexpand.ops import LAYERS
+from fxexpand.passes.module_maps import POOLS
+from fxexpand.passes.operators import call_of
+
+
+def fresh(graph_module: fx.GraphModule, node: object) -> bool:
+    """Whether the value of a node has memory of its own, that no other value of the graph shares."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return type(module) in LAYERS or isinstance(module, _BatchNorm) or type(module) in POOLS
+    call = call_of(node)
+    if call is None:
+        return False
+    if works_in_place(graph_module, node):
+        target = node.args[0]
+        return isinstance(target, fx.Node) and fresh(graph_module, target)
+    weighs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
+    return weighs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")

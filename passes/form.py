@@ -23,7 +23,7 @@ class Form:
         own, parts: what computes it: nodes, and the forms that were merged.
         start, stop: the places of the first and the last of its nodes in the graph.
         last: the place of the last that reads the source.
-        layer: the first of them that is a Linear or a convolution.
+        layer: the first of them that is a Linear or a convolution; of branches, of the one that costs most.
         before, after: views of the source before the map applies, and of what it gives.
         rank: dimensions after the channels of the source, where ``before`` holds views.
         cost: multiply-adds per position of the source.

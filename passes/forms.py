@@ -252,7 +252,7 @@ class Interpretation:
             return None
         if any(_key(a) != _key(b) for a, b in zip(one.after, two.after, strict=True)):
             return None
-        layers = [form.layer for form in (one, two) if form.layer is not None]
+        main = max((one, two), key=lambda form: (form.layer is not None, form.cost))
         form = replace(
             one if one.own or one.parts else two,
             source=source,
@@ -262,7 +262,7 @@ class Interpretation:
             start=min(one.start, two.start),
             last=max(one.last, two.last),
             stop=max(one.stop, two.stop),
-            layer=min(layers, key=self._order.__getitem__, default=None),
+            layer=main.layer,
             paid=one.paid + two.paid,
             computed=one.computed or two.computed,
             shared=one.shared or two.shared,

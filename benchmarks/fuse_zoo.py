@@ -236,6 +236,7 @@ def _chain(layers: int, pointwise: bool) -> nn.Sequential:
             nn.init.orthogonal_(parts[-1].weight)  # type: ignore[arg-type]
         else:
             parts += [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+            nn.init.dirac_(parts[-3].weight)  # type: ignore[arg-type]  # random ones let values vanish on the way
     return nn.Sequential(*parts).eval()
 
 

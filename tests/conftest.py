@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,6 +22,15 @@ def _seed(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Forget what was compiled: dynamo counts recompilations of one line of code over all tests together."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

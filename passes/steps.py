@@ -11,7 +11,7 @@ from torch import fx
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel import Kernel
-from fxexpand.passes.maps import META, Map, Place
+from fxexpand.passes.maps import Map, Place
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,6 @@ class Affine:
     weighs: bool = False
     computed: bool = False
     averages: bool = False
-
-    @property
-    def keeps_shape(self) -> bool:
-        """Whether the result has the shape of the value: it is a scale, a shift or a norm."""
-        if self.weighs or self.map.outputs != self.map.inputs:
-            return False
-        rank = 1 if self.map.rank is None else self.map.rank
-        return self.map.at(Place(self.map.inputs or 2, rank, META)).pointwise
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,13 @@ def norm_and_rest(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     return norm, following.train(module.training)
 
 
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether it is a LayerNorm or RMSNorm of torch, or timm's LayerNorm, which computes the same."""
+    kind = type(module)
+    timm = (kind.__module__, kind.__name__) == ("timm.layers.norm", "LayerNorm")
+    return (kind in (nn.LayerNorm, nn.RMSNorm) or timm) and "forward" not in vars(module)
+
+
 def _norm(module: nn.Module, rank: int, dtype: torch.dtype | None) -> Kernel:
     held: Any = module
     mean, variance, gamma, beta = held.running_mean, held.running_var, held.weight, held.bias

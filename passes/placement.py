@@ -13,10 +13,12 @@ from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxexpand.calls import observed_calls
 from fxexpand.graph import works_in_place
 from fxexpand.inputs import ExampleInputs
 from fxexpand.ops import LAYERS, describe
@@ -24,9 +26,11 @@ from fxexpand.passes.affine import Walk
 from fxexpand.passes.form import Form
 from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
 from fxexpand.passes.shapes import NDIM
-from fxexpand.passes.split import shown, split_norms
+from fxexpand.passes.split import LayerNormAffine, shown, split_norms
 from fxexpand.report import Row
-from fxexpand.tracing import UntraceableError, fixes_arguments, hooked, trace
+from fxexpand.tracing import FAILURES, UntraceableError, fixes_arguments, hooked, trace
+
+NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
 
 
 @dataclass
@@ -46,7 +50,7 @@ def plan_fusing(model: nn.Module, example_inputs: ExampleInputs | None, verify: 
         VerificationError: a new layer computes something else than what it replaces.
     """
     edits, seen = Edits(set(model.modules())), set[nn.Module]()
-    _visit("", model, example_inputs, verify, edits, seen)
+    _visit("", model, _Calls(model, example_inputs), verify, edits, seen)
     told = {row.site for row in edits.rows}
     for name, module in model.named_modules():
         affine = type(module) in LAYERS or isinstance(module, _BatchNorm)
@@ -66,10 +70,39 @@ def commit_fusing(model: nn.Module, edits: Edits) -> nn.Module:
     return edits.replaced.get(model, model)
 
 
+class _Calls:
+    """The example inputs of a model, and those that it gives to its parts."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
+        self._model = model
+        self._example_inputs = example_inputs
+        self._parts: dict[nn.Module, dict[str, Any]] | None = None
+
+    def traced(self, module: nn.Module) -> fx.GraphModule:
+        """The graph of a part, checked on its inputs where they are known.
+
+        Raises: UntraceableError.
+        """
+        if module is self._model or self._example_inputs is None:
+            return trace(module, example_inputs=self._example_inputs if module is self._model else None)
+        if self._parts is None:
+            self._parts = observed_calls(self._model, self._example_inputs)
+        given = self._parts.get(module)
+        if given is not None:
+            try:
+                return trace(module, example_inputs=given)
+            except UntraceableError as error:
+                if error.differs:
+                    raise
+            except FAILURES:  # a second call with the same arguments may not be possible
+                pass
+        return trace(module)
+
+
 def _visit(
     name: str,
     module: nn.Module,
-    example_inputs: ExampleInputs | None,
+    calls: _Calls,
     verify: bool,
     edits: Edits,
     seen: set[nn.Module],
@@ -79,10 +112,10 @@ def _visit(
         return
     seen.add(module)
     try:
-        graph_module = trace(module, example_inputs=example_inputs)
+        graph_module = calls.traced(module)
     except UntraceableError as error:
         if hooked(module) and "forward" not in vars(module):
-            _visit(name, _without_hooks(module), None, verify, edits, seen)
+            _visit(name, _without_hooks(module), calls, verify, edits, seen)
             return
         for child_name, child in module.named_children():
             inner = f"{name}.{child_name}" if name else child_name
@@ -92,14 +125,14 @@ def _visit(
                 edits.rows.append(Row(inner, describe(child), "refused", reason, count, count))
                 seen.add(child)
             else:
-                _visit(inner, child, None, verify, edits, seen)
+                _visit(inner, child, calls, verify, edits, seen)
         return
     parts = dict(module.named_modules())
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
         whole = type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.Sequential)
         if part is not None and part._modules and not whole:
-            _visit(f"{name}.{node.target}" if name else str(node.target), part, None, verify, edits, seen)
+            _visit(f"{name}.{node.target}" if name else str(node.target), part, calls, verify, edits, seen)
     seen.update(parts.values())
     _fuse_graph(name, module, graph_module, verify, edits)
 
@@ -110,12 +143,18 @@ def _fuse_graph(
     with split_norms(graph_module):
         walk = Walk(graph_module)
         groups = grouped(walk)
-        tree = _Tree(walk, module, groups)
+        tree = _Tree(walk, module, groups, part=bool(name))
         graphs = tree.graphs()
         fusions = []
         for group in groups:
             where = tree.places[group.name]
-            if where is None or any(_within(path, owner) for path in where for owner in graphs):
+            if group.name in tree.unplaced:
+                walk.notes |= {node: (True, NO_PLACE) for node in group.values}
+            if (
+                where is None
+                or group.name in tree.unplaced
+                or any(_within(path, owner) for path in where for owner in graphs)
+            ):
                 continue
             title = next(path for path, new in where.items() if new is None)
             fusion = new_layer(walk, replace(group, name=title), verify)
@@ -160,8 +199,9 @@ class _Tree:
             layer; None where that alone does not do it.
     """
 
-    def __init__(self, walk: Walk, root: nn.Module, groups: Sequence[Group]) -> None:
+    def __init__(self, walk: Walk, root: nn.Module, groups: Sequence[Group], part: bool) -> None:
         self._walk = walk
+        self._part = part
         self._root = root
         self._inside: dict[str, list[fx.Node]] = {}
         self._calls: dict[str, set[str]] = {}
@@ -181,33 +221,88 @@ class _Tree:
         self._written_by = set(self._writes)
         self._nodes = [next(iter(group.values.values())).nodes for group in groups]
         self._shared = Counter(node for nodes in self._nodes for node in nodes)
+        self._graphs: dict[str, fx.GraphModule | None] = {}
+        self.unplaced: set[str] = set()
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
     def graphs(self) -> dict[str, fx.GraphModule]:
-        """The modules that become graphs, by their paths, with those graphs: none inside another."""
-        owners = {self._owner(group) for group in self._groups if self.places[group.name] is None}
-        graphs: dict[str, fx.GraphModule] = {}
+        """The modules that become graphs, by their paths, with those graphs: none inside another.
+
+        ``unplaced`` then holds the names of the groups that no module can take.
+        """
+        groups = self._undivided(
+            [
+                group
+                for group in self._groups
+                if self.places[group.name] is not None or not self._slight(group)
+            ]
+        )
+        placed = [group for group in groups if self.places[group.name] is not None]
+        found = self._graphs_for(groups)
+        if found is None:
+            held = [group for group in groups if self._holder(self._owner(group)) is not None]
+            groups = self._undivided([group for group in groups if group in placed or group in held])
+            found = self._graphs_for(groups)
+        if found is None:
+            groups, found = self._undivided(placed), {}
+        self.unplaced = {group.name for group in self._groups} - {group.name for group in groups}
+        return found
+
+    def _slight(self, group: Group) -> bool:
+        """Whether all it saves is the scale of a LayerNorm: not worth a graph in place of a class."""
+        kernels = self._walk.kernels(next(iter(group.values.values())))
+        others = [node for node in kernels if node.op != "call_module"
+                  or not isinstance(self._walk.module(node), LayerNormAffine)]  # fmt: skip
+        return len(others) == 1 < len(kernels)
+
+    def _undivided(self, groups: Sequence[Group]) -> list[Group]:
+        """Those that share no node with a group that stays away: one value goes for all or for none."""
+        kept = list(groups)
+        while True:
+            away = {node for group in self._groups if group not in kept for node in self._nodes_of(group)}
+            found = [group for group in kept if not away & self._nodes_of(group)]
+            if len(found) == len(kept):
+                return kept
+            kept = found
+
+    def _nodes_of(self, group: Group) -> set[fx.Node]:
+        return {node for form in group.values.values() for node in form.nodes}
+
+    def _graphs_for(self, groups: Sequence[Group]) -> dict[str, fx.GraphModule] | None:
+        owners = {self._owner(group) for group in groups if self.places[group.name] is None}
         while True:
             owners = {o for o in owners if not any(o != other and _within(o, other) for other in owners)}
             torn = {
                 self._owner(group)
-                for group in self._groups
+                for group in groups
                 if len({any(_within(path, o) for o in owners) for path in self.places[group.name] or ()}) > 1
             }
-            for owner in owners - graphs.keys():
-                graph = self._graph(owner)
-                if graph is None:
-                    torn.add(owner.rpartition(".")[0])
-                else:
-                    graphs[owner] = graph
-            if torn <= owners:
-                return {owner: graphs[owner] for owner in sorted(owners)}
-            owners |= torn
+            holders = [self._holder(owner) for owner in (*owners, *torn)]
+            if None in holders:
+                return None
+            graphs = {holder: self._graph(holder) for holder in holders if holder is not None}
+            if graphs.keys() == owners:
+                return {owner: graph for owner, graph in sorted(graphs.items()) if graph is not None}
+            owners = set(graphs)
+
+    def _holder(self, owner: str) -> str | None:
+        """The smallest module around an owner that has a graph; None where not even the root has."""
+        while self._graph(owner) is None:
+            if not owner:
+                return None
+            owner = owner.rpartition(".")[0]
+        return owner
 
     def _graph(self, owner: str) -> fx.GraphModule | None:
+        if owner not in self._graphs:
+            self._graphs[owner] = self._traced(owner)
+        return self._graphs[owner]
+
+    def _traced(self, owner: str) -> fx.GraphModule | None:
         """The graph of a module by itself; None where it has none that holds for each of its calls."""
         if not owner:
-            return self._walk.graph_module
+            fixed = self._part and fixes_arguments(self._walk.graph_module)
+            return None if fixed else self._walk.graph_module
         try:
             graph_module = trace(self._root.get_submodule(owner))
         except UntraceableError:
@@ -229,15 +324,14 @@ class _Tree:
 
     def _owner(self, group: Group) -> str:
         """The smallest module whose forward makes all calls of a group."""
-        nodes = [node for form in group.values.values() for node in form.nodes]
-        stacks = zip(*(self._stack(node) for node in nodes), strict=False)
+        stacks = zip(*(self._stack(node) for node in self._nodes_of(group)), strict=False)
         shared: list[str] = [level[0] for level in stacks if len(set(level)) == 1]
         return shared[-1]
 
     def _whole(self, group: Group) -> dict[str, nn.Module | None] | None:
         """The module that does nothing else."""
         path = self._owner(group)
-        nodes = {node for form in group.values.values() for node in form.nodes}
+        nodes = self._nodes_of(group)
         viewed = any(form.before or form.after for form in group.values.values())
         if viewed or not path or not set(self._inside[path]) <= nodes or not self._named_once(path):
             return None

@@ -6,7 +6,8 @@ managers.
 """
 
 from fxexpand.passes.expand import Expand
+from fxexpand.passes.factorize import Factorize
 from fxexpand.passes.fuse import Fuse
 from fxexpand.passes.result import Result
 
-__all__ = ["Expand", "Fuse", "Result"]
+__all__ = ["Expand", "Factorize", "Fuse", "Result"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from torch import fx, nn
@@ -70,9 +70,11 @@ class Walk:
 
     def kernels(self, form: Form) -> list[fx.Node]:
         """The nodes of a form that compute something, as they stand in the graph."""
+        return list(self._computing(form, self.in_order(form)))
+
+    def _computing(self, form: Form, nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
         moved = {*form.before, *form.after}
-        nodes = (node for node in self.in_order(form) if node not in moved)
-        return [node for node in nodes if not isinstance(self.steps[node], Same | View | Bridge)]
+        return (n for n in nodes if n not in moved and not isinstance(self.steps[n], Same | View | Bridge))
 
     def in_order(self, form: Form) -> tuple[fx.Node, ...]:
         """The nodes of a form as they stand in the graph."""
@@ -184,7 +186,9 @@ class Walk:
         if form.layer is None or form.map.shape is None:
             return False
         single = self.site(form.layer) is not None and len(self.factors(form.layer)) == 1
-        return len(self.kernels(form)) > 1 or single or form.computed
+        kernels = self._computing(form, form.each())
+        first = next(kernels, None)
+        return single or form.computed or any(other is not first for other in kernels)
 
     def _idle(self, node: fx.Node, form: Form, alive: set[fx.Node]) -> bool:
         """Whether everything else that the form holds is computed all the same."""

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import InexactError
+from fxexpand.finite import require_finite
 from fxexpand.graph import Census, expand_calls, finish, operand, site_of
 from fxexpand.kernel import Kernel
 from fxexpand.ops import LAYERS, describe, kernel_of
@@ -18,7 +19,7 @@ from fxexpand.recipes import Chain, Init, Recipe
 from fxexpand.report import Report, Row
 from fxexpand.selection import Select, Selection
 from fxexpand.sites import FLOATING
-from fxexpand.verify import block_error, require_finite, require_small
+from fxexpand.verify import block_error, require_small
 
 ELSEWHERE = "Use fxexpand.expand on the model before tracing"
 

@@ -69,12 +69,16 @@ class Form:
     @cached_property
     def nodes(self) -> dict[fx.Node, None]:
         """All that computes it."""
-        return {node: None for form in self._tree() for node in form.own}
+        return dict.fromkeys(self.each())
 
     @cached_property
     def credits(self) -> set[fx.Node]:
         """The values whose cost it saves, since nobody else reads them."""
         return {node for form in self._tree() for node in form.credited}
+
+    def each(self) -> Iterator[fx.Node]:
+        """The nodes that compute it, one after the other, some more than once: to look at a few of many."""
+        return (node for form in self._tree() for node in form.own)
 
     def _tree(self) -> Iterator[Form]:
         todo = [self]

@@ -125,6 +125,7 @@ class Interpretation:
     def _passed(self, node: fx.Node, value: fx.Node) -> tuple[Form, ...]:
         local = self._applied(node, Affine(value, identity()), idle=True)[-1:]
         forms = [f for f in self.forms.get(value, ()) if f.layer is None or self._readers[value] <= {node}]
+        del forms[CANDIDATES - 1 :]  # of a row of identities, each in between is one more
         return (*(replace(form, own=(node,), parts=(form,), credited=()) for form in forms), *local)
 
     def _with_extended(self, form: Form) -> tuple[Form, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from fxexpand.errors import InexactError
+from fxexpand.ops import weight_by_hooks
 from fxexpand.recipes import Skip
 from fxexpand.tracing import hooked
 
@@ -51,7 +52,7 @@ class Census:
 
     def obstacle(self, module: nn.Module) -> str | None:
         """Why replacing ``module`` would change more than its calls; None where it would not."""
-        if hooked(module):
+        if hooked(module) and not weight_by_hooks(module):
             return "it has hooks or a forward of its own, which its replacement would not have"
         for tensor in chain(module.parameters(), module.buffers()):
             held = self._tensors[id(tensor)]

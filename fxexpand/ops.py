@@ -6,6 +6,8 @@ that is stored.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fxexpand.errors import InexactError
 from fxexpand.geometry import Padding
@@ -175,6 +180,46 @@ def is_layer_norm(module: nn.Module) -> bool:
     kind = type(module)
     timm = (kind.__module__, kind.__name__) == ("timm.layers.norm", "LayerNorm")
     return (kind in (nn.LayerNorm, nn.RMSNorm) or timm) and "forward" not in vars(module)
+
+
+def weight_by_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of weight_norm, spectral_norm and prune, which compute a weight before each call.
+
+    Empty where the module has other hooks too.
+    """
+    held = vars(module)
+    others = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = list(held["_forward_pre_hooks"].values())
+    known = all(isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod) for hook in hooks)
+    return [] if not known or "forward" in held or any(held.get(name) for name in others) else hooks
+
+
+def without_hooks(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The module with the weights that ``weight_by_hooks`` compute, as plain tensors; in ``dtype`` if given.
+
+    Raises: InexactError: every call in training mode computes another weight.
+    """
+    plain = copy.copy(module)
+    vars(plain).update(_forward_pre_hooks=OrderedDict(), _modules={})
+    for kind in ("_parameters", "_buffers"):
+        tensors = vars(module)[kind].items()
+        vars(plain)[kind] = {name: None if tensor is None else tensor.detach() for name, tensor in tensors}
+    if dtype is not None:
+        plain.to(dtype)
+    for hook in weight_by_hooks(module):
+        if isinstance(hook, SpectralNorm) and module.training:
+            raise InexactError("its spectral norm is estimated anew in training mode. Call eval() first.")
+        with torch.no_grad():
+            if isinstance(hook, BasePruningMethod):
+                name = hook._tensor_name
+                weight = hook.apply_mask(plain)  # type: ignore[no-untyped-call]
+            elif isinstance(hook, SpectralNorm):
+                name, weight = hook.name, hook.compute_weight(plain, do_power_iteration=False)
+            else:
+                name, weight = hook.name, hook.compute_weight(plain)
+        vars(plain).pop(name, None)
+        vars(plain)["_parameters"][name] = weight
+    return plain
 
 
 def _norm(module: nn.Module, rank: int, dtype: torch.dtype | None) -> Kernel:

@@ -16,7 +16,7 @@ from fxexpand import kernel as laws
 from fxexpand.errors import InexactError
 from fxexpand.kernel import Kernel
 from fxexpand.layers import Expanded
-from fxexpand.ops import LAYERS, frozen_norm, kernel_of
+from fxexpand.ops import LAYERS, frozen_norm, kernel_of, weight_by_hooks, without_hooks
 from fxexpand.passes.maps import Map, Place
 from fxexpand.passes.operators import Call
 from fxexpand.recipes import Branches, Scale, Skip, fold
@@ -44,6 +44,11 @@ def is_layer(module: nn.Module) -> bool:
     kind = type(module)
     parametrised = parametrize.is_parametrized(module) and kind.__bases__[0] in LAYERS
     return kind in LAYERS or parametrised or isinstance(module, Expanded)
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a layer computes its weight at every call."""
+    return type(module) not in LAYERS or bool(weight_by_hooks(module))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -83,6 +88,8 @@ def _kernel(module: nn.Module, rank: int | None, device: torch.device) -> Kernel
         module = module.stock()
     if parametrize.is_parametrized(module):
         module = _constant_layer(module, device)
+    if weight_by_hooks(module):
+        module = without_hooks(module, None if device.type == "meta" else torch.float64)
     return _wide(kernel_of(module, rank=rank, dtype=None if device.type == "meta" else torch.float64), device)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
 from fxexpand.passes.shapes import NDIM
 from fxexpand.passes.split import LayerNormAffine, shown, split_norms
 from fxexpand.report import Row
-from fxexpand.tracing import FAILURES, UntraceableError, fixes_arguments, hooked, trace
+from fxexpand.tracing import FAILURES, UntraceableError, alternatives, fixes_arguments, hooked, trace
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
 
@@ -83,20 +83,25 @@ class _Calls:
 
         Raises: UntraceableError.
         """
+        given = self.given(module)
+        if module is self._model or given is None:
+            return trace(module, example_inputs=given)
+        try:
+            return trace(module, example_inputs=given)
+        except UntraceableError as error:
+            if error.differs:
+                raise
+        except FAILURES:  # a second call with the same arguments may not be possible
+            pass
+        return trace(module)
+
+    def given(self, module: nn.Module) -> ExampleInputs | None:
+        """The example inputs of a part, where they are known."""
         if module is self._model or self._example_inputs is None:
-            return trace(module, example_inputs=self._example_inputs if module is self._model else None)
+            return self._example_inputs if module is self._model else None
         if self._parts is None:
             self._parts = observed_calls(self._model, self._example_inputs)
-        given = self._parts.get(module)
-        if given is not None:
-            try:
-                return trace(module, example_inputs=given)
-            except UntraceableError as error:
-                if error.differs:
-                    raise
-            except FAILURES:  # a second call with the same arguments may not be possible
-                pass
-        return trace(module)
+        return self._parts.get(module)
 
 
 def _visit(
@@ -134,25 +139,28 @@ def _visit(
         if part is not None and part._modules and not whole:
             _visit(f"{name}.{node.target}" if name else str(node.target), part, calls, verify, edits, seen)
     seen.update(parts.values())
-    _fuse_graph(name, module, graph_module, verify, edits)
+    _fuse_graph(name, module, graph_module, calls, verify, edits)
 
 
 def _fuse_graph(
-    name: str, module: nn.Module, graph_module: fx.GraphModule, verify: bool, edits: Edits
+    name: str, module: nn.Module, graph_module: fx.GraphModule, calls: _Calls, verify: bool, edits: Edits
 ) -> None:
     with split_norms(graph_module):
         walk = Walk(graph_module)
         groups = grouped(walk)
         tree = _Tree(walk, module, groups, part=bool(name))
         graphs = tree.graphs()
+        conflicts = _conflicts(module, graph_module, tree, calls)
         fusions = []
         for group in groups:
             where = tree.places[group.name]
-            if group.name in tree.unplaced:
-                walk.notes |= {node: (True, NO_PLACE) for node in group.values}
+            reason = NO_PLACE if group.name in tree.unplaced else conflicts.get(group.name)
+            if reason is not None:
+                forms = group.values.values()
+                walk.notes |= {node: (True, reason) for form in forms for node in walk.kernels(form)}
             if (
                 where is None
-                or group.name in tree.unplaced
+                or reason is not None
                 or any(_within(path, owner) for path in where for owner in graphs)
             ):
                 continue
@@ -174,6 +182,27 @@ def _fuse_graph(
         found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
     start = f"{name}." if name else ""
     edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
+
+
+def _conflicts(module: nn.Module, graph_module: fx.GraphModule, tree: _Tree, calls: _Calls) -> dict[str, str]:
+    """Groups that would be wrong for other arguments of the module, by their names: why."""
+    placed = {name: where for name, where in tree.places.items() if where is not None}
+    found: dict[str, str] = {}
+    if not placed or not fixes_arguments(graph_module):
+        return found
+    for argument, other in alternatives(module, calls.given(module)):
+        with split_norms(other):
+            walk = Walk(other)
+            others = _Tree(walk, module, grouped(walk), part=True)
+            same = [_outline(where) for where in others.places.values() if where is not None]
+            for name, where in placed.items():
+                if others.calls_any(where) and _outline(where) not in same:
+                    found[name] = f"it holds for some values of the argument {argument} only"
+    return found
+
+
+def _outline(where: dict[str, nn.Module | None]) -> dict[str, bool]:
+    return {path: new is None for path, new in where.items()}
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
@@ -224,6 +253,11 @@ class _Tree:
         self._graphs: dict[str, fx.GraphModule | None] = {}
         self.unplaced: set[str] = set()
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
+
+    def calls_any(self, paths: Iterable[str]) -> bool:
+        """Whether one of these modules is called in the graph."""
+        called = {str(node.target) for node in self._walk.order if node.op == "call_module"}
+        return any(path in self._calls or path in called for path in paths)
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """The modules that become graphs, by their paths, with those graphs: none inside another.

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxexpand.errors import InexactError
 from fxexpand.graph import Census, tensor_at, works_in_place
 from fxexpand.kernel import Kernel
-from fxexpand.ops import LAYERS, convolution, norm_kernel
+from fxexpand.ops import convolution, norm_kernel
 from fxexpand.passes.constants import Constants
 from fxexpand.passes.maps import Map, Place, after, identity, scaling, shifting
 from fxexpand.passes.memory import fresh
@@ -23,6 +23,7 @@ from fxexpand.passes.module_maps import (
     GLOBAL_POOLS,
     PADS,
     POOLS,
+    computes_weight,
     is_layer,
     is_norm,
     module_map,
@@ -102,7 +103,7 @@ class Reader:
             obstacle = self.census.obstacle(module)
             if obstacle is not None:
                 raise InexactError(obstacle)
-            computed = weighs and type(module) not in LAYERS
+            computed = weighs and computes_weight(module)
             rank = self._rank_of_norm(module, x) if is_norm(module) else None
             return Affine(x, module_map(module, rank), weighs, computed)
         if hooked(module):

@@ -11,7 +11,6 @@ import math
 import pickle
 import re
 import sys
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -362,19 +361,13 @@ def test_norms_in_train_mode_stay(name: str) -> None:
     assert_same(outputs[1], outputs[0], EXACT)
 
 
-def hooked_weight() -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates it, but checkpoints have it
-        return nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 5, 3, 2, 1)), nn.BatchNorm2d(5))
-
-
 def tied_weight() -> nn.Module:
     one, two = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1)
     two.weight = one.weight
     return Branches(nn.Sequential(one, nn.BatchNorm2d(5)), two)
 
 
-@pytest.mark.parametrize(("make", "words"), [(hooked_weight, "hook"), (tied_weight, "shared")])
+@pytest.mark.parametrize(("make", "words"), [(tied_weight, "shared")])
 def test_what_may_be_folded_or_refused_stays_right(make: Callable[[], nn.Module], words: str) -> None:
     model = perturb(make().double()).eval()
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64)

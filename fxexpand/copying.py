@@ -23,7 +23,11 @@ def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
             if isinstance(tensor, nn.Parameter)
             else tensor.detach().clone(),
         )
-    return copy.deepcopy(model, memo)
+    new = copy.deepcopy(model, memo)
+    for old, parameter in zip(model.parameters(), new.parameters(), strict=True):
+        if not parameter.is_leaf:  # what torch makes of the parameters of scripted modules
+            parameter.detach_().requires_grad_(old.requires_grad)
+    return new
 
 
 def _uncopyable(model: nn.Module) -> Iterator[Tensor]:

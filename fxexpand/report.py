@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fxexpand.table import short, table
 
-Action = Literal["expanded", "fused", "refused", "left"]
+Action = Literal["expanded", "fused", "factorized", "refused", "left"]
+CHANGES: tuple[Action, ...] = ("expanded", "fused", "factorized")
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,12 @@ class Row:
     Attributes:
         site: the dotted name of the module or parameter.
         kind: what it is, with its sizes: ``Conv2d 64->64 k3 p1``.
-        action: ``"expanded"`` or ``"fused"``; ``"refused"``: cannot be done, ``reason`` says why; ``"left"``:
-            not asked for, or no weight of a linear map.
+        action: ``"expanded"``, ``"fused"`` or ``"factorized"``; ``"refused"``: cannot be done,
+            ``reason`` says why; ``"left"``: not asked for, or no weight of a linear map.
         reason: for a changed site, what it became.
         params_before, params_after: numbers of parameters of the site.
-        error: relative error measured on a random probe in float64; None where there was nothing to measure.
+        error: relative error measured on a random probe in float64, of a factorized layer that of the
+            weight in the Frobenius norm; None where there was nothing to measure.
     """
 
     site: str
@@ -44,15 +46,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one pass over one model, in the model's order."""
+    """The rows of one pass over one model, in the model's order.
+
+    Attributes:
+        traced: how the pass read the model: as one graph, or in parts and why; "" where it needs no graph.
+    """
 
     title: str
     rows: tuple[Row, ...]
+    traced: str = ""
 
     @property
     def changed(self) -> tuple[Row, ...]:
         """The sites that were rewritten."""
-        return tuple(row for row in self.rows if row.action in ("expanded", "fused"))
+        return tuple(row for row in self.rows if row.action in CHANGES)
 
     @property
     def refusals(self) -> tuple[Row, ...]:
@@ -80,19 +87,17 @@ class Report:
             for row in self.rows
         ]
         head = ("site", "kind", "action", "params", "after", "error", "reason")
-        return f"{self.summary}\n{table(head, rows, left=(0, 1, 2, 6))}"
+        traced = f"traced {self.traced}\n" if self.traced else ""
+        return f"{self.summary}\n{traced}{table(head, rows, left=(0, 1, 2, 6))}"
 
     @property
     def summary(self) -> str:
         """One line: how many sites, by action."""
         counts = Counter(row.action for row in self.rows)
-        parts = [
-            f"{counts[action]} {action}"
-            for action in ("expanded", "fused", "refused", "left")
-            if counts[action]
-        ]
+        parts = [f"{counts[action]} {action}" for action in get_args(Action) if counts[action]]
         return f"{self.title}: {', '.join(parts) or 'no site'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"title": self.title, "rows": [asdict(row) for row in self.rows]}
+        traced = {"traced": self.traced} if self.traced else {}
+        return {"title": self.title, **traced, "rows": [asdict(row) for row in self.rows]}

@@ -13,6 +13,7 @@ from torch.nn.modules.module import Module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from fxexpand.factored import Factorized
 from fxexpand.inputs import ExampleInputs
 from fxexpand.layers import EXPANDED, Expanded
 from fxexpand.ops import describe
@@ -143,7 +144,7 @@ class _Uses:
 
     def of(self, owner: Owner) -> Use | str:
         """How the owner uses the parameter, or why that is not known."""
-        if isinstance(owner.module, nn.ParameterList | nn.ParameterDict):
+        while _only_holds(owner.module) and owner.path:
             path, _, key = owner.path.rpartition(".")
             parent = self._model.get_submodule(path)
             owner = Owner(path, parent, f"{key}.{owner.attribute}")
@@ -216,9 +217,7 @@ def _verdict(parameter: Tensor, owner: Owner, uses: _Uses) -> _Verdict:
         return _Verdict("expand", view=View(shape, blocks=blocks))
     if isinstance(module, nn.Bilinear) and attribute == "weight":
         return _Verdict("expand", view=View(shape, kind="flat"))
-    if type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-        module, nn.ParameterList | nn.ParameterDict
-    ):
+    if type(module).__module__.startswith("torch.nn.modules.") and not _only_holds(module):
         return _Verdict("leave", f"no weight of a linear map: {type(module).__name__}.{attribute}")
     if sum(length > 1 for length in shape) < 2:
         return _Verdict("leave", "no weight of a linear map: it has a single row or column")
@@ -290,6 +289,9 @@ def _without_parameter(path: str, module: nn.Module) -> Iterator[Site]:
     if isinstance(module, Expanded):
         yield site(describe(module), "leave", "expanded already")
         return
+    if isinstance(module, Factorized):
+        yield site(describe(module), "leave", "factorized already; its factors are layers of their own")
+        return
     ours = {attribute for attribute, _, _ in expanded_weights(module)}
     for attribute in sorted(ours):
         yield site(type(module).__name__, "leave", "expanded already", attribute)
@@ -335,6 +337,11 @@ def _held_elsewhere(model: nn.Module) -> dict[int, str]:
             if name not in own and name != "_flat_weights":
                 visit(value, f"{path}.{name}" if path else name, 3)
     return found
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether it has no forward, and what it holds is used by a module around it."""
+    return type(module) is nn.Module or isinstance(module, nn.ParameterList | nn.ParameterDict)
 
 
 def _is_typed(module: nn.Module) -> bool:

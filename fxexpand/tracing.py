@@ -7,35 +7,31 @@ the graph depends on is found by tracing in both modes.
 
 from __future__ import annotations
 
-import inspect
-import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from types import MethodType, ModuleType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.utils import parametrize
 
-from fxexpand.errors import FxExpandError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, as_call, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.tracer import Leaf, RegionTracer, fixed_arguments, require_argument, signature_of
+from fxexpand.tracer import UntraceableError as UntraceableError
+from fxexpand.tracer import hooked as hooked
 
-Leaf: TypeAlias = Callable[[str, nn.Module], bool]
 Mode: TypeAlias = Literal["train", "eval"]
 
 GUARD = "fxexpand_mode"  # the ModeGuard of a graph that holds in one mode
 ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
 
 # What forward code raises when it is given proxies instead of tensors.
-_FAILURES = (
+FAILURES = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -48,16 +44,8 @@ _FAILURES = (
 )
 
 
-class UntraceableError(FxExpandError):
-    """A model has no single graph; the message says which, why and what to do, ``reason`` why."""
-
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason or message
-
-
-def _untraceable(model: nn.Module, reason: str, fix: str) -> UntraceableError:
-    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason)
+def _untraceable(model: nn.Module, reason: str, fix: str, differs: bool = False) -> UntraceableError:
+    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +101,26 @@ def fixes_arguments(graph_module: fx.GraphModule) -> bool:
     return any(node.target is require_argument for node in graph_module.graph.nodes)
 
 
+def alternatives(
+    model: nn.Module, example_inputs: ExampleInputs | None = None
+) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Other graphs of ``model``, for reading only, each with the argument of ``trace`` that it does not fix.
+
+    A flag is the other way round, a None is something; arguments that cannot be traced so are passed over.
+    """
+    fixed = fixed_arguments(model, example_inputs)
+    for name, value in fixed.items():
+        if name.startswith("*") or isinstance(value, str):
+            continue
+        others = {key: given for key, given in fixed.items() if key != name}
+        if value is not None:
+            others[name] = not value
+        try:
+            yield name, record(model, faithful=False, fixed=others)
+        except UntraceableError:
+            continue
+
+
 def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
     """The largest submodules of ``model`` that have a graph for both modes, found from the root down.
 
@@ -151,82 +159,6 @@ def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
     return Regions(tuple(graphs), failures)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class' forward: hooks, or a forward of its own."""
-    held = vars(module)
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in held or any(held.get(name) for name in names)
-
-
-class RegionTracer(fx.Tracer):
-    """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time."""
-
-    def __init__(
-        self, leaf: Leaf | None = None, fixed: dict[str, Any] | None = None, faithful: bool = True
-    ) -> None:
-        types, functions, modules = _library_leaves()
-        super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
-        self._types = types
-        self._leaf = leaf
-        self._fixed = fixed or {}
-        self._faithful = faithful
-        self._names: dict[int, str] = {}
-        self._gradients = True
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """See ``fx.Tracer.trace``."""
-        tensors = chain(root.named_buffers(), root.named_parameters())
-        self._names = {id(tensor): name for name, tensor in tensors}
-        self._gradients = torch.is_grad_enabled()
-        return super().trace(root, concrete_args)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether the module is one node of the graph."""
-        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._types):
-            return True
-        ours = type(m).__module__.startswith("fxexpand.") and not isinstance(m, nn.Sequential)
-        kept = ours or parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
-        # torchvision.ops: the operators, not the blocks of layers that are also found there.
-        operator = type(m).__module__.startswith("torchvision.ops.") and not m._modules
-        asked = self._leaf is not None and self._leaf(module_qualified_name, m)
-        return kept or operator or asked or _switch(m)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer read by the forward: one node of the graph."""
-        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
-            return attr_val
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
-
-    def create_arg(self, a: Any) -> Any:
-        """See ``fx.Tracer.create_arg``."""
-        if isinstance(a, Tensor) and id(a) in self._names:
-            return self.create_node("get_attr", self._names[id(a)], (), {})
-        return super().create_arg(a)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """See ``fx.Tracer.create_node``."""
-        if self._faithful and torch.is_grad_enabled() != self._gradients:
-            raise RuntimeError("it switches gradients on or off, which a graph does not record")
-        return super().create_node(*args, **kwargs)
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """The arguments that the forward is traced with: proxies, but for the fixed ones."""
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for i, arg in enumerate(args):
-            if isinstance(arg, fx.Proxy) and arg.node.target in self._fixed:
-                name = str(arg.node.target)
-                expected = self._fixed[name]
-                guard = self.create_proxy("call_function", require_argument, (arg, expected, name), {})
-                guard.node.meta["is_wrapped"] = True  # a node again when a pickled graph is read
-                args[i] = {} if name.startswith("**") else expected
-        return function, args
-
-
 class ModeGuard(nn.Module):
     """Part of a graph: raises unless the graph is in the mode that it was traced in."""
 
@@ -246,17 +178,6 @@ class ModeGuard(nn.Module):
             )
 
 
-@fx.has_side_effect
-def require_argument(value: Any, expected: Any, name: str) -> None:
-    """Part of a graph: raise unless the argument has the value that the graph was traced with."""
-    same = not value if name.startswith("*") else not isinstance(value, Tensor) and value == expected
-    if not same:
-        raise UntraceableError(
-            f"argument {name}: this graph was traced with {expected!r} and holds for nothing else. "
-            "Trace again with example_inputs that give it."
-        )
-
-
 def record(
     model: nn.Module,
     leaf: Leaf | None = None,
@@ -264,11 +185,13 @@ def record(
     *,
     training: bool | None = None,
     faithful: bool = True,
+    fixed: Mapping[str, Any] | None = None,
 ) -> fx.GraphModule:
     """One trace, in the modes that the modules are in or in the one given; the model is as before afterwards.
 
     Args:
         faithful: raise for what a graph cannot do again; without it the graph is for reading only.
+        fixed: values of arguments, by the names of their placeholders; None takes those of ``trace``.
 
     Raises: UntraceableError.
     """
@@ -284,17 +207,21 @@ def record(
                 module.training = training
         random_state = torch.get_rng_state()
         try:
-            fixed = _fixed_arguments(model, example_inputs)
+            fixed = fixed_arguments(model, example_inputs) if fixed is None else fixed
             graph = RegionTracer(leaf, fixed, faithful).trace(model)
             graph_module = fx.GraphModule(model, graph, type(model).__name__)
-        except _FAILURES as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        except FAILURES as error:
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            reason = message.split(". ")[0].rstrip(".")  # advice of fx may follow
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
             raise _untraceable(model, reason, fix) from error
         drawn = not torch.equal(random_state, torch.get_rng_state())
         torch.set_rng_state(random_state)
         written = [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]
     graph_module.training = model.training
+    for name, module in graph_module.named_modules():
+        if type(module) is nn.Module:  # fx makes these to hold what the graph calls, in training mode
+            module.training = model.get_submodule(name).training
     if faithful and drawn:
         reason = "it draws random numbers of constant shape, and a graph would repeat one draw"
         raise _untraceable(model, reason, "Put them into a module of their own, and name it as a leaf.")
@@ -304,60 +231,11 @@ def record(
     return graph_module
 
 
-def _library_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:
-    """(module types, functions, modules of functions) to keep whole, of the libraries that are imported."""
-    types: tuple[type, ...] = ()
-    functions: tuple[Callable[..., Any], ...] = ()
-    modules: tuple[ModuleType, ...] = (math,)
-    timm = sys.modules.get("timm.models._features_fx")
-    if timm is not None:
-        types = tuple(timm.get_notrace_modules())
-        functions = tuple(function for function in timm.get_notrace_functions() if callable(function))
-    ops = sys.modules.get("torchvision.ops")
-    if ops is not None:
-        modules = (math, ops)
-    return types, functions, modules
-
-
-def _switch(module: nn.Module) -> bool:
-    """A module that holds no tensor and reads its training flag, such as stochastic depth.
-
-    Kept whole it works in both modes, and nothing that could be rewritten is inside.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    reads = code is not None and "training" in code.co_names
-    return reads and next(chain(module.parameters(), module.buffers()), None) is None
-
-
 def _within(name: str, leaf: Leaf | None) -> Leaf | None:
     """``leaf``, which takes names from the root, for a trace that starts at ``name``."""
     if leaf is None or not name:
         return leaf
     return lambda inner, module: leaf(f"{name}.{inner}", module)
-
-
-def _fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
-    """Values for the arguments that steer a forward, by the names of their placeholders."""
-    signature = _signature(model)
-    given: dict[str, Any] = {}
-    if example_inputs is not None:
-        args, kwargs = as_call(example_inputs)
-        given = signature.bind(*args, **kwargs).arguments
-    fixed: dict[str, Any] = {}
-    for name, parameter in signature.parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            if not given.get(name):
-                stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
-                fixed[stars + name] = ()
-            continue
-        value = given.get(name, parameter.default)
-        if value is None or isinstance(value, bool | str):
-            fixed[name] = value
-    return fixed
-
-
-def _signature(model: nn.Module) -> inspect.Signature:
-    return inspect.signature(MethodType(type(model).forward, model))
 
 
 @contextmanager
@@ -412,7 +290,7 @@ def _guard(graph_module: fx.GraphModule) -> None:
 def _check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> None:
     """Run both once: record shapes in the nodes' meta, and compare what is returned."""
     args, kwargs = as_call(copy_inputs(example_inputs))
-    given = _signature(model).bind(*args, **kwargs).arguments
+    given = signature_of(model).bind(*args, **kwargs).arguments
     inputs: list[Any] = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         if node.target.startswith("**") and given.get(node.target[2:]):
@@ -432,7 +310,7 @@ def _check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_i
     limit = min(ROUNDINGS * eps, 0.1)
     if not all(tensor.is_meta for tensor in expected) and worst_error(actual, expected) > limit:
         reason = "its trace computes something else: it goes by a type or a value that no trace sees"
-        raise _untraceable(model, reason, "fxexpand.tracing.regions finds the parts that have a graph.")
+        raise _untraceable(model, reason, "fxexpand.tracing.regions finds the parts that have a graph.", True)
 
 
 def _title(module: nn.Module) -> str:

@@ -154,6 +154,9 @@ def _linear_operators() -> dict[str, tuple[Kind, tuple[_Slot, ...]]]:
     for name, keyword in (("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("imatmul", "other")):
         table[name] = ("matmul", (_Slot(0, "input"), _Slot(1, keyword, True)))
     table["rmatmul"] = ("matmul", (_Slot(0, "input", True), _Slot(1, "other")))
+    table["convolution"] = ("conv", weight)
+    for name in ("grouped_mm", "grouped_mm_fallback"):  # experts; the second is a fallback of transformers
+        table[name] = ("matmul", (_Slot(0, "mat_a"), _Slot(1, "mat_b", True)))
     table["mv"] = ("matmul", (_Slot(0, "input"),))
     table["inner"] = ("matmul", (_Slot(0, "input"), _Slot(1, "other")))
     for name, factors in (("addmm", "mat"), ("baddbmm", "batch"), ("addbmm", "batch")):
@@ -163,6 +166,7 @@ def _linear_operators() -> dict[str, tuple[Kind, tuple[_Slot, ...]]]:
     table["bilinear"] = ("bilinear", (_Slot(2, "weight", sure=True),))
     for name in ("embedding", "embedding_bag"):
         table[name] = ("embedding", (_Slot(1, "weight", True, sure=True),))
+        table[f"aten.{name}"] = ("embedding", (_Slot(0, "weight", True, sure=True),))
     projections = [_Slot(-1, f"{name}_proj_weight", sure=True) for name in "qkv"]
     packed = (_Slot(5, "in_proj_weight", sure=True), _Slot(11, "out_proj_weight", sure=True))
     table["multi_head_attention_forward"] = ("attention", (*packed, *projections))
@@ -176,6 +180,10 @@ def _words(*lines: str) -> frozenset[str]:
 
 
 LINEAR = _linear_operators()
+ATEN_FIRST = (
+    "embedding",
+    "embedding_bag",
+)  # operators that take the weight first, where the functions do not
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 # What changes the shape, type or scale of its first argument, or normalises it.
 SHAPE = _words(
@@ -256,6 +264,8 @@ class _Flow:
             self._linear("recurrent", name, [(lookup(weight), False) for weight in tree_leaves(weights)])
         elif name in LINEAR:
             kind, slots = LINEAR[name]
+            if name == "convolution" and args[6]:
+                kind = "conv_transpose"
             given = [(lookup(_argument(args, kwargs, slot)), slot) for slot in slots]
             weights = [(v, s.transposed) for v, s in given if v is not None and (s.sure or not v.data)]
             self._linear(kind, name, weights)
@@ -287,7 +297,10 @@ class _Flow:
             if value is None or not value.held:
                 return None
             if name == "getitem" and any(other is not None for other in others):
-                return None  # looked up by a tensor
+                # Looked up by a tensor: picks rows of a table, which ends it, or whole matrices (experts).
+                stacked = all(self._parameters[key].ndim > 2 for key in value.held)
+                if not (stacked and isinstance(rest[0], Tensor | fx.Node)):
+                    return None
             self.stop(name, others)
             flipped = {key: flip != self._swaps(name, rest, key) for key, flip in value.held.items()}
             return value._replace(held=flipped)
@@ -386,6 +399,10 @@ class _Watch(TorchFunctionMode):
 
 def _function_name(function: Any) -> str:
     """The bare name of a function of torch or Python; any other with its package, as ``einops.rearrange``."""
+    if isinstance(function, torch._ops.OpOverload):  # in exported graphs
+        function = function.overloadpacket
+        if function.__name__ in ATEN_FIRST:
+            return f"aten.{function.__name__}"
     name: str = getattr(function, "__name__", type(function).__name__)
     if name == "__get__":
         return str(function.__self__.__name__)  # a property of tensors: T, shape

@@ -13,12 +13,12 @@ from bisect import bisect, bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxexpand.calls import observed_calls
+from fxexpand.calls import Parts
+from fxexpand.factored import Factorized
 from fxexpand.graph import works_in_place
 from fxexpand.inputs import ExampleInputs
 from fxexpand.ops import LAYERS, describe
@@ -28,18 +28,29 @@ from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
 from fxexpand.passes.shapes import NDIM
 from fxexpand.passes.split import LayerNormAffine, shown, split_norms
 from fxexpand.report import Row
-from fxexpand.tracing import FAILURES, UntraceableError, alternatives, fixes_arguments, hooked, trace
+from fxexpand.tracing import UntraceableError, alternatives, fixes_arguments, hooked, trace
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
 
 
 @dataclass
 class Edits:
-    """What to do to a model of these modules: what to put in place of which, and the rows of the report."""
+    """What to do to a model of these modules: what to put in place of which, and the rows of the report.
+
+    ``graphs`` counts the parts that were traced; ``untraced`` is why the whole was not.
+    """
 
     modules: set[nn.Module]
     replaced: dict[nn.Module, nn.Module] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    graphs: int = 0
+    untraced: str = ""
+
+    @property
+    def traced(self) -> str:
+        """How the model was read."""
+        parts = f"in {self.graphs} parts, each a graph; the whole has none: {self.untraced}"
+        return parts if self.untraced else "as one graph"
 
 
 def plan_fusing(model: nn.Module, example_inputs: ExampleInputs | None, verify: bool) -> Edits:
@@ -50,7 +61,7 @@ def plan_fusing(model: nn.Module, example_inputs: ExampleInputs | None, verify: 
         VerificationError: a new layer computes something else than what it replaces.
     """
     edits, seen = Edits(set(model.modules())), set[nn.Module]()
-    _visit("", model, _Calls(model, example_inputs), verify, edits, seen)
+    _visit("", model, Parts(model, example_inputs), verify, edits, seen)
     told = {row.site for row in edits.rows}
     for name, module in model.named_modules():
         affine = type(module) in LAYERS or isinstance(module, _BatchNorm)
@@ -67,47 +78,17 @@ def commit_fusing(model: nn.Module, edits: Edits) -> nn.Module:
         for name, child in parent._modules.items():
             if child in edits.replaced:
                 parent._modules[name] = edits.replaced[child]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, Factorized) and type(child._modules["1"]) is nn.Identity:
+                parent._modules[name] = child._modules["0"]  # a pair of full rank is one layer again
     return edits.replaced.get(model, model)
-
-
-class _Calls:
-    """The example inputs of a model, and those that it gives to its parts."""
-
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
-        self._model = model
-        self._example_inputs = example_inputs
-        self._parts: dict[nn.Module, dict[str, Any]] | None = None
-
-    def traced(self, module: nn.Module) -> fx.GraphModule:
-        """The graph of a part, checked on its inputs where they are known.
-
-        Raises: UntraceableError.
-        """
-        given = self.given(module)
-        if module is self._model or given is None:
-            return trace(module, example_inputs=given)
-        try:
-            return trace(module, example_inputs=given)
-        except UntraceableError as error:
-            if error.differs:
-                raise
-        except FAILURES:  # a second call with the same arguments may not be possible
-            pass
-        return trace(module)
-
-    def given(self, module: nn.Module) -> ExampleInputs | None:
-        """The example inputs of a part, where they are known."""
-        if module is self._model or self._example_inputs is None:
-            return self._example_inputs if module is self._model else None
-        if self._parts is None:
-            self._parts = observed_calls(self._model, self._example_inputs)
-        return self._parts.get(module)
 
 
 def _visit(
     name: str,
     module: nn.Module,
-    calls: _Calls,
+    calls: Parts,
     verify: bool,
     edits: Edits,
     seen: set[nn.Module],
@@ -122,6 +103,7 @@ def _visit(
         if hooked(module) and "forward" not in vars(module):
             _visit(name, _without_hooks(module), calls, verify, edits, seen)
             return
+        edits.untraced = edits.untraced if name else error.reason
         for child_name, child in module.named_children():
             inner = f"{name}.{child_name}" if name else child_name
             if type(child) in LAYERS or isinstance(child, _BatchNorm):
@@ -132,6 +114,7 @@ def _visit(
             else:
                 _visit(inner, child, calls, verify, edits, seen)
         return
+    edits.graphs += 1
     parts = dict(module.named_modules())
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
@@ -143,7 +126,7 @@ def _visit(
 
 
 def _fuse_graph(
-    name: str, module: nn.Module, graph_module: fx.GraphModule, calls: _Calls, verify: bool, edits: Edits
+    name: str, module: nn.Module, graph_module: fx.GraphModule, calls: Parts, verify: bool, edits: Edits
 ) -> None:
     with split_norms(graph_module):
         walk = Walk(graph_module)
@@ -184,7 +167,7 @@ def _fuse_graph(
     edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
 
 
-def _conflicts(module: nn.Module, graph_module: fx.GraphModule, tree: _Tree, calls: _Calls) -> dict[str, str]:
+def _conflicts(module: nn.Module, graph_module: fx.GraphModule, tree: _Tree, calls: Parts) -> dict[str, str]:
     """Groups that would be wrong for other arguments of the module, by their names: why."""
     placed = {name: where for name, where in tree.places.items() if where is not None}
     found: dict[str, str] = {}
@@ -378,10 +361,12 @@ class _Tree:
         places: dict[fx.Node, str] = {}
         found: dict[str, nn.Module | None] = {}
         read = {*form.nodes, form.source}
+        mine = {node for each in group.values.values() for node in self._walk.kernels(each)}
         for node in kernels:
-            path = self._unit(node, len(group.values))
+            path = self._unit(node, len(group.values), mine)
             alone = sum(each in read for each in node.all_input_nodes) == 1
-            if path is None or path in found or not alone or not (node in group.values or node in self._dead):
+            again = path in found and node.op == "call_module"
+            if path is None or again or not alone or not (node in group.values or node in self._dead):
                 return None
             split = node.op == "call_module" and path != node.target
             places[node] = path
@@ -417,14 +402,14 @@ class _Tree:
                     return False
         return True
 
-    def _unit(self, node: fx.Node, calls: int) -> str | None:
-        """The module that does nothing but what a node does, at all of its calls."""
+    def _unit(self, node: fx.Node, calls: int, mine: set[fx.Node]) -> str | None:
+        """The module that does nothing but what a node and others of ``mine`` do, at all of its calls."""
         if node.op == "call_module":
             path, made = shown(str(node.target)), self._calls_of(str(node.target))
         else:
             path = self._stack(node)[-1]
             made = len(self._calls.get(path, ()))
-            if self._inside.get(path) != [node]:
+            if not mine.issuperset(self._inside.get(path, ())):
                 return None
         return path if path and made == calls and self._named_once(path) else None
 

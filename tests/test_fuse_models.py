@@ -257,3 +257,10 @@ def test_dtypes_and_the_meta_device(dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in small.parameters()} == {dtype}
     empty = fuse(model.to("meta"))
     assert norms(empty) == 0 and all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_a_model_on_the_meta_device_is_fused_with_inputs_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval().to("meta")
+    fused = fxexpand.fuse(model, torch.randn(1, 3, 8, 8, device="meta"))
+    assert fused(torch.randn(1, 3, 8, 8, device="meta")).shape == (1, 4, 6, 6)
+    assert type(fused[1]) is nn.Identity

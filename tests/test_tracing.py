@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fxexpand import tracing
+from fxexpand.tracer import RegionTracer
 from fxexpand.tracing import UntraceableError, mode_of, regions, trace
 from tests.compare import assert_same
 
@@ -367,4 +367,4 @@ def test_torchvision_s_operators_are_leaves_and_its_blocks_are_not() -> None:
     ops = pytest.importorskip("torchvision.ops")
     stochastic = nn.Sequential(nn.Linear(5, 5), ops.StochasticDepth(0.5, "row"))
     assert mode_of(trace(stochastic)) is None
-    assert tracing.RegionTracer().is_leaf_module(ops.DeformConv2d(1, 1, 1), "x")
+    assert RegionTracer().is_leaf_module(ops.DeformConv2d(1, 1, 1), "x")

@@ -1,0 +1,100 @@
+"""With what arguments a model calls its parts: one run, watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxexpand.evaluating import evaluating
+from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
+from fxexpand.tracer import UntraceableError, signature_of
+from fxexpand.tracing import FAILURES, trace
+
+PLAIN = (Tensor, bool, int, float, complex, str)
+
+
+def observed_calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[nn.Module, dict[str, Any]]:
+    """The arguments of each part that the model calls, by name, as at its first call.
+
+    Left out are parts that are called again with another flag, string or None, and those that get ``*args``
+    or objects (a cache) that the call may have changed. The run is in evaluation mode and leaves no trace;
+    tensors are those of the run itself, so what writes in place may have changed them since.
+    """
+    found: dict[nn.Module, dict[str, Any]] = {}
+    odd: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            given = signature_of(module).bind(*args, **kwargs)
+        except TypeError:  # a forward of its own, on the object
+            odd.add(module)
+            return
+        named = given.arguments
+        for parameter in given.signature.parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
+                odd.add(module)
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named |= named.pop(parameter.name, {})
+        plain = all(leaf is None or isinstance(leaf, PLAIN) for leaf in tree_leaves(named))
+        if not plain or _switches(found.setdefault(module, named)) != _switches(named):
+            odd.add(module)
+
+    parts = [part for part in model.modules() if part is not model]
+    handles = [
+        part.register_forward_pre_hook(note, with_kwargs=True)
+        for part in parts
+        if not isinstance(part, torch.jit.ScriptModule)
+    ]
+    try:
+        with evaluating(model):
+            call(model, copy_inputs(example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {module: named for module, named in found.items() if module not in odd}
+
+
+def _switches(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a trace fixes, and which arguments there are."""
+    return {
+        name: value if value is None or isinstance(value, bool | str) else Tensor
+        for name, value in arguments.items()
+    }
+
+
+class Parts:
+    """The example inputs of a model, and those that it gives to its parts."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
+        self._model = model
+        self._example_inputs = example_inputs
+        self._parts: dict[nn.Module, dict[str, Any]] | None = None
+
+    def traced(self, module: nn.Module) -> fx.GraphModule:
+        """The graph of a part, checked on its inputs where they are known.
+
+        Raises: UntraceableError.
+        """
+        given = self.given(module)
+        if module is self._model or given is None:
+            return trace(module, example_inputs=given)
+        try:
+            return trace(module, example_inputs=given)
+        except UntraceableError as error:
+            if error.differs:
+                raise
+        except FAILURES:  # a second call with the same arguments may not be possible
+            pass
+        return trace(module)
+
+    def given(self, module: nn.Module) -> ExampleInputs | None:
+        """The example inputs of a part, where they are known."""
+        if module is self._model or self._example_inputs is None:
+            return self._example_inputs if module is self._model else None
+        if self._parts is None:
+            self._parts = observed_calls(self._model, self._example_inputs)
+        return self._parts.get(module)

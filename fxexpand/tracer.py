@@ -1,0 +1,191 @@
+"""The tracer: fx's, with the leaves and the arguments that any network needs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from itertools import chain
+from types import MethodType, ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from fxexpand.errors import FxExpandError
+from fxexpand.factored import Factorized
+from fxexpand.inputs import ExampleInputs, as_call
+from fxexpand.ops import is_layer_norm
+
+Leaf: TypeAlias = Callable[[str, nn.Module], bool]
+
+STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+
+
+class UntraceableError(FxExpandError):
+    """A model has no single graph; the message says which, why and what to do.
+
+    Attributes:
+        reason: why.
+        differs: there is a graph, which computes something else than the model.
+    """
+
+    def __init__(self, message: str, reason: str = "", differs: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason or message
+        self.differs = differs
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class' forward: hooks, or a forward of its own."""
+    held = vars(module)
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in held or any(held.get(name) for name in names)
+
+
+class RegionTracer(fx.Tracer):
+    """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time."""
+
+    def __init__(
+        self, leaf: Leaf | None = None, fixed: Mapping[str, Any] | None = None, faithful: bool = True
+    ) -> None:
+        types, functions, modules = _library_leaves()
+        super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
+        self._types = types
+        self._leaf = leaf
+        self._fixed = fixed or {}
+        self._faithful = faithful
+        self._names: dict[int, str] = {}
+        self._gradients = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """See ``fx.Tracer.trace``."""
+        tensors = chain(root.named_buffers(), root.named_parameters())
+        self._names = {id(tensor): name for name, tensor in tensors}
+        self._gradients = torch.is_grad_enabled()
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the module is one node of the graph."""
+        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._types):
+            return True
+        ours = type(m).__module__.startswith("fxexpand.") and not isinstance(m, nn.Sequential | Factorized)
+        kept = ours or parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
+        # torchvision.ops: the operators, not the blocks of layers that are also found there.
+        operator = type(m).__module__.startswith("torchvision.ops.") and not m._modules
+        asked = self._leaf is not None and self._leaf(module_qualified_name, m)
+        return kept or operator or asked or is_layer_norm(m) or _switch(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer read by the forward: one node of the graph."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """See ``fx.Tracer.create_arg``."""
+        if isinstance(a, Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """See ``fx.Tracer.create_node``."""
+        if self._faithful and torch.is_grad_enabled() != self._gradients:
+            raise RuntimeError("it switches gradients on or off, which a graph does not record")
+        return super().create_node(*args, **kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The arguments that the forward is traced with: proxies, but for the fixed ones.
+
+        fx itself patches the code of a forward with ``*args`` or ``**kwargs``, which a decorated one is not
+        the code of.
+        """
+        forward = inspect.unwrap(root_fn)
+        known = inspect.signature(forward)
+        _, *parameters = known.parameters.values()
+        stars = {parameter.name: STARS.get(parameter.kind.name, "") for parameter in parameters}
+        # fx writes placeholders in their order: what takes the rest comes last.
+        names = sorted((star + name for name, star in stars.items()), key=lambda name: name.count("*"))
+        if any(name.startswith("*") and name not in self._fixed for name in names):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        made: dict[str, Any] = {name: self._proxy_placeholder(name, None, known, forward) for name in names}
+        for name in [name for name in names if name in self._fixed]:
+            expected = self._fixed[name]
+            guard = self.create_proxy("call_function", require_argument, (made[name], expected, name), {})
+            guard.node.meta["is_wrapped"] = True  # a node again when a pickled graph is read
+            made[name] = expected
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        by_place = [p.name for p in parameters if not stars[p.name] and p.name not in by_name]
+
+        def traced(root: nn.Module) -> Any:
+            return root_fn(root, *(made[name] for name in by_place), **{name: made[name] for name in by_name})
+
+        return traced, [self.root]
+
+
+@fx.has_side_effect
+def require_argument(value: Any, expected: Any, name: str) -> None:
+    """Part of a graph: raise unless the argument has the value that the graph was traced with."""
+    same = not value if name.startswith("*") else not isinstance(value, Tensor) and value == expected
+    if not same:
+        raise UntraceableError(
+            f"argument {name}: this graph was traced with {expected!r} and holds for nothing else. "
+            "Trace again with example_inputs that give it."
+        )
+
+
+def fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
+    """Values for the arguments that steer a forward, by the names of their placeholders."""
+    signature = signature_of(model)
+    given: dict[str, Any] = {}
+    if example_inputs is not None:
+        args, kwargs = as_call(example_inputs)
+        given = signature.bind(*args, **kwargs).arguments
+    fixed: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if not given.get(name):
+                stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+                fixed[stars + name] = ()
+            continue
+        value = given.get(name, parameter.default)
+        if value is None or isinstance(value, bool | str):
+            fixed[name] = value
+    return fixed
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """That of the class' forward, without ``self``."""
+    return inspect.signature(MethodType(type(model).forward, model))
+
+
+def _library_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:
+    """(module types, functions, modules of functions) to keep whole, of the libraries that are imported."""
+    types: tuple[type, ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    modules: tuple[ModuleType, ...] = (math,)
+    timm = sys.modules.get("timm.models._features_fx")
+    if timm is not None:
+        types = tuple(timm.get_notrace_modules())
+        functions = tuple(function for function in timm.get_notrace_functions() if callable(function))
+    ops = sys.modules.get("torchvision.ops")
+    if ops is not None:
+        modules = (math, ops)
+    return types, functions, modules
+
+
+def _switch(module: nn.Module) -> bool:
+    """A module that holds no tensor and reads its training flag, such as stochastic depth.
+
+    Kept whole it works in both modes, and nothing that could be rewritten is inside.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    reads = code is not None and "training" in code.co_names
+    return reads and next(chain(module.parameters(), module.buffers()), None) is None

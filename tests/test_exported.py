@@ -1,0 +1,104 @@
+"""Programs of torch.export, and graph modules, as input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxexpand
+from fxexpand import Chain
+from tests.compare import assert_same
+from tests.networks import perturb
+
+EXACT = 1e-10
+
+
+class Network(nn.Module):
+    """Each kind of weight, and control flow on sizes, which a symbolic trace does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.mix = nn.Linear(6, 6, bias=False)
+        self.conv = nn.Conv1d(6, 8, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm1d(8)
+        self.up = nn.ConvTranspose1d(8, 5, 4, stride=2, padding=1)
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
+        self.cell = nn.GRUCell(5, 4)
+        self.scale = nn.Parameter(torch.randn(4, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        h = self.mix(self.table(tokens))
+        if h.shape[1] < 4:
+            h = F.pad(h, (0, 0, 0, 4 - h.shape[1]))
+        h = self.up(F.relu(self.norm(self.conv(h.mT)))).mT
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        h = self.cell(h[:, 1], h.new_ones(len(h), 4))
+        return {"logits": self.head(h) * (h @ self.scale), "hidden": h}
+
+
+def program(decompose: bool) -> tuple[Any, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, tokens = perturb(Network().double().eval()), torch.randint(9, (2, 3))
+    exported = torch.export.export(model, (tokens,))
+    return exported.run_decompositions() if decompose else exported, model, tokens
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_an_exported_program_is_expanded_and_folded(decompose: bool) -> None:
+    exported, model, tokens = program(decompose)
+    big = fxexpand.expand(exported, Chain(depth=3, width=1), example_inputs=tokens)
+    report = fxexpand.report(big)
+    assert {row.site for row in report.changed} == {
+        "table.weight",
+        "mix.weight",
+        "conv.weight",
+        "up.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "cell.weight_ih",
+        "cell.weight_hh",
+        "head.weight",
+    }, str(report)
+    assert_same(big(tokens)["logits"], model(tokens)["logits"], EXACT)
+    loss: Any = big(tokens)["logits"].square().mean()
+    loss.backward()
+    factors = [(n, p) for n, p in big.named_parameters() if "parametrizations" in n]
+    assert factors and all(p.grad is not None and bool(p.grad.any()) for _, p in factors)
+    with torch.no_grad():
+        for _, parameter in factors:
+            parameter.mul_(1.01)
+    small = fxexpand.fuse(big, scope="expanded")
+    assert list(small.state_dict()) == list(exported.module().state_dict())
+    assert_same(small(tokens)["logits"], big(tokens)["logits"], EXACT)
+    again = Network().double().eval()
+    again.load_state_dict(small.state_dict())
+    assert_same(again(tokens)["logits"], big(tokens)["logits"], EXACT)
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_an_exported_program_is_fused(decompose: bool) -> None:
+    exported, model, tokens = program(decompose)
+    fused = fxexpand.fuse(exported, tokens)
+    assert_same(fused(tokens)["logits"], model(tokens)["logits"], EXACT)
+    assert fxexpand.report(fused).changed
+    assert decompose or "norm.weight" not in fused.state_dict()
+
+
+def test_a_weight_held_by_a_graph_itself_is_refused() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    exported = torch.export.export(Direct(), (torch.randn(2, 3),))
+    (row,) = fxexpand.report(fxexpand.expand(exported)).rows
+    assert row.action == "refused" and "a GraphModule holds it" in row.reason

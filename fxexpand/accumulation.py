@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.layers import Expanded
 from fxexpand.products import Held
+from fxexpand.sharding import sharded_part
 from fxexpand.weights import expanded_weights, originals
 
 
@@ -38,28 +39,28 @@ def accumulate(expanded: nn.Module, batches: int = 1) -> Iterator[None]:
 
     Args:
         expanded: the model; a wrapper around it will do. Under DistributedDataParallel use ``no_sync`` for
-            all micro-batches but the last, as in any accumulation.
+            all micro-batches but the last, as in any accumulation; the factors' gradients are reduced on
+            leaving the block.
         batches: how many micro-batches follow, at a guess: ``form="auto"`` weighs one product against all of
             them.
 
     Raises:
         SelectionError: ``batches`` out of range.
-        FxExpandError: a block inside a block of the same model; factors that are sharded (FSDP), which exist
-            only while their layer runs; or, at the end, factors that changed inside, as by an optimizer.
+        FxExpandError: a block inside a block of the same model; a model that is sharded (FSDP), whose whole
+            factors exist only while their layer runs; DistributedDataParallel with
+            ``find_unused_parameters``, which takes the factors behind a leaf for unused; or, at the end,
+            factors that changed inside, as by an optimizer.
 
     After an error inside nothing is passed on: the factors' ``.grad`` lacks the micro-batches so far.
     """
     if not isinstance(batches, int) or batches < 1:
         raise SelectionError(f"accumulate(batches={batches!r}): choose a whole number, 1 or more.")
     holders = _holders(expanded)
-    for name, holder, factors in holders:
+    if holders:
+        _require_whole(expanded)
+    for name, holder, _ in holders:
         if holder.held is not None:
             raise FxExpandError(f"{name}: is accumulating already. Leave that block before opening another.")
-        if any(hasattr(factor, "device_mesh") for factor in factors):
-            raise FxExpandError(
-                f"{name}: its factors are sharded, and a product of them cannot outlive a forward pass. "
-                "Accumulate without this block, or with DistributedDataParallel."
-            )
     try:
         for _, holder, factors in holders:
             holder.held = Held(factors, batches)
@@ -68,13 +69,30 @@ def accumulate(expanded: nn.Module, batches: int = 1) -> Iterator[None]:
             elif holder.form == "collapsed":
                 _ = holder.weight
         yield
-        gathered = [pair for _, holder, _ in holders for pair in holder.held.gathered()]
+        gathered = [holder.held.gathered() for _, holder, _ in holders]
     finally:
         for _, holder, _ in holders:
             holder.held = None
-    if gathered:
-        products, gradients = zip(*gathered, strict=True)
-        torch.autograd.backward(products, gradients)
+    while gathered:  # layer by layer: what one has gathered goes before the next has gradients of its factors
+        pairs = gathered.pop()
+        if pairs:
+            products, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(products, gradients)
+
+
+def _require_whole(model: nn.Module) -> None:
+    sharded = sharded_part(model)
+    if sharded is not None:
+        raise FxExpandError(
+            f"{sharded}: is sharded, and a product of its factors cannot outlive a forward pass. "
+            "Accumulate without this block, or with DistributedDataParallel."
+        )
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and module.find_unused_parameters:
+            raise FxExpandError(
+                f"{type(module).__name__}: find_unused_parameters takes the factors of a shared product for "
+                "unused. Wrap the model without it, or accumulate without this block."
+            )
 
 
 def _holders(model: nn.Module) -> list[tuple[str, Any, list[Tensor]]]:

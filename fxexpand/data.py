@@ -5,8 +5,9 @@ Nothing is downloaded. Images are ``(channels, height, width)``, standardised wi
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -179,6 +180,103 @@ class InMemory:
         for start in range(0, count, self.size):
             rows = order[start : start + self.size]
             yield self.images[rows], self.labels[rows]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which images a process trains on, settled by the seed: whatever the number of processes.
+
+    A step takes ``batch_size`` images of the epoch's permutation; each process takes its share of them, in
+    ``micro_batches`` equal parts. What is left at the end of an epoch is not used in that epoch.
+
+    Attributes:
+        count: images in the data set.
+        rank, world: number of the process, and how many there are.
+
+    Raises: SelectionError: a batch that is larger than the data set, or cannot be shared out equally.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= self.count:
+            raise SelectionError(f"batch size {self.batch_size}: choose from 1 to {self.count} images.")
+        parts = self.world * self.micro_batches
+        if self.batch_size % parts:
+            raise SelectionError(
+                f"batch size {self.batch_size}: choose a multiple of {parts}, as there are "
+                f"{self.world} x {self.micro_batches} processes and micro-batches."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.count // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """The numbers of the images of each micro-batch, from step ``start`` on."""
+        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
+        order = torch.randperm(self.count, generator=generator)[: self.steps * self.batch_size]
+        for step in order.view(self.steps, self.batch_size)[start:]:
+            for part in step[self.rank :: self.world].chunk(self.micro_batches):
+                yield part.tolist()
+
+
+def loader(
+    dataset: Dataset[tuple[Any, ...]],
+    order: Iterable[list[int]],
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    workers: int = 0,
+    pinned: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of each list of numbers.
+
+    What is random in reading an image (crops, flips) depends on ``seed``, ``epoch`` and the image's number
+    alone: not on the images before it, nor on who reads it. So a run that goes on in the middle of an epoch,
+    or on another number of processes, sees what it would have seen.
+
+    Args:
+        workers: processes that read; a data set in memory needs none.
+        pinned: into memory from which a GPU copies without waiting.
+    """
+    if isinstance(dataset, TensorDataset):
+        images, labels = dataset.tensors
+        for rows in order:
+            yield images[rows], labels[rows]
+        return
+    yield from DataLoader(
+        _Settled(dataset, seed, epoch),
+        batch_sampler=list(order),
+        num_workers=workers,
+        pin_memory=pinned,
+        generator=torch.Generator().manual_seed(0),  # the global one is the model's
+    )
+
+
+class _Settled(Dataset[tuple[Any, ...]]):
+    """A data set with its own random numbers for each image."""
+
+    def __init__(self, dataset: Dataset[tuple[Any, ...]], seed: int, epoch: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __getitem__(self, number: int) -> tuple[Any, ...]:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would reset the generators of all GPUs too.
+            torch.default_generator.manual_seed(_mixed(self.seed, self.epoch, number))
+            return self.dataset[number]
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of 63 bits from several numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _length(dataset: Dataset[tuple[Any, ...]]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Literal, TypeAlias, TypeVar, cast, get_args, overload
 
 import torch
@@ -19,6 +20,7 @@ from fxexpand.passes.placement import commit_fusing, plan_fusing
 from fxexpand.recipes import INITS, Chain, Init, Recipe
 from fxexpand.report import Report
 from fxexpand.selection import Select, Selection
+from fxexpand.sharding import sharded_part
 from fxexpand.sites import find_sites, own_modules
 from fxexpand.surgery import Plan, commit, plan_expansion, plan_folding, restoring
 from fxexpand.verify import outputs_of, require_same_outputs
@@ -29,11 +31,43 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 Model = TypeVar("Model", bound=nn.Module)
 T = TypeVar("T")
 
-_REPORT = "_fxexpand_report"
+REPORT = "_fxexpand_report"  # the attribute of a model that holds its report
+
+
+@overload
+def expand(
+    model: torch.export.ExportedProgram,
+    recipe: Recipe = ...,
+    *,
+    select: Select = None,
+    init: Init = "preserve",
+    form: Form = "auto",
+    example_inputs: ExampleInputs | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
+) -> nn.Module: ...
+
+
+@overload
+def expand(
+    model: Model,
+    recipe: Recipe = ...,
+    *,
+    select: Select = None,
+    init: Init = "preserve",
+    form: Form = "auto",
+    example_inputs: ExampleInputs | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
+) -> Model: ...
 
 
 def expand(
-    model: Model,
+    model: nn.Module | torch.export.ExportedProgram,
     recipe: Recipe = Chain(depth=3, width=2),  # noqa: B008 - a frozen dataclass
     *,
     select: Select = None,
@@ -44,7 +78,7 @@ def expand(
     strict: bool = False,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
-) -> Model:
+) -> nn.Module:
     """Turn every Linear, convolution and other weight of a linear map into a product of trainable factors.
 
     The result has the class, the methods, the attributes and the mode of ``model`` and, with the default
@@ -55,7 +89,8 @@ def expand(
     Build optimizers after this call: it makes new parameters.
 
     Args:
-        model: any module, in any mode, on any devices, the meta device too.
+        model: any module, in any mode, on any devices, the meta device too; or a
+            ``torch.export.ExportedProgram``, of which the result is a GraphModule.
         recipe: what a weight becomes.
         select: which sites; see ``fxexpand.selection.Selection``.
         init: ``"preserve"``: the same function; ``"matched"``: random factors whose product has the norm of
@@ -77,7 +112,9 @@ def expand(
 
     An error leaves ``model`` as it was.
     """
-    _require_module(model, "expand")
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    require_module(model, "expand")
     if init not in INITS:
         raise SelectionError(f"init={init!r}: choose from {', '.join(INITS)}.")
     if form not in FORMS:
@@ -93,7 +130,7 @@ def expand(
         form=form,
         generator=generator,
         strict=strict,
-        progress=_bar("expand", progress),
+        progress=progress_bar("expand", progress),
     )
     _carry_out(target, plan, before, compared)
     return target
@@ -167,13 +204,13 @@ def fuse(
     """
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
-    _require_module(model, "fuse")
+    require_module(model, "fuse")
     if scope not in SCOPES:
         raise SelectionError(f"scope={scope!r}: choose from {', '.join(SCOPES)}.")
     compared = example_inputs if verify else None
     before = outputs_of(model, compared) if compared is not None else []
     target = model if inplace else copied(model, shared=_factors(model))
-    plan = plan_folding(target, verify, _bar("fuse", progress))
+    plan = plan_folding(target, verify, progress_bar("fuse", progress))
     if scope == "expanded":
         _carry_out(target, plan, before, compared)
         return target
@@ -202,14 +239,14 @@ def _fused(
                     "GraphModule. Take the result of fuse(model) instead of inplace=True."
                 )
             result = commit_fusing(result, edits)
-            reports.append(Report("fuse", tuple(edits.rows)))
-        found = combined(reports)
+            reports.append(Report("fuse", tuple(edits.rows), edits.traced))
+        found = replace(combined(reports), traced=reports[1].traced)
         if strict and found.refusals:
             raise RefusedError(found.refusals[0].message)
         if before and example_inputs is not None and found.changed:
             after = outputs_of(result, example_inputs)
             require_same_outputs(before, after, len(found.changed), found.title)
-    result.__dict__[_REPORT] = found
+    result.__dict__[REPORT] = found
     return cast(Model, result)
 
 
@@ -218,7 +255,7 @@ def report(model: nn.Module) -> Report:
 
     Raises: FxExpandError: neither has been called on it.
     """
-    found = model.__dict__.get(_REPORT)
+    found = model.__dict__.get(REPORT)
     if not isinstance(found, Report):
         raise FxExpandError(
             f"{type(model).__name__}: has no report. Call fxexpand.expand or fuse, and ask the result."
@@ -232,7 +269,7 @@ def fused_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Products are formed in float64 and rounded once. Tensors that belong to no expansion share memory with the
     model.
     """
-    _require_module(model, "fused_state_dict")
+    require_module(model, "fused_state_dict")
     skeleton = copied(model, shared=[*model.parameters(), *model.buffers()])
     commit(plan_folding(skeleton, verify=False))
     return dict(skeleton.state_dict())
@@ -247,7 +284,7 @@ def _carry_out(
         if example_inputs is not None and plan.steps:
             after = outputs_of(target, example_inputs)
             require_same_outputs(before, after, len(plan.steps), plan.report.title)
-        target.__dict__[_REPORT] = plan.report
+        target.__dict__[REPORT] = plan.report
 
 
 def _factors(model: nn.Module) -> Iterator[Tensor]:
@@ -258,11 +295,13 @@ def _factors(model: nn.Module) -> Iterator[Tensor]:
             yield from originals(held)
 
 
-def _require_module(model: nn.Module, verb: str) -> None:
+def require_module(model: nn.Module, verb: str) -> None:
+    """Raises: FxExpandError or SelectionError: ``verb`` does not take such a model."""
     if isinstance(model, torch.jit.ScriptModule):
         raise FxExpandError(f"{type(model).__name__}: TorchScript is compiled. Call {verb} before scripting.")
     if not isinstance(model, nn.Module):
         raise SelectionError(f"{verb}: got {type(model).__name__}; give an nn.Module.")
+    _refuse_sharded(model, verb)
     for _, module in model.named_modules():
         if "_orig_mod" in module._modules:
             raise FxExpandError(
@@ -275,7 +314,17 @@ def _require_module(model: nn.Module, verb: str) -> None:
             )
 
 
-def _bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], Iterable[T]]:
+def _refuse_sharded(model: nn.Module, verb: str) -> None:
+    sharded = sharded_part(model)
+    if sharded is not None:
+        raise FxExpandError(
+            f"{sharded}: is sharded. Call expand before fully_shard. To fold, gather the state with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load it into the "
+            f"expanded model as it was before, and call {verb} on that."
+        )
+
+
+def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], Iterable[T]]:
     """Show a progress bar on stderr: always, never, or on a terminal once two seconds have passed."""
 
     def track(items: Iterable[T]) -> Iterator[T]:

@@ -1,0 +1,29 @@
+"""Sharded models and tensors, without loading torch.distributed where nothing is sharded."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def sharded_part(model: nn.Module) -> str | None:
+    """The path of the first module that ``fully_shard`` was called on; None where there is none."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not loaded: nothing is sharded
+    if fsdp is None:
+        return None
+    for path, module in model.named_modules():
+        if isinstance(module, fsdp.FSDPModule):
+            return path or type(module).__name__
+    return None
+
+
+def placed_as(value: Tensor, target: Tensor) -> Tensor:
+    """``value`` as it must be to be written into ``target``: of a sharded one, rank 0's values in shards."""
+    mesh = getattr(target, "device_mesh", None)
+    if mesh is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, mesh, target.placements)  # type: ignore[attr-defined]

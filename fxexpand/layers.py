@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fxexpand.errors import InexactError
+from fxexpand.errors import FxExpandError, InexactError
+from fxexpand.finite import require_finite
 from fxexpand.kernel import macs, native_weight
-from fxexpand.lower import laid_out_as
+from fxexpand.lower import is_channels_last, laid_out_as
 from fxexpand.ops import LAYERS, kernel_of
-from fxexpand.products import Held, MatrixChain, Segment, Way, is_channels_last, matrix_chain, surely_below
+from fxexpand.products import Held, MatrixChain, Segment, Way, matrix_chain, surely_below
 from fxexpand.recipes import Recipe, fold, has_norm
-from fxexpand.recipes.structure import fold_cost, leaves
+from fxexpand.recipes.structure import chain_macs, fold_cost, telling_weight
+from fxexpand.sharding import placed_as, sharded_part
 
 Form: TypeAlias = Literal["auto", "chain", "collapsed"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -53,7 +55,9 @@ class Expanded(nn.Module):
 
     A product is formed once per forward, in the dtype of the factors whatever autocast says. Backward needs
     the factors, the product and, from three factors on, the products in between, each smaller than a factor:
-    memory for activations does not grow with the depth.
+    memory for activations does not grow with the depth. Where ``"auto"`` leaves factors apart, the values
+    between them are kept instead; as that is the cheaper way only for few positions, these are fewer than
+    the factors on both sides have elements on average (hidden widths not below the outer ones).
     """
 
     expansion: nn.Sequential
@@ -81,8 +85,7 @@ class Expanded(nn.Module):
                 raise InexactError(
                     f"{type(self).__name__}: no single weight stands for this layer: {error}"
                 ) from None
-        first: Any = next(leaves(self.expansion)).weight
-        return laid_out_as(native_weight(kernel), first), kernel.bias
+        return laid_out_as(native_weight(kernel), telling_weight(self.expansion)), kernel.bias
 
     def _product(self, segment: Segment) -> Tensor:
         """The weight of consecutive factors."""
@@ -93,6 +96,11 @@ class Expanded(nn.Module):
     def _formed(self, segment: Segment) -> Tensor:
         layers: Any = list(self.expansion)
         if self.chain is None or any(type(layer) not in LAYERS for layer in layers):
+            if sharded_part(self.expansion) is not None:
+                raise FxExpandError(
+                    f"{type(self).__name__}: its factors are sharded one by one, and nothing gathers them "
+                    "for a product. Call fully_shard on the layer, or on the block around it."
+                )
             return self._folded()[0]  # which refuses what somebody has changed
         weights = [layer.weight for layer in layers]
         with exact_products(weights[0]):
@@ -207,6 +215,7 @@ class Expanded(nn.Module):
                 state_dict.update({inside + key: value for key, value in self.expansion.state_dict().items()})
             else:
                 assigned = local_metadata.get("assign_to_params_buffers", False)
+                require_finite(given, f"{prefix}weight", type(self).__name__.removeprefix("Expanded"))
                 like = given if assigned else next(self.expansion.parameters())
                 block = self.recipe.build(kernel_of(bare(self, given.detach().to(like.device, like.dtype))))
                 state_dict.update({inside + key: value for key, value in block.state_dict().items()})
@@ -268,7 +277,7 @@ def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, fo
     module.__class__ = EXPANDED[type(module)]
     module._parameters["weight"] = None  # keeps its place, so that folding restores the order of the keys
     module._modules["expansion"] = expansion.train(module.training)
-    saved = sum(macs(kernel_of(part)) for part in leaves(expansion) if not _is_norm(part)) - original
+    saved = chain_macs(expansion) - original
     module.__dict__.update(
         recipe=recipe,
         form=form,
@@ -284,14 +293,19 @@ def restore_layer(module: Expanded, weight: nn.Parameter, bias: nn.Parameter | N
     del module._modules["expansion"]
     for name in ("recipe", "form", "normed", "collapse_from", "chain", "held"):
         del module.__dict__[name]
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = original_class(module)
     module._parameters["weight"] = weight
     module._parameters["bias"] = bias
 
 
+def original_class(module: nn.Module) -> Any:
+    """The class that an expanded layer had; ``fully_shard`` puts one of its own before the expanded one."""
+    return next(cls for cls in type(module).__mro__ if cls in EXPANDED)
+
+
 def bare(module: nn.Module, weight: Tensor) -> nn.Module:
     """A stock layer with the geometry of an expanded one, and ``weight`` in the original layout; no bias."""
-    base: Any = type(module).__mro__[2]
+    base: Any = original_class(module)
     layer: nn.Module = base.__new__(base)
     layer.__dict__.update(module.__dict__)
     layer.__dict__.update(_parameters={"weight": nn.Parameter(weight), "bias": None}, _modules={})
@@ -326,11 +340,7 @@ def exact_products(like: Tensor) -> AbstractContextManager[Any]:
 
 def _copy(block: nn.Module, values: list[Tensor]) -> None:
     for target, value in zip([*block.parameters(), *block.buffers()], values, strict=True):
-        target.copy_(value)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+        target.copy_(placed_as(value, target))
 
 
 def _positions(module: Any, x: Tensor) -> float:

@@ -11,6 +11,7 @@ from fxexpand.kernel import Kernel, native_weight, regroup
 from fxexpand.ops import LAYERS, Layer, same_padding
 
 _TYPES: dict[Layer, type[nn.Module]] = {layer: kind for kind, layer in LAYERS.items()}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def to_module(kernel: Kernel, *, copy: bool = True) -> nn.Module:
@@ -50,13 +51,34 @@ def to_module(kernel: Kernel, *, copy: bool = True) -> nn.Module:
 
 
 def laid_out_as(weight: Tensor, like: Tensor) -> Tensor:
-    """``weight`` in the memory format of ``like``: channels-last if that is, else contiguous."""
-    for ndim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if weight.ndim != ndim or like.ndim != ndim or like.is_contiguous():
-            continue
-        if like.is_contiguous(memory_format=form):
-            return weight.contiguous(memory_format=form)
+    """``weight`` in the memory format of ``like``: channels-last if that is, else contiguous.
+
+    By strides, so that weights of one tap or one channel per group, which are contiguous either way, keep
+    theirs too: torch's convolutions go by them.
+    """
+    if weight.ndim == like.ndim and weight.ndim in _CHANNELS_LAST:
+        last = is_channels_last(like)
+        if is_channels_last(weight) == last and (last or weight.is_contiguous()):
+            return weight
+        # Not by contiguous(), which leaves the strides of a dimension of one alone.
+        return weight.contiguous().to(
+            memory_format=_CHANNELS_LAST[weight.ndim] if last else torch.contiguous_format
+        )
     return weight.contiguous()
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the dimension of the channels, the second, is the innermost in memory."""
+    if tensor.ndim < 3 or tensor.stride(1) != 1:
+        return False
+    shape, strides = tensor.shape, tensor.stride()
+    step = shape[1]
+    for dim in (*range(tensor.ndim - 1, 1, -1), 0):
+        if strides[dim] != step and shape[dim] != 1:
+            return False
+        step *= shape[dim]
+    # With one channel or one position it is contiguous too: only the strides tell what was meant.
+    return not tensor.is_contiguous() or (strides[-1] == shape[1] and step > shape[0])
 
 
 def _padding(kernel: Kernel) -> dict[str, object]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError
 from fxexpand.geometry import Tree, association
+from fxexpand.lower import is_channels_last
 from fxexpand.ops import LAYERS, kernel_of
 
 # From the first factor to the last one (not included) of those that are multiplied.
@@ -109,11 +110,6 @@ def surely_below(value: float, limit: float) -> bool:
 
         return bool(statically_known_true(value < limit))
     return value < limit
-
-
-def is_channels_last(weight: Tensor) -> bool:
-    """Whether the dimension of the channels, the second, is the innermost in memory."""
-    return weight.ndim > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
 
 
 class Held:

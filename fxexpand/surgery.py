@@ -13,16 +13,17 @@ from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import InexactError, RefusedError
 from fxexpand.evaluating import evaluating
+from fxexpand.finite import require_finite
 from fxexpand.kernel import Kernel, cast, native_weight
 from fxexpand.layers import Expanded, Form, bare, expand_layer, restore_layer
 from fxexpand.lower import laid_out_as
 from fxexpand.ops import describe, kernel_of
 from fxexpand.recipes import Init, Recipe, fold
-from fxexpand.recipes.structure import leaves
+from fxexpand.recipes.structure import telling_weight
 from fxexpand.report import Action, Report, Row
 from fxexpand.selection import Selection
 from fxexpand.sites import Site, own_modules
-from fxexpand.verify import Scratch, block_error, in_float64, require_finite, require_small
+from fxexpand.verify import Scratch, block_error, in_float64, require_small
 from fxexpand.weights import (
     WeightExpansion,
     expand_weight,
@@ -186,14 +187,15 @@ def _step(site: Site, block: nn.Sequential, recipe: Recipe, form: Form) -> Calla
 def _folded_layer(
     name: str, module: Expanded, verify: bool, scratch: Scratch
 ) -> tuple[Row, nn.Parameter, nn.Parameter | None]:
+    for key, tensor in module.expansion.state_dict().items():
+        require_finite(tensor, f"{name}.expansion.{key}", str(module.recipe))
     factors = list(module.expansion.parameters())
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
     wide = in_float64(module.expansion, scratch)
     with evaluating(wide):  # a BatchNorm folds by its running statistics
         kernel = fold(wide)
     fused = cast(kernel, dtype)
-    first: Any = next(leaves(module.expansion))
-    weight = laid_out_as(native_weight(fused), first.weight)
+    weight = laid_out_as(native_weight(fused), telling_weight(module.expansion))
     parameter = nn.Parameter(weight, requires_grad=trains)
     own = new_bias = module._parameters["bias"]
     if kernel.bias is not None:
@@ -219,6 +221,8 @@ def _folded_weight(
     name: str, held: Any, expansion: WeightExpansion, verify: bool
 ) -> tuple[Row, nn.Parameter]:
     factors = originals(held)
+    for i, factor in enumerate(factors):
+        require_finite(factor, f"{name}, factor {i}", f"{expansion.recipe}")
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
     with torch.no_grad():
         weight = expansion.folded(factors, torch.float64).to(dtype)

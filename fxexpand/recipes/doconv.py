@@ -10,7 +10,7 @@ from torch import nn
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel import Kernel
-from fxexpand.lower import to_module
+from fxexpand.lower import laid_out_as, to_module
 from fxexpand.recipes.fixed import Taps
 from fxexpand.recipes.parts import Draw, depthwise, match, require_convolution, require_init
 from fxexpand.recipes.recipe import Init, Recipe
@@ -42,6 +42,7 @@ class DOConv(Recipe):
             raise InexactError("DOConv mixes the taps of a kernel, and this one has one tap. Use Chain")
         channels, inner = kernel.in_channels, kernel.weight.shape[1]
         mixing = kernel.weight.detach().new_zeros((channels * taps, 1, *kernel.kernel_size))
+        mixing = laid_out_as(mixing, kernel.weight)
         shape = (kernel.out_channels, inner * taps, *(1,) * kernel.rank)
         if init == "preserve":
             weight = kernel.weight.detach().reshape(shape).clone()

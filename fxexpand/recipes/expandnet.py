@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxexpand.errors import InexactError, SelectionError
 from fxexpand.kernel import Kernel
 from fxexpand.lower import laid_out_as, to_module
+from fxexpand.recipes.chain import LOPSIDED
 from fxexpand.recipes.factors import Turn, balanced_factors
 from fxexpand.recipes.parts import Draw, match, require_convolution, require_init, require_weight
 from fxexpand.recipes.recipe import Init, Recipe
@@ -185,8 +186,16 @@ class ExpandNetCK(ExpandNet):
 class ExpandNetFC(ExpandNet):
     """Three Linear layers in a row, the paper's "FC"; also for 1 x 1 convolutions.
 
-    ``init="preserve"`` is balanced, as in ``Chain``.
+    Inputs and outputs count at most ``LOPSIDED`` times the full rank, and ``init="preserve"`` is balanced,
+    both as in ``Chain``.
     """
+
+    def hidden(self, kernel: Kernel) -> tuple[int, int]:
+        """See ``ExpandNet.hidden``."""
+        groups = kernel.groups
+        sizes = kernel.in_channels // groups, kernel.out_channels // groups
+        first, second = (groups * math.ceil(self.rate * min(size, LOPSIDED * min(sizes))) for size in sizes)
+        return first, second
 
     def factors(self, kernel: Kernel) -> list[Kernel]:
         """See ``ExpandNet.factors``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from fxexpand.geometry import Geometry, Tree, alignment, association, composition, composition_macs
 from fxexpand.kernel import Kernel, add, compose_all, identity, scale
 from fxexpand.ops import kernel_of
-from fxexpand.recipes.fixed import Fixed
+from fxexpand.recipes.fixed import Fixed, Pad
 
 
 class Skip(nn.Sequential):
@@ -117,9 +118,39 @@ def leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
+def telling_weight(module: nn.Module) -> Tensor:
+    """A weight whose memory format is that of all: the first that shows one, if any does."""
+    weights: list[Tensor] = [leaf.get_parameter("weight") for leaf in leaves(module)]
+    return next((weight for weight in weights if weight.shape[1:].numel() > 1), weights[0])
+
+
 def fold_cost(module: nn.Module) -> int:
     """Multiply-adds of one ``fold`` in the order it takes; BatchNorm, scales and sums are not counted."""
     return _cost_and_shape(module)[0]
+
+
+def chain_macs(module: nn.Module) -> int:
+    """Multiply-adds per position of the output with the parts on activations, fixed ones too.
+
+    Parts in front of a stride see that many more positions. BatchNorm, scales and sums are not counted.
+    """
+    return _work_and_stride(module)[0]
+
+
+def _work_and_stride(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Sequential):
+        work, stride = 0, 1
+        for part in reversed(module):
+            own, step = _work_and_stride(part)
+            work, stride = work + stride * own, stride * step
+        return work, stride
+    if isinstance(module, Branches):
+        pairs = [_work_and_stride(branch) for branch in module]
+        return sum(work for work, _ in pairs), pairs[0][1]
+    if isinstance(module, Pad) or not isinstance(module, Fixed | nn.Linear | _ConvNd):
+        return 0, 1
+    geometry = module.geometry if isinstance(module, Fixed) else kernel_of(module).geometry
+    return geometry.macs, 1 if geometry.transposed else math.prod(geometry.stride)
 
 
 def _cost_and_shape(module: nn.Module) -> tuple[int, Geometry | None]:

@@ -8,10 +8,10 @@ READY := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check bench package clean
+.PHONY: help demo test lint check docs bench bench-gpu bench-quick zoo-quick zoo package clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## expand, train and fuse a small network, and show what came of it (up to three minutes)
 	$(BIN)/fxexpand demo
@@ -23,11 +23,33 @@ lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY) ## build the site into build/site; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict
+
 check: lint test ## everything a change must pass: ruff, mypy --strict, tests
 
-bench: $(READY) ## run every benchmark in its quick form
+# What a CPU measures anew in under 20 minutes. The sweeps (round trip, fuse zoo, zoo, training, ranks) take hours:
+# each has its command in benchmarks/README.md, and a quick form here.
+BENCHES := flops surgery_cost latency onnx_export
+
+bench: $(READY) ## measure FLOPs, surgery, latency and ONNX anew, into benchmarks/README.md (under 20 minutes)
+	@failed=; for name in $(BENCHES); do \
+		echo "== $$name"; $(BIN)/python -m "benchmarks.$$name" || failed="$$failed $$name"; done; \
+		test -z "$$failed" || { echo "a target was missed, or failed:$$failed"; exit 1; }
+
+bench-gpu: $(READY) ## measure on one CUDA GPU, into benchmarks/results/gpu.json (under 10 minutes)
+	$(BIN)/python -m benchmarks.gpu
+
+bench-quick: $(READY) ## run every benchmark in its quick form; nothing is published
 	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
 		echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" --quick; done
+
+zoo-quick: $(READY) ## sixty architectures of timm, torchvision and transformers: expand, train, fold back, fuse
+	$(BIN)/python -m benchmarks.zoo --quick
+
+zoo: $(READY) ## every architecture; goes on where it was interrupted (many hours)
+	$(BIN)/python -m benchmarks.zoo timm torchvision transformers
 
 package: $(READY) ## build the sdist and the wheel, and import the wheel away from this checkout
 	rm -rf dist

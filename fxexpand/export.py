@@ -7,32 +7,34 @@ when everything holds, so a failure leaves neither a broken file nor a changed o
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 import os
+import re
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
+from fxexpand import pipeline
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
 from fxexpand.evaluating import evaluating
+from fxexpand.free_sizes import dynamic_shapes as free_sizes
+from fxexpand.free_sizes import larger
 from fxexpand.inputs import ExampleInputs, as_call, batch_size, call, move, resize_batch, tensors
+from fxexpand.onnx_files import count_operators, dimensions, fingerprint, move_together
 from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.sessions import feeds, open_session, required
 from fxexpand.table import short, table
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 # A protobuf message cannot be larger than 2 GiB; past this the weights go to a second file beside the first.
 SINGLE_FILE_BYTES = 1_900_000_000
@@ -41,12 +43,20 @@ SINGLE_FILE_BYTES = 1_900_000_000
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+_FIXED = (
+    "If the model fixes a size (a reshape to constants), use dynamic_batch=False, dynamic_spatial=False or "
+    "dynamic_shapes=."
+)
+_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+
+
 @dataclass(frozen=True)
 class OnnxReport:
     """What was written, and what was proved of it.
 
     ``inputs`` and ``outputs`` map names to shapes, where a name in place of a length is a free dimension.
     ``error`` is the largest relative error over ``batch_sizes``; None where ``verify=False``.
+    ``operators_before`` counts the operators of the model it was compared with, exported in the same way.
     """
 
     path: Path
@@ -58,6 +68,9 @@ class OnnxReport:
     batch_sizes: tuple[int, ...]
     error: float | None
     tolerance: float | None
+    files: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    operators_before: Mapping[str, int] | None = None
 
     def __str__(self) -> str:
         shapes = [("input", name, _shape(shape)) for name, shape in self.inputs.items()]
@@ -69,24 +82,35 @@ class OnnxReport:
             proof = (
                 f"relative error {self.error:.1e} <= {self.tolerance:.0e} in onnxruntime, batch sizes {sizes}"
             )
-        operators = table(("operator", "count"), [(name, str(n)) for name, n in self.operators.items()])
+        others = ", ".join(file.name for file in self.files if file != self.path)
         return (
-            f"{self.path}: {short(self.size)}B, opset {self.opset}\n{proof}\n\n"
-            f"{table(('', 'name', 'shape'), shapes, left=(0, 1, 2))}\n\n{operators}"
+            f"{self.path}: {short(self.size)}B{f' with {others}' if others else ''}, opset {self.opset}\n"
+            f"{proof}\n\n{table(('', 'name', 'shape'), shapes, left=(0, 1, 2))}\n\n{self._histogram()}"
         )
+
+    def _histogram(self) -> str:
+        if self.operators_before is None:
+            return table(("operator", "count"), [(name, str(n)) for name, n in self.operators.items()])
+        before, names = self.operators_before, dict.fromkeys([*self.operators_before, *self.operators])
+        rows = [(name, str(before.get(name, 0)), str(self.operators.get(name, 0))) for name in names]
+        rows.append(("total", str(sum(before.values())), str(sum(self.operators.values()))))
+        return table(("operator", "original", "this"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "path": str(self.path),
+            "files": [str(file) for file in self.files],
             "size": self.size,
             "opset": self.opset,
             "inputs": {name: list(shape) for name, shape in self.inputs.items()},
             "outputs": {name: list(shape) for name, shape in self.outputs.items()},
             "operators": dict(self.operators),
+            "operators_before": None if self.operators_before is None else dict(self.operators_before),
             "batch_sizes": list(self.batch_sizes),
             "error": self.error,
             "tolerance": self.tolerance,
+            "metadata": dict(self.metadata),
         }
 
 
@@ -99,119 +123,98 @@ def export_onnx(
     verify: bool = True,
     opset: int | None = None,
     tolerance: float | None = None,
+    fuse: bool = False,
+    dynamic_spatial: bool = False,
+    dynamic_shapes: Any = None,
+    external_data: bool | None = None,
+    compare_with: nn.Module | None = None,
+    metadata: Mapping[str, str] | None = None,
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> OnnxReport:
     """Write ``model`` to ``path`` as ONNX.
 
     Args:
         model: in evaluation mode, on any device.
-        path: the file to write; replaced only when everything succeeded. Weights above 1.9 GB go to a second
-            file, ``path`` + ``.data``.
+        path: the file to write; replaced only when everything succeeded.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         dynamic_batch: leave the first dimension free, of every tensor where it is as long as the first's.
-        verify: compare with the model in onnxruntime, at batch sizes 1, that of the inputs, and one more.
+        verify: compare with the model in onnxruntime, at batch sizes 1, that of the inputs, and one more;
+            with free spatial sizes, at larger ones too.
         opset: of the default ONNX domain; None takes torch's default.
         tolerance: largest relative error; None takes 1e-4 in float32 (``TOLERANCES``).
+        fuse: call ``fxexpand.fuse`` first; ``model`` itself is not changed, and is what the file is compared
+            with.
+        dynamic_spatial: leave the dimensions from 2 on free, of floating-point tensors of rank 3 to 5.
+        dynamic_shapes: what to leave free instead, as ``torch.export`` takes it.
+        external_data: put the weights into a second file, ``path`` + ``.data``; None does so above 1.9 GB.
+        compare_with: count the operators of this model too, exported in the same way.
+        metadata: more entries for the file's metadata, which holds the versions, the class, the SHA-256 of
+            the weights of ``model`` as given, and what was fused.
+        translations: ONNX functions (onnxscript) for operators of torch that have none, by operator.
 
     Raises:
         RefusedError: the model, or a module in it, is in training mode.
-        SelectionError: no batch dimension to leave free, or no folder to write to.
+        SelectionError: no such dimension to leave free, or no folder to write to.
         VerificationError: the file computes something else, or its batch dimension is fixed.
-        FxExpandError: onnx, onnxscript or (to verify) onnxruntime is not installed.
+        FxExpandError: torch cannot export the model, or onnx, onnxscript or (to verify) onnxruntime is not
+            installed.
     """
     target = Path(path)
-    onnx = _required("onnx")
-    _required("onnxscript")
+    onnx = required("onnx")
+    required("onnxscript")
     if verify:
-        _required("onnxruntime")
+        required("onnxruntime")
     _refuse_training(model)
     if not target.parent.is_dir():
         raise SelectionError(f"{target}: the folder {target.parent} does not exist. Create it first.")
     batch = batch_size(example_inputs)
-    if dynamic_batch and batch == 1:
+    free_batch = dynamic_batch and dynamic_shapes is None
+    if free_batch and batch == 1:
         example_inputs, batch = (
             resize_batch(example_inputs, 2),
             2,
         )  # torch.export takes a length of 1 as fixed
-    dynamic = _dynamic_shapes(model, example_inputs) if dynamic_batch else None
+    free = dynamic_shapes or free_sizes(model, example_inputs, batch=free_batch, spatial=dynamic_spatial)
     if tolerance is None:
         tolerance = TOLERANCES[_dtype(model, example_inputs)]
+    written = pipeline.fuse(model, example_inputs) if fuse else model
+    entries = _metadata(model, written) | dict(metadata or {})
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        draft = Path(folder) / target.name
-        with evaluating(model), _quiet():
-            _write(model, draft, example_inputs, dynamic, opset)
-        onnx.checker.check_model(str(draft), full_check=True)
+        draft = Path(folder) / "new" / target.name
+        _write(written, draft, example_inputs, free, opset, external_data, entries, translations)
+        before = None
+        if compare_with is not None:
+            other = Path(folder) / "original" / target.name
+            _write(compare_with, other, example_inputs, free, opset, external_data, {}, translations)
+            before = count_operators(onnx.load(str(other), load_external_data=False))
+        _check(draft)
         program = onnx.load(str(draft), load_external_data=False)
-        if dynamic_batch:
+        if free_batch:
             _require_free_batch(program)
-        sizes = tuple(sorted({1, batch, batch + 1})) if dynamic_batch and batch else ()
-        error = _verified(model, draft, example_inputs, sizes, tolerance) if verify else None
-        files = sorted(Path(folder).iterdir(), key=lambda file: file == draft)  # the weights first
+        sizes = tuple(sorted({1, batch, batch + 1})) if free_batch and batch else ()
+        error = None
+        if verify:
+            error = _verified(model, draft, example_inputs, sizes, tolerance)
+            if dynamic_spatial and dynamic_shapes is None:
+                error = max(error, _verified(model, draft, larger(example_inputs), (), tolerance))
+        files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)  # the weights first
         size = sum(file.stat().st_size for file in files)
-        for file in files:
-            os.replace(file, target.parent / file.name)
+        move_together(files, target.parent)
     return OnnxReport(
         path=target,
         size=size,
         opset=next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx")),
-        inputs={value.name: _dimensions(value) for value in program.graph.input},
-        outputs={value.name: _dimensions(value) for value in program.graph.output},
-        operators=_operators(program),
+        inputs={value.name: dimensions(value) for value in program.graph.input},
+        outputs={value.name: dimensions(value) for value in program.graph.output},
+        operators=count_operators(program),
         batch_sizes=sizes,
         error=error,
         tolerance=tolerance if verify else None,
+        files=tuple(target.parent / file.name for file in reversed(files)),
+        metadata=entries,
+        operators_before=before,
     )
-
-
-def open_session(
-    path: Path, device: torch.device | str = "cpu", threads: int | None = None
-) -> onnxruntime.InferenceSession:
-    """An onnxruntime session for the file, on the CPU or on a CUDA device.
-
-    Raises: FxExpandError: onnxruntime is not installed, or was built without CUDA.
-    """
-    runtime = _required("onnxruntime")
-    device = torch.device(device)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about unused initialisers go to stderr otherwise
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        if "CUDAExecutionProvider" not in runtime.get_available_providers():
-            raise FxExpandError("onnxruntime: built without CUDA. Run pip install onnxruntime-gpu.")
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-    elif device.type != "cpu":
-        raise FxExpandError(f"onnxruntime: no provider for {device.type}. Use device='cpu'.")
-    return runtime.InferenceSession(str(path), options, providers=providers)
-
-
-def feeds(
-    session: onnxruntime.InferenceSession, example_inputs: ExampleInputs
-) -> dict[str, np.ndarray[Any, Any]]:
-    """The session's inputs by name, as arrays that share memory with CPU tensors.
-
-    Raises: FxExpandError: the program takes another number of tensors, or numpy lacks a dtype (bfloat16).
-    """
-    names = [value.name for value in session.get_inputs()]
-    values = tensors(example_inputs)
-    if len(names) != len(values):
-        raise FxExpandError(
-            f"onnx: the program takes {len(names)} tensors ({', '.join(names)}), the example inputs hold "
-            f"{len(values)}. Leave out arguments that the model does not use."
-        )
-    if any(value.dtype == torch.bfloat16 for value in values):
-        raise FxExpandError("onnxruntime: numpy has no bfloat16. Use float32 or float16, or verify=False.")
-    return {
-        name: value.detach().cpu().contiguous().numpy() for name, value in zip(names, values, strict=True)
-    }
-
-
-def _required(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise FxExpandError(f'{name} is not installed. Run pip install "fxexpand[onnx]".') from error
 
 
 def _refuse_training(model: nn.Module) -> None:
@@ -227,51 +230,88 @@ def _dtype(model: nn.Module, example_inputs: ExampleInputs) -> torch.dtype:
     return max(found & TOLERANCES.keys(), key=lambda dtype: TOLERANCES[dtype], default=torch.float32)
 
 
-def _dynamic_shapes(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
-    """For each parameter of ``forward``: dimension 0 is "batch" in the tensors that have one."""
-    batch = batch_size(example_inputs)
-    if not batch:
-        raise SelectionError("example_inputs: no tensor with a batch dimension. Use dynamic_batch=False.")
-    dimension = torch.export.Dim("batch")
-
-    def shape(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-        return {0: dimension} if batched else None
-
-    args, kwargs = as_call(example_inputs)
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: tree_map(shape, value) for name, value in arguments.items()}
+def _metadata(source: nn.Module, written: nn.Module) -> dict[str, str]:
+    """Where the weights come from, and what was done to them."""
+    entries = {
+        "fxexpand.version": version("fxexpand"),
+        "torch.version": str(torch.__version__),
+        "fxexpand.source": f"{type(source).__module__}.{type(source).__qualname__}",
+        "fxexpand.source_sha256": fingerprint(source),
+    }
+    try:
+        report = pipeline.report(written)
+    except FxExpandError:  # neither expanded nor fused
+        return entries
+    changed = "; ".join(f"{row.site}: {row.reason}" if row.reason else row.site for row in report.changed)
+    return entries | {"fxexpand.report": report.summary, "fxexpand.changed": changed}
 
 
 def _write(
     model: nn.Module,
     path: Path,
     example_inputs: ExampleInputs,
-    dynamic: dict[str, Any] | None,
+    dynamic: Any,
     opset: int | None,
+    external_data: bool | None,
+    metadata: Mapping[str, str],
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] | None,
 ) -> None:
+    """Write the file, and one for the weights if asked for or needed, into a folder of their own."""
+    path.parent.mkdir()
     weights = sum(
         tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())
     )
     args, kwargs = as_call(example_inputs)
     try:
-        torch.onnx.export(
-            model,
-            args,
-            str(path),
-            kwargs=kwargs,
-            dynamo=True,
-            dynamic_shapes=dynamic,
-            opset_version=opset,
-            external_data=weights > SINGLE_FILE_BYTES,
-            verbose=False,
-        )
-    except torch.onnx.OnnxExporterError as error:
-        if dynamic is not None:
-            error.add_note(
-                "If the model fixes its batch size (a reshape to constants), use dynamic_batch=False."
+        with evaluating(model), _quiet():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                opset_version=opset,
+                custom_translation_table=None if translations is None else dict(translations),
+                verbose=False,
             )
-        raise
+            assert program is not None
+            program.model.metadata_props.update(metadata)
+            program.save(
+                path, external_data=weights > SINGLE_FILE_BYTES if external_data is None else external_data
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise FxExpandError(_advice(type(model).__name__, error, dynamic is not None)) from error
+
+
+def _advice(name: str, error: BaseException, dynamic: bool) -> str:
+    """What torch's exporter could not do, and what to do about it."""
+    causes: list[str] = []
+    at: BaseException | None = error
+    while at is not None:
+        causes.append(str(at).strip() or type(at).__name__)
+        at = at.__cause__
+    for text in causes:
+        found = _NO_OPERATOR.search(text)
+        if found:
+            return (
+                f"{name}: ONNX has no operator for {found[1]}. Give export_onnx translations={{torch.ops."
+                f"{found[1]}: an onnxscript function}}, try a later opset, or write it "
+                "with other operators."
+            )
+    hint = f" {_FIXED}" if dynamic else ""
+    return f"{name}: torch cannot export it: {causes[-1].splitlines()[0]}.{hint}"
+
+
+def _check(path: Path) -> None:
+    """Raises: FxExpandError: the file breaks the ONNX standard."""
+    onnx = required("onnx")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise FxExpandError(
+            f"{path.name}: what torch wrote is no valid ONNX: {str(error).splitlines()[0]}. Try a later "
+            "opset, or another dtype. Nothing was written."
+        ) from error
 
 
 @contextmanager
@@ -283,7 +323,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_free_batch(program: onnx.ModelProto) -> None:
-    if not any(isinstance(shape[0], str) for shape in map(_dimensions, program.graph.input) if shape):
+    if not any(isinstance(shape[0], str) for shape in map(dimensions, program.graph.input) if shape):
         raise VerificationError("onnx: the batch dimension came out fixed. Use dynamic_batch=False.")
 
 
@@ -298,10 +338,19 @@ def _verified(
     example_inputs = move(example_inputs, "cpu")
     for size in sizes or (None,):
         inputs = example_inputs if size is None else resize_batch(example_inputs, size)
+        shapes = ", ".join(_shape(tuple(tensor.shape)) for tensor in tensors(inputs))
         with evaluating(reference):
             given = feeds(session, inputs)
-            actual = [torch.from_numpy(np.asarray(value)) for value in session.run(None, given)]
-            expected = tensors_of(call(reference, inputs))
+            try:
+                expected = tensors_of(call(reference, inputs))
+            except (RuntimeError, ValueError, IndexError, AssertionError) as problem:
+                raise VerificationError(
+                    f"{path.name}: the model does not take {shapes}. {_FIXED}"
+                ) from problem
+            try:
+                actual = [torch.from_numpy(np.asarray(value)) for value in session.run(None, given)]
+            except required("onnxruntime").capi.onnxruntime_pybind11_state.InvalidArgument as problem:
+                raise VerificationError(f"{path.name}: does not run with {shapes}. {_FIXED}") from problem
         error = worst_error(actual, expected)
         if not error <= tolerance:
             where = "" if size is None else f" at batch size {size}"
@@ -311,27 +360,6 @@ def _verified(
             )
         worst = max(worst, error)
     return worst
-
-
-def _operators(program: onnx.ModelProto) -> dict[str, int]:
-    """How often each operator occurs, most frequent first, subgraphs and functions included."""
-    counts: Counter[str] = Counter()
-
-    def visit(nodes: Any) -> None:
-        for node in nodes:
-            counts[node.op_type] += 1
-            for attribute in node.attribute:
-                for graph in (attribute.g, *attribute.graphs):
-                    visit(graph.node)
-
-    visit(program.graph.node)
-    for function in program.functions:
-        visit(function.node)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
-    return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

@@ -236,7 +236,12 @@ def _recurrent_and_vector_operators() -> dict[Any, Callable[..., int]]:
     def fused_stack(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
         return 2 * prod(x[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
+    def bilinear(one: Shape, weight: Shape, two: Shape, *_: Any, **__: Any) -> int:
+        # The first input with the weight, then the result with the second input.
+        return 2 * one[0] * (prod(weight) + weight[0] * weight[2])
+
     return {
+        aten._trilinear: bilinear,
         aten.mv: matrix_vector,
         aten.addmv: added_matrix_vector,
         aten.dot: dot,

@@ -1,47 +1,40 @@
 """Measure latency so that a difference can be believed.
 
-Models take turns in every round, in a random order, so that drift of the machine (clocks, heat, neighbours)
-falls on all of them alike; they are compared by their ratio within a round. torch.utils.benchmark times one
-after another and cannot do this.
+Models take turns (``fxexpand.timing``) and are compared by their ratio within a round.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 import itertools
 import os
 import platform
-import random
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from math import ceil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxexpand import inputs
-from fxexpand.backends import BACKENDS, Candidate, prepare
-from fxexpand.errors import FxExpandError, SelectionError, VerificationError
+from fxexpand.backends import BACKENDS, EVERY_BACKEND, Candidate
+from fxexpand.candidates import Conditions, Unavailable, device_of, dtype_of, ready
+from fxexpand.errors import SelectionError
 from fxexpand.evaluating import evaluating
-from fxexpand.inputs import ExampleInputs, batch_size, call, tensors
+from fxexpand.inputs import ExampleInputs, batch_size, tensors
 from fxexpand.intervals import Interval, median_interval
-from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.table import table
-
-# Largest relative difference of two models' outputs; wide enough for TF32 and for another order of addition.
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+from fxexpand.table import short, table
+from fxexpand.timing import calls_per_round, peak_bytes, samples_in_turns
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The latency of one model on one backend, in milliseconds per call; ``samples`` are means of a round."""
+    """The latency of one model on one backend, in milliseconds per call; ``samples`` are means of a round.
+
+    ``peak_bytes`` is the most that torch's allocator held during a call beyond the weights and the inputs,
+    None where another runtime allocates. ``error`` is how far the outputs are from the first model's.
+    """
 
     model: str
     backend: str
@@ -50,6 +43,9 @@ class Measurement:
     high: float
     calls_per_round: int
     samples: tuple[float, ...]
+    batch: int | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Difference:
     ratio: float
     low: float
     high: float
+    batch: int | None = None
 
     @property
     def real(self) -> bool:
@@ -73,15 +70,20 @@ class Difference:
 
     def __str__(self) -> str:
         verdict = "real" if self.real else "noise"
+        where = self.backend if self.batch is None else f"{self.backend}, batch {self.batch}"
         return (
-            f"{self.backend}: {self.other} takes {self.ratio:.3f}x the time of {self.model} "
+            f"{where}: {self.other} takes {self.ratio:.3f}x the time of {self.model} "
             f"[{self.low:.3f}, {self.high:.3f}]: {verdict}"
         )
 
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Latencies of models on backends, their differences, and the conditions they were measured under."""
+    """Latencies of models on backends, their differences, and the conditions they were measured under.
+
+    ``batch`` and ``shapes`` are those of the example inputs; where several batch sizes were asked for, each
+    row has its own.
+    """
 
     measurements: tuple[Measurement, ...]
     differences: tuple[Difference, ...]
@@ -93,34 +95,54 @@ class LatencyReport:
     rounds: int
     confidence: float
     versions: Mapping[str, str]
+    channels_last: bool = False
+    tf32: bool = False
+    unavailable: tuple[Unavailable, ...] = ()
 
-    def measurement(self, model: str, backend: str) -> Measurement:
-        """The row of one model on one backend."""
+    def measurement(self, model: str, backend: str, batch: int | None = None) -> Measurement:
+        """The row of one model on one backend; the first batch size unless one is named."""
         for row in self.measurements:
-            if (row.model, row.backend) == (model, backend):
+            if (row.model, row.backend) == (model, backend) and batch in (None, row.batch):
                 return row
         raise SelectionError(f"{model!r} was not measured on {backend!r}.")
 
-    def difference(self, model: str, other: str, backend: str) -> Difference:
+    def difference(self, model: str, other: str, backend: str, batch: int | None = None) -> Difference:
         """``other`` against ``model``, in the order they were given to ``measure_latency``."""
         for row in self.differences:
-            if (row.model, row.other, row.backend) == (model, other, backend):
+            found = (row.model, row.other, row.backend) == (model, other, backend)
+            if found and batch in (None, row.batch):
                 return row
         raise SelectionError(f"{other!r} was not compared with {model!r} on {backend!r}.")
 
     def __str__(self) -> str:
-        level = f"{self.confidence:.4g}"
+        several = len({row.batch for row in self.measurements}) > 1
         rows = [
-            (m.model, m.backend, f"{m.median:.4g}", f"[{m.low:.4g}, {m.high:.4g}]", str(m.calls_per_round))
+            (
+                m.model,
+                m.backend,
+                *([str(m.batch)] if several else []),
+                f"{m.median:.4g}",
+                f"[{m.low:.4g}, {m.high:.4g}]",
+                str(m.calls_per_round),
+                "-" if m.peak_bytes is None else f"{short(m.peak_bytes)}B",
+            )
             for m in self.measurements
         ]
-        head = ("model", "backend", "median ms", f"{level} interval", "calls/round")
+        head = ("model", "backend", *(["batch"] if several else []), "median ms")
+        head = (*head, f"{self.confidence:.4g} interval", "calls/round", "peak")
+        differences = self.differences if several else [replace(d, batch=None) for d in self.differences]
+        lines = [*map(str, differences), *map(str, self.unavailable), self._conditions(several)]
+        return "\n".join([table(head, rows, left=(0, 1)), *lines])
+
+    def _conditions(self, several: bool) -> str:
         shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in self.shapes)
-        conditions = (
-            f"{self.device}, {self.threads} threads, {self.dtype}, batch {self.batch} ({shapes}), "
+        sizes = dict.fromkeys(row.batch for row in self.measurements)
+        batches = f"batches {', '.join(map(str, sizes))} of" if several else f"batch {self.batch}"
+        precision = f"{self.dtype}{' with TF32' * self.tf32}{', channels last' * self.channels_last}"
+        return (
+            f"{self.device}, {self.threads} threads, {precision}, {batches} ({shapes}), "
             f"{self.rounds} interleaved rounds; {', '.join(f'{k} {v}' for k, v in self.versions.items())}"
         )
-        return "\n".join([table(head, rows, left=(0, 1)), *map(str, self.differences), conditions])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; the samples included."""
@@ -128,9 +150,12 @@ class LatencyReport:
         return {
             "measurements": [{**asdict(row), "samples": list(row.samples)} for row in self.measurements],
             "differences": differences,
+            "unavailable": [asdict(row) for row in self.unavailable],
             "device": self.device,
             "threads": self.threads,
             "dtype": self.dtype,
+            "channels_last": self.channels_last,
+            "tf32": self.tf32,
             "batch": self.batch,
             "shapes": [list(shape) for shape in self.shapes],
             "rounds": self.rounds,
@@ -152,13 +177,18 @@ def measure_latency(
     confidence: float = 0.95,
     tolerance: float | None = None,
     progress: bool | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    batch_sizes: Sequence[int] | None = None,
+    skip_unavailable: bool = False,
 ) -> LatencyReport:
     """Time the forward pass of ``models``, in evaluation mode and without gradients.
 
     Args:
         models: by name; they must compute the same function.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; moved to the device.
-        backends: any of ``"eager"``, ``"compile"`` (torch.compile) and ``"onnxruntime"``.
+        backends: any of ``"eager"``, ``"compile"`` (torch.compile), ``"onnxruntime"``, ``"aotinductor"``
+            (torch.export, compiled ahead of time), ``"cudagraphs"`` and ``"tensorrt"`` (in onnxruntime).
         device: None is the device of the first model. A model on another device is copied, not moved.
         threads: of torch and onnxruntime on the CPU; None leaves torch's number, and onnxruntime follows it.
         rounds: samples per model and backend. Every round runs each of them once, in a random order.
@@ -167,146 +197,73 @@ def measure_latency(
         confidence: of the intervals of the medians, and jointly of all differences.
         tolerance: largest relative difference of outputs; None takes 1e-3 in float32 (``TOLERANCES``).
         progress: show a bar on stderr; None shows it on a terminal.
+        dtype: cast copies of the models and of the floating-point inputs. The models are compared in their
+            own precision first; then each may be twice as far from that as the first model is.
+        channels_last: lay 4-d weights and inputs out so (5-d ones likewise), in copies of the models.
+        batch_sizes: measure at each of these, by repeating the rows of ``example_inputs``.
+        skip_unavailable: a backend that is not installed, not for this device, or that a model cannot be
+            built for is a row in ``unavailable`` with the reason. By default it is an error.
 
     Raises:
         VerificationError: outputs differ: the speed of a wrong model is worth nothing.
         SelectionError: an unknown backend, no model, or too few rounds for the confidence.
-        FxExpandError: a backend is not installed.
+        FxExpandError: a backend is not installed, or (with ``skip_unavailable``) none is available.
     """
     if not models:
         raise SelectionError("models: none given.")
-    if not backends or not set(backends) <= set(BACKENDS):
-        raise SelectionError(f"backends {list(backends)}: choose from {', '.join(BACKENDS)}.")
+    if not backends or not set(backends) <= set(EVERY_BACKEND):
+        raise SelectionError(f"backends {list(backends)}: choose from {', '.join(EVERY_BACKEND)}.")
     if warmup < 1:
         raise SelectionError(f"warmup={warmup}: at least one call, or the first sample holds the start-up.")
-    pairs = len(list(itertools.combinations(models, 2))) * len(set(backends))
+    if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
+        raise SelectionError(f"batch_sizes={list(batch_sizes)}: give sizes of 1 or more.")
+    sizes: Sequence[int | None] = [None] if batch_sizes is None else list(dict.fromkeys(batch_sizes))
+    pairs = len(list(itertools.combinations(models, 2))) * len(set(backends)) * len(sizes)
     joint = 1.0 - (1.0 - confidence) / max(pairs, 1)  # Bonferroni
     median_interval([0.0] * rounds, joint)  # too few rounds are an error now, not after minutes of timing
 
-    place = torch.device(device) if device is not None else _device(next(iter(models.values())))
-    placed = {
-        name: model if _device(model) == place else copy.deepcopy(model).to(place)
-        for name, model in models.items()
-    }
-    given = inputs.move(example_inputs, place)
-    dtype = _dtype(next(iter(placed.values())), given)
+    first = next(iter(models.values()))
+    place = torch.device(device) if device is not None else device_of(first)
+    conditions = Conditions(place, dtype, channels_last, tolerance)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(*placed.values()))
+        stack.enter_context(evaluating(*models.values()))
         stack.enter_context(_threads(threads))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fxexpand-latency-")))
-        candidates = [
-            prepare(name, model, backend, given, place, folder / str(i))
-            for i, (backend, (name, model)) in enumerate(
-                itertools.product(dict.fromkeys(backends), placed.items())
-            )
-        ]
-        reference = tensors_of(call(next(iter(placed.values())), inputs.copy(given)))
-        limit = TOLERANCES.get(dtype, 1e-3) if tolerance is None else tolerance
-        for candidate in candidates:
-            _require_same(candidate, reference, next(iter(placed)), limit)
-        calls = [_calls_per_round(candidate, warmup, round_ms, place) for candidate in candidates]
-        samples = _sample(candidates, calls, rounds, place, progress)
+        candidates, unavailable = ready(
+            models, example_inputs, backends, sizes, conditions, folder, skip_unavailable, progress
+        )
+        peaks = [peak_bytes(c.run, place) if c.on_torch_memory else None for c in candidates]
+        calls = [calls_per_round(candidate, warmup, round_ms, place) for candidate in candidates]
+        samples = samples_in_turns(candidates, calls, rounds, place, progress)
         used_threads = torch.get_num_threads()
+    used = dtype_of(first, example_inputs) if dtype is None else dtype
     return LatencyReport(
         measurements=tuple(
-            Measurement(c.model, c.backend, *_fields(median_interval(taken, confidence)), n, tuple(taken))
-            for c, n, taken in zip(candidates, calls, samples, strict=True)
+            Measurement(
+                model=c.model,
+                backend=c.backend,
+                **asdict(median_interval(taken, confidence)),
+                calls_per_round=n,
+                samples=tuple(taken),
+                batch=c.batch,
+                peak_bytes=peak,
+                error=c.error,
+            )
+            for c, n, taken, peak in zip(candidates, calls, samples, peaks, strict=True)
         ),
         differences=_differences(candidates, samples, joint),
         device=_device_name(place),
         threads=used_threads,
-        dtype=str(dtype).removeprefix("torch."),
-        batch=batch_size(given),
-        shapes=tuple(tuple(tensor.shape) for tensor in tensors(given)),
+        dtype=str(used).removeprefix("torch."),
+        batch=batch_size(example_inputs),
+        shapes=tuple(tuple(tensor.shape) for tensor in tensors(example_inputs)),
         rounds=rounds,
         confidence=confidence,
-        versions=_versions(backends),
+        versions=_versions({candidate.backend for candidate in candidates}),
+        channels_last=channels_last,
+        tf32=place.type == "cuda" and used == torch.float32 and _tf32_allowed(),
+        unavailable=tuple(unavailable),
     )
-
-
-def _require_same(candidate: Candidate, reference: list[Tensor], name: str, tolerance: float) -> None:
-    where = f"{candidate.model} on {candidate.backend}"
-    try:
-        error = worst_error(candidate.outputs(), reference)
-    except VerificationError as problem:
-        raise VerificationError(f"{where} is not {name}: {problem}") from None
-    if not error <= tolerance:
-        raise VerificationError(
-            f"{where}: outputs differ from {name} on eager by a relative {error:.3g}, above {tolerance:.3g}. "
-            "Compare models that compute the same function."
-        )
-
-
-def _calls_per_round(candidate: Candidate, warmup: int, round_ms: float, device: torch.device) -> int:
-    for _ in range(warmup):
-        candidate.run()
-    return max(1, min(10_000, ceil(round_ms / max(_time(candidate, 1, device), 1e-4))))
-
-
-def _time(candidate: Candidate, calls: int, device: torch.device) -> float:
-    """Milliseconds per call. Torch queues its work on CUDA, so events time it; onnxruntime waits for it."""
-    if device.type == "cuda" and candidate.backend != "onnxruntime":
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(calls):
-                candidate.run()
-            end.record()
-            torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / calls
-    _synchronize(device)
-    begin = time.perf_counter_ns()
-    for _ in range(calls):
-        candidate.run()
-    _synchronize(device)
-    return (time.perf_counter_ns() - begin) / 1e6 / calls
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _sample(
-    candidates: Sequence[Candidate],
-    calls: Sequence[int],
-    rounds: int,
-    device: torch.device,
-    progress: bool | None,
-) -> list[list[float]]:
-    samples: list[list[float]] = [[] for _ in candidates]
-    order = list(range(len(candidates)))
-    shuffle = random.Random(0).shuffle
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in _rounds(rounds, progress):
-            shuffle(order)
-            for i in order:
-                samples[i].append(_time(candidates[i], calls[i], device))
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
-
-
-def _rounds(rounds: int, progress: bool | None) -> Iterator[int]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield from range(rounds)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # Redrawn between rounds by hand: a refreshing thread would take time from the models.
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("latency", total=rounds)
-        for i in range(rounds):
-            yield i
-            bar.advance(task)
-            bar.refresh()
 
 
 def _differences(
@@ -314,15 +271,11 @@ def _differences(
 ) -> tuple[Difference, ...]:
     found = []
     for (a, before), (b, after) in itertools.combinations(zip(candidates, samples, strict=True), 2):
-        if a.backend == b.backend:
-            ratios = [y / x for x, y in zip(before, after, strict=True)]
-            fields = _fields(median_interval(ratios, confidence))
-            found.append(Difference(a.model, b.model, a.backend, *fields))
+        if (a.backend, a.batch) == (b.backend, b.batch):
+            interval = median_interval([y / x for x, y in zip(before, after, strict=True)], confidence)
+            ratio, low, high = interval.median, interval.low, interval.high
+            found.append(Difference(a.model, b.model, a.backend, ratio, low, high, a.batch))
     return tuple(found)
-
-
-def _fields(interval: Interval) -> tuple[float, float, float]:
-    return interval.median, interval.low, interval.high
 
 
 @contextmanager
@@ -336,17 +289,13 @@ def _threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device(model: nn.Module) -> torch.device:
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
-    if device.type == "meta":
-        raise FxExpandError("latency: a model on the meta device cannot run. Materialise it first.")
-    return device
-
-
-def _dtype(model: nn.Module, given: ExampleInputs) -> torch.dtype:
-    tensor = next((t for t in (*model.parameters(), *tensors(given)) if t.is_floating_point()), None)
-    return torch.get_default_dtype() if tensor is None else tensor.dtype
+def _tf32_allowed() -> bool:
+    """Whether products or convolutions in float32 may be rounded to TF32; convolutions are, by default."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # it was set by the newer interface, and the older one refuses to be read then
+        backends: Any = torch.backends
+        return "tf32" in (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)
 
 
 def _device_name(device: torch.device) -> str:
@@ -355,9 +304,9 @@ def _device_name(device: torch.device) -> str:
     return f"{device} ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
 
 
-def _versions(backends: Sequence[str]) -> dict[str, str]:
+def _versions(backends: Set[str]) -> dict[str, str]:
     versions = {"torch": str(torch.__version__)}
-    if "onnxruntime" in backends:
+    if {"onnxruntime", "tensorrt"} & backends:
         import onnxruntime
 
         versions["onnxruntime"] = onnxruntime.__version__

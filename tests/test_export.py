@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from torch import Tensor, nn
 from fxexpand import export
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
 from fxexpand.export import export_onnx
+from fxexpand.onnx_files import fingerprint
 from tests.compare import assert_different, assert_same
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -168,6 +173,134 @@ def test_other_errors(model: Network, tmp_path: Path) -> None:
         export_onnx(model, tmp_path / "no" / "model.onnx", torch.randn(2, 3, 9, 7))
     with pytest.raises(SelectionError, match="no tensor with a batch dimension"):
         export_onnx(nn.Identity().eval(), tmp_path / "model.onnx", torch.tensor(1.0))
+
+
+def test_fused_first_and_compared_with_the_original(model: Network, tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.one(x) + self.two(x))
+
+    network, x = Branches().eval(), torch.randn(2, 3, 9, 7)
+    path = tmp_path / "model.onnx"
+    report = export_onnx(network, path, x, fuse=True, compare_with=network, metadata={"owner": "me"})
+    assert report.operators == {"Conv": 1, "Relu": 1}
+    assert report.operators_before == {"Conv": 2, "Add": 1, "Relu": 1}
+    text = str(report)
+    assert (
+        re.search(r"Conv +2 +1", text) and re.search(r"Add +1 +0", text) and re.search(r"total +4 +2", text)
+    )
+    assert_same(run(path, x)[0], network(x), rel=1e-5)
+    assert isinstance(network.two, nn.Conv2d), "the model was changed"
+    held = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert held.items() >= report.metadata.items() and held["owner"] == "me"
+    assert held["fxexpand.source"].endswith("Branches") and "1 fused" in held["fxexpand.report"]
+    assert "one" in held["fxexpand.changed"] and held["torch.version"] == torch.__version__
+    assert held["fxexpand.source_sha256"] == fingerprint(network)
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["operators_before"]["Conv"] == 2 and plain["files"] == [str(path)]
+
+
+def test_the_hash_is_that_of_every_weight(model: Network) -> None:
+    first = fingerprint(model)
+    assert len(first) == 64 and fingerprint(model) == first
+    with torch.no_grad():
+        model.head.bias[2] += 1e-6
+    second = fingerprint(model)
+    assert model.norm.num_batches_tracked is not None
+    model.norm.num_batches_tracked += 1
+    assert len({first, second, fingerprint(model), fingerprint(model.bfloat16())}) == 4
+
+
+def test_free_spatial_sizes(model: Network, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    report = export_onnx(model, path, torch.randn(2, 3, 9, 7), dynamic_spatial=True)
+    assert list(report.inputs.values()) == [("batch", 3, "height", "width")]
+    x = torch.randn(5, 3, 14, 21)
+    assert_same(run(path, x)[0], model(x)["logits"], rel=1e-5)
+    square = export_onnx(model, path, torch.randn(2, 3, 8, 8), dynamic_batch=False, dynamic_spatial=True)
+    assert list(square.inputs.values()) == [(2, 3, "height", "width")]
+    rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
+    given = export_onnx(
+        model, path, torch.randn(2, 3, 8, 8), dynamic_shapes={"x": {2: rows, 3: columns}}, verify=False
+    )
+    assert list(given.inputs.values()) == [(2, 3, "rows", "columns")]
+    with pytest.raises(SelectionError, match="no tensor with spatial dimensions"):
+        export_onnx(nn.Linear(3, 2).eval(), path, torch.randn(2, 3), dynamic_spatial=True)
+
+
+def test_a_size_that_is_not_free_is_found_out(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2)).eval()
+    with pytest.raises(FxExpandError, match=r"does not take 2 x 3 x 36 x 36.*dynamic_spatial=False"):
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 4, 4), dynamic_spatial=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_operator_that_onnx_lacks(tmp_path: Path) -> None:
+    import onnxscript
+
+    op = onnxscript.opset18
+
+    @torch.library.custom_op("fxexpand_tests::doubled", mutates_args=())
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    @doubled.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.ops.fxexpand_tests.doubled(x) + 1
+            return result
+
+    def translated(x: Any) -> Any:
+        return op.Add(x, x)
+
+    path, x = tmp_path / "model.onnx", torch.randn(2, 3)
+    with pytest.raises(FxExpandError, match=r"no operator for fxexpand_tests.doubled.*translations=.*opset"):
+        export_onnx(Model().eval(), path, x)
+    assert not list(tmp_path.iterdir())
+    report = export_onnx(
+        Model().eval(), path, x, translations={torch.ops.fxexpand_tests.doubled.default: translated}
+    )
+    assert report.error is not None and report.error < 1e-6
+
+
+def test_files_move_together_or_not_at_all(
+    model: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, x = tmp_path / "model.onnx", torch.randn(2, 3, 9, 7)
+    report = export_onnx(model, path, x, external_data=True)
+    assert [file.name for file in report.files] == ["model.onnx", "model.onnx.data"]
+    assert "with model.onnx.data" in str(report)
+    assert_same(run(path, x)[0], model(x)["logits"], rel=1e-5)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with torch.no_grad():
+        model.head.weight *= 2
+    replace, moved = os.replace, []
+
+    def full(source: Path, place: Path) -> None:
+        moved.append(Path(place).name)
+        if Path(place) == path:
+            monkeypatch.setattr(os, "replace", replace)
+            raise OSError(28, "No space left on device")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_onnx(model, path, x, external_data=True)
+    assert "model.onnx.data" in moved, "nothing was moved before the failure"
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_breaks_the_standard_is_no_file(model: Network, tmp_path: Path) -> None:
+    with pytest.raises(FxExpandError, match=r"no valid ONNX: .*bfloat16.*another dtype"):
+        export_onnx(model.bfloat16(), tmp_path / "m.onnx", torch.randn(2, 3, 9, 7).bfloat16(), verify=False)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.gpu

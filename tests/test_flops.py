@@ -14,6 +14,19 @@ from torch import Tensor, nn
 from fxexpand.flops import count_flops
 from fxexpand.table import short, table
 
+
+class Twice(nn.Module):
+    """A layer of two inputs, given one twice."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x, x)
+        return result
+
+
 DEVICES = ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -34,6 +47,7 @@ DEVICES = ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)]
         # every input position meets every tap of a transposed kernel once
         (lambda: nn.ConvTranspose2d(6, 4, 3, 2, groups=2), (2, 6, 4, 5), 2 * 2 * 6 * (2 * 9) * 4 * 5),
         (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), (3, 4), 0),
+        (lambda: Twice(nn.Bilinear(4, 4, 5)), (3, 4), 2 * 3 * 5 * (4 * 4 + 4)),
     ],
 )
 def test_one_layer(

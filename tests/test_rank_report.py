@@ -1,0 +1,148 @@
+"""What a report says of features, of a model before and after, and of sketched weights; and its plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxexpand import expand
+from fxexpand.errors import SelectionError, UnusableWeightError
+from fxexpand.feature_rank import kernel_rank
+from fxexpand.rank import RankReport, rank_report
+from fxexpand.rank_plots import plot_report
+from fxexpand.recipes import Chain
+from fxexpand.spectra import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
+
+
+class Net(nn.Module):
+    """A convolution, a dropout, a recurrent layer whose features have the batch first, and a reused head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.drop = nn.Dropout(0.9)
+        self.gru = nn.GRU(9, 5, batch_first=True)
+        self.head = nn.Linear(20, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.conv(x)).flatten(2)
+        y = self.gru(y)[0].flatten(1)
+        y = self.head(self.head(y))
+        assert isinstance(y, Tensor)
+        return y
+
+
+def rank_one(model: Net) -> Net:
+    with torch.no_grad():
+        model.conv.weight.copy_(model.conv.weight[:1].expand(4, 1, 3, 3))
+        nn.init.zeros_(model.conv.bias)  # type: ignore[arg-type]
+    return model
+
+
+def test_features_are_those_of_each_layer_in_evaluation_mode() -> None:
+    model, x = Net(), torch.randn(6, 1, 5, 5)
+    report = rank_report(model, x)
+    assert [(f.name, f.kind, f.points, f.dimensions) for f in report.features] == [
+        ("conv", "Conv2d", 6, 36),
+        ("gru", "GRU", 6, 20),
+        ("head", "Linear", 6, 20),
+    ]
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    with torch.no_grad():
+        values = model.conv(x)
+    [conv, _, head] = report.features
+    assert conv.effective_rank == pytest.approx(float(kernel_rank(values)))
+    assert conv.entropy == pytest.approx(float(kernel_rank(values, measure="entropy")))
+    assert conv.stable_rank == pytest.approx(float(kernel_rank(values, measure="stable")))
+    assert conv.cosine_distance == pytest.approx(float(kernel_rank(values, "cosine_distance")))
+    with torch.no_grad():
+        first = model.head(model.gru(values.flatten(2))[0].flatten(1))
+    assert head.effective_rank == pytest.approx(float(kernel_rank(first)), rel=1e-5)  # not the second call
+    centered = rank_report(model, x, centered=True).features[0]
+    assert centered.effective_rank == pytest.approx(float(kernel_rank(values, centered=True)))
+    assert json.loads(json.dumps(report.to_dict()))["features"][0]["points"] == 6
+    assert "features of" in str(report) and "before" not in str(report)
+
+
+def test_the_rows_hold_every_measure() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    weight = model.get_parameter("0.weight").detach()
+    for unfolding in get_args(Unfolding):
+        [row] = rank_report(model, unfolding=unfolding).rows
+        assert row.full_rank == (5 if unfolding == "channel" else 9)
+        assert row.effective_rank == pytest.approx(float(effective_rank(weight, unfolding=unfolding)))
+        assert row.numerical_rank == int(numerical_rank(weight, unfolding=unfolding))
+        assert row.energy_rank == int(energy_rank(weight, 0.99, unfolding=unfolding))
+        assert row.nuclear_norm == pytest.approx(float(nuclear_norm(weight, unfolding=unfolding)))
+
+
+def test_before_and_after() -> None:
+    before = Net()
+    after = Net()
+    after.load_state_dict(before.state_dict())
+    x = torch.randn(6, 1, 5, 5)
+    report = rank_report(rank_one(after), x, before=before)
+    conv, features = report.rows[0], report.features[0]
+    assert conv.before == pytest.approx(rank_report(before).rows[0].effective_rank)
+    assert conv.effective_rank == pytest.approx(1.0, abs=1e-5)
+    assert conv.before is not None and conv.before > 2
+    assert features.before is not None and features.before > features.effective_rank
+    text = str(report)
+    assert text.count("before") == 2 and f"{conv.before:.2f}" in text
+
+
+def test_an_expanded_model_has_the_rows_of_the_original() -> None:
+    model = Net()
+    big = expand(model, Chain(depth=2, width=1))
+    report = rank_report(big, torch.randn(6, 1, 5, 5), before=model)
+    assert [row.name for row in report.rows] == [row.name for row in rank_report(model).rows]
+    assert all(row.before == pytest.approx(row.effective_rank, rel=1e-5) for row in report.rows)
+    assert [f.name for f in report.features] == ["conv", "gru", "head"]
+    assert all(f.before == pytest.approx(f.effective_rank, rel=1e-4) for f in report.features)
+
+
+def test_a_sketched_weight_has_bounds_that_hold() -> None:
+    low = nn.Linear(300, 200)
+    with torch.no_grad():
+        low.weight.copy_(torch.randn(200, 4) @ torch.randn(4, 300))
+    model = nn.Sequential(low, nn.Linear(200, 10))
+    exact = rank_report(model).rows
+    [first, second] = rank_report(model, sketched=8).rows
+    assert first.bounds is not None and second.bounds is None
+    assert first.bounds[0] <= exact[0].effective_rank <= first.bounds[1]
+    assert first.full_rank == 200 and second == exact[1]
+    assert f"{first.bounds[0]:.2f}..{first.bounds[1]:.2f}" in str(rank_report(model, sketched=8))
+
+
+def test_refused_inputs() -> None:
+    model = Net()
+    for wrong in (torch.randn(1, 1, 5, 5), torch.tensor(1.0)):
+        with pytest.raises(SelectionError, match="two or more"):
+            rank_report(model, wrong)
+    with pytest.raises(SelectionError, match="sketched=0"):
+        rank_report(model, sketched=0)
+    with pytest.raises(UnusableWeightError, match=r"conv \(Conv2d\): its outputs hold NaN"):
+        rank_report(model, torch.full((2, 1, 5, 5), float("nan")))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plots(tmp_path: Path, suffix: str) -> None:
+    x = torch.randn(6, 1, 5, 5)
+    report = rank_report(rank_one(Net()), x, before=Net())
+    path = plot_report(report, tmp_path / f"ranks.{suffix}")
+    assert path.stat().st_size > 3000
+    again = plot_report(report, tmp_path / f"again.{suffix}")
+    assert path.read_bytes() == again.read_bytes()
+
+
+def test_plots_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(SelectionError, match="no rows"):
+        plot_report(RankReport(()), tmp_path / "a.svg")
+    with pytest.raises(SelectionError, match=r"\.svg"):
+        plot_report(rank_report(Net()), tmp_path / "a.jpeg")

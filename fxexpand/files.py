@@ -10,9 +10,17 @@ from pathlib import Path
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path``; a reader, or an interrupted run, sees the old file or the new one.
 
-    Raises: OSError: the folder does not exist or cannot be written to; nothing is left behind.
+    Raises: OSError: the folder does not exist or cannot be written to, or the disk is full; the error names
+        ``path``, and nothing is left behind.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        _write(path, data)
+    except OSError as error:  # which names the draft, or nothing
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _write(path: Path, data: bytes) -> None:
     # In the target's own folder: os.replace is atomic within one file system only.
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

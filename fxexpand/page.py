@@ -3,34 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from html import escape
 
 from fxexpand.findings import NETWORKS, Findings
+from fxexpand.markup import bullets, document, table
 from fxexpand.plots import all_plots
-
-_CSS = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; color: #1f2937;
-       background: #fff; max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; }
-p, ul { max-width: 46rem; }
-.subtitle, figcaption, .note { color: #4b5563; }
-.note, figcaption { font-size: .9rem; }
-.verdict { background: #f3f4f6; border-left: 4px solid #4c6a92; padding: .8rem 1.1rem; max-width: none;
-           list-style: none; margin: 1.2rem 0; }
-.verdict li + li { margin-top: .35rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; margin: .6rem 0; }
-th, td { padding: .32rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e7eb; }
-th { color: #4b5563; font-weight: 600; border-bottom: 2px solid #9ca3af; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.failed { color: #b91c1c; font-weight: 700; }
-figure { margin: .6rem 0 0; }
-svg { width: 100%; height: auto; display: block; }
-code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .9em; }
-"""
 
 _PLOTS = (
     (
@@ -66,7 +43,7 @@ def html(findings: Findings) -> str:
     parts = [
         "<h1>The same network, trained plain and expanded</h1>",
         f'<p class="subtitle">{escape(findings.title)}</p>',
-        _list(findings.verdict, "verdict"),
+        bullets(findings.verdict, "verdict"),
         "<h2>What was done</h2>",
         f"<p>The network has {escape(findings.network)}. It was trained twice per seed on {train} of "
         f"{train + test} images ({escape(findings.data)}; a new split for every seed, stratified by "
@@ -78,7 +55,7 @@ def html(findings: Findings) -> str:
         "images were never trained on; accuracy is that after the last epoch, not the best one. Then "
         "<code>fxexpand.fuse</code> multiplied each chain out into one layer.</p>",
         "<h2>Figures</h2>",
-        _table(("", *NETWORKS, "change"), findings.rows()),
+        table(("", *NETWORKS, "change"), findings.rows()),
         f'<p class="note">{_notes(findings)}</p>',
         "<h2>Proofs</h2>",
         _proofs(findings),
@@ -88,15 +65,9 @@ def html(findings: Findings) -> str:
             text = escape(caption.format(spread=spread))
             parts.append(f"<h2>{title}</h2><figure>{plots[name]}<figcaption>{text}</figcaption></figure>")
     if findings.skipped:
-        parts += ["<h2>Skipped</h2>", _list(findings.skipped)]
-    parts += ["<h2>Where and how</h2>", _list(_conditions(findings))]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>fxexpand demo: {escape(findings.title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+        parts += ["<h2>Skipped</h2>", bullets(findings.skipped)]
+    parts += ["<h2>Where and how</h2>", bullets(_conditions(findings))]
+    return document(f"fxexpand demo: {findings.title}", parts)
 
 
 def _notes(findings: Findings) -> str:
@@ -121,7 +92,7 @@ def _proofs(findings: Findings) -> str:
     )
     problems = [f"{proof.claim}: {proof.problem}" for proof in findings.failed if proof.problem]
     head = ("claim", "measured", "absolute", "at most", "holds")
-    return _table(head, rows) + note + (_list(problems, "failed") if problems else "")
+    return table(head, rows) + note + (bullets(problems, "failed") if problems else "")
 
 
 def _conditions(findings: Findings) -> list[str]:
@@ -136,22 +107,3 @@ def _conditions(findings: Findings) -> list[str]:
         )
     lines.append("Files: " + ", ".join(findings.files))
     return lines
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(row: Sequence[str], tag: str) -> str:
-        cells = (
-            f'<{tag} class="failed">{escape(cell)}</{tag}>'
-            if cell == "NO"
-            else f"<{tag}>{escape(cell)}</{tag}>"
-            for cell in row
-        )
-        return f"<tr>{''.join(cells)}</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table>\n{line(head, "th")}\n{body}\n</table></div>'
-
-
-def _list(lines: Sequence[str], kind: str = "") -> str:
-    opening = f'<ul class="{kind}">' if kind else "<ul>"
-    return opening + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

@@ -5,15 +5,23 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from fxexpand.findings import NETWORKS, Findings
+from fxexpand.findings import Findings
+from fxexpand.latency import LatencyReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"plain": "#4c6a92", "expanded": "#d9722e", "fused": "#3a8f6b"}
+COLOURS = {
+    "plain": "#4c6a92",
+    "original": "#4c6a92",
+    "expanded": "#d9722e",
+    "fused": "#3a8f6b",
+    "folded back": "#7c6aa8",
+}
 GREY = "#6b7280"
 
 _STYLE: Any = {
@@ -97,32 +105,32 @@ def accuracy(findings: Findings) -> Figure:
 
 
 def latency(findings: Findings) -> Figure | None:
-    """Median latency with its interval, one panel per backend; None where nothing was measured."""
-    if findings.latency is None:
-        return None
-    backends = list(dict.fromkeys(row.backend for row in findings.latency.measurements))
-    figure, panels = _panels(len(backends), height=1.9, columns=len(backends))
-    for panel, backend in zip(panels, backends, strict=True):
-        for place, network in enumerate(reversed(NETWORKS)):
-            row = findings.latency.measurement(network, backend)
+    """Median latency of one image with its interval; None where nothing was measured."""
+    return None if findings.latency is None else latency_bars(findings.latency)
+
+
+def latency_bars(report: LatencyReport) -> Figure:
+    """Median latency with its interval, one panel per backend and batch size."""
+    places = list(dict.fromkeys((row.backend, row.batch) for row in report.measurements))
+    several = len({batch for _, batch in places}) > 1
+    networks = list(dict.fromkeys(row.model for row in report.measurements))[::-1]
+    columns = min(len(places), 2)
+    figure, panels = _panels(len(places), height=0.7 + 0.4 * len(networks), columns=columns)
+    for panel in panels[len(places) :]:
+        panel.set_axis_off()
+    for panel, (backend, batch) in zip(panels, places, strict=False):
+        for place, network in enumerate(networks):
+            row = report.measurement(network, backend, batch)
             error = [[row.median - row.low], [row.high - row.median]]
-            panel.barh(
-                place, row.median, 0.62, color=COLOURS[network], xerr=error, ecolor="#111827", capsize=3
-            )
-            panel.text(
-                row.high,
-                place,
-                f"  {row.median:.3f} ms",
-                va="center",
-                ha="left",
-                fontsize=9,
-                color="#111827",
-            )
-        panel.set_yticks(range(len(NETWORKS)), list(reversed(NETWORKS)))
+            colour = COLOURS.get(network, GREY)
+            panel.barh(place, row.median, 0.62, color=colour, xerr=error, ecolor="#111827", capsize=3)
+            text = f"  {row.median:.4g} ms"
+            panel.text(row.high, place, text, va="center", ha="left", fontsize=9, color="#111827")
+        panel.set_yticks(range(len(networks)), networks)
         panel.grid(visible=False, axis="y")
-        panel.set_title(backend, loc="left")
-        panel.set_xlabel("milliseconds per image")
-        panel.set_xlim(right=panel.get_xlim()[1] * 1.18)
+        panel.set_title(f"{backend}, batch {batch}" if several else backend, loc="left")
+        panel.set_xlabel("milliseconds per call")
+        panel.set_xlim(right=panel.get_xlim()[1] * 1.22)
     return figure
 
 
@@ -154,9 +162,7 @@ def all_plots(findings: Findings) -> dict[str, str]:
 
     Raises: ImportError: matplotlib is not installed.
     """
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figures = {
             "ranks": ranks(findings),
             "accuracy": accuracy(findings),
@@ -164,6 +170,17 @@ def all_plots(findings: Findings) -> dict[str, str]:
             "latency": latency(findings),
         }
         return {name: svg(figure, name) for name, figure in figures.items() if figure is not None}
+
+
+def styled() -> AbstractContextManager[None]:
+    """The look of the plots.
+
+    Raises: ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    context: AbstractContextManager[None] = matplotlib.rc_context(_STYLE)
+    return context
 
 
 def _panels(count: int, height: float, columns: int = 3) -> tuple[Figure, Sequence[Axes]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fxexpand.errors import UnusableWeightError, VerificationError
+from fxexpand.errors import VerificationError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
@@ -127,15 +127,6 @@ def _with_tensors(block: nn.Module, replaced: dict[int, Tensor]) -> nn.Module:
         },
     }
     return new
-
-
-def require_finite(weight: Tensor, name: str, kind: str) -> None:
-    """Raises: UnusableWeightError: NaN or Inf, of which there are no factors; meta tensors pass."""
-    if not weight.is_meta and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
-        raise UnusableWeightError(
-            f"{name} ({kind}): holds NaN or Inf, so it has no factors. "
-            "Load a sound checkpoint, or leave it out by select."
-        )
 
 
 def require_small(error: float, dtype: torch.dtype, site: str) -> float:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fxexpand.finite import require_finite
 from fxexpand.kernel import Kernel
 from fxexpand.layers import exact_products, size_mismatch
 from fxexpand.lower import laid_out_as
@@ -242,6 +243,7 @@ def load_original(
             factors: Sequence[Tensor] = current
         else:
             assigned = local_metadata.get("assign_to_params_buffers", False)
+            require_finite(given, prefix + name, type(module).__name__.removeprefix("Parametrized"))
             value = given if assigned else given.detach().to(current[0].device, current[0].dtype)
             factors = expansion.factor(value)
         state_dict.update({f"{inside}{i}": factor for i, factor in enumerate(factors)})

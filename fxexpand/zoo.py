@@ -1,26 +1,28 @@
 """Find a model by its name, and read weights and example inputs that a command line names.
 
-A model is ``timm:NAME``, ``torchvision:NAME`` or ``package.module:FACTORY``; the last is any callable that
-returns an nn.Module when called without arguments, or an nn.Module itself.
+A model is ``timm:NAME``, ``torchvision:NAME``, ``transformers:TYPE`` or ``package.module:FACTORY``; the last
+is any callable that returns an nn.Module when called without arguments, or an nn.Module itself.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.closest import closest
+from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
+from fxexpand.evaluating import evaluating
+from fxexpand.inputs import ExampleInputs, call, tensors
 
 _INPUT = re.compile(r"(?P<shape>\d+(?:[,x]\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -47,15 +49,31 @@ def load_model(name: str, *, meta: bool = False) -> nn.Module:
     """
     source, colon, rest = name.partition(":")
     if not colon or not source or not rest:
-        hint = _closest(name, [f"timm:{name}", f"torchvision:{name}"]) if name.isidentifier() else ""
+        hint = closest(name, [f"timm:{name}", f"torchvision:{name}"]) if name.isidentifier() else ""
         raise SelectionError(
-            f"{name!r} names no model: write timm:NAME, torchvision:NAME or package.module:factory.{hint}"
+            f"{name!r} names no model: write timm:NAME, torchvision:NAME, transformers:TYPE or "
+            f"package.module:factory.{hint}"
         )
-    if source == "timm":
-        return _from_timm(rest, meta)
-    if source == "torchvision":
-        return _from_torchvision(rest, meta)
+    if source in _LIBRARIES:
+        return _LIBRARIES[source](rest, meta)
     return _from_factory(source, rest, meta)
+
+
+def default_inputs(name: str, model: nn.Module) -> ExampleInputs | None:
+    """What ``model``, which was loaded as ``name``, says of itself that it takes; one example, on the CPU.
+
+    timm says it in ``pretrained_cfg``, torchvision with the weights it offers, transformers in the
+    configuration. None where nothing is said.
+    """
+    source = name.partition(":")[0]
+    shape: Sequence[int] | None = None
+    if source == "timm":
+        shape = getattr(model, "pretrained_cfg", {}).get("input_size")
+    elif source == "torchvision":
+        shape = _torchvision_shape(name.partition(":")[2])
+    elif source == "transformers":
+        return _transformers_inputs(model)
+    return None if shape is None else torch.randn(1, *shape)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -63,14 +81,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Nothing is unpickled: torch reads the second kind with ``weights_only=True``.
 
-    Raises: SelectionError: the file cannot be read, is neither, or does not fit the model; the message names
-        the first problem.
+    Raises:
+        SelectionError: the file cannot be read, is neither, or does not fit the model; the message names the
+            first problem.
+        UnusableWeightError: the file holds NaN or Inf; the message names the tensor.
     """
     state = _read(path)
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UnusableWeightError(f"{path}: {key!r} holds NaN or Inf. Take an earlier checkpoint.")
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in state]
     extra = [key for key in state if key not in wanted]
     if missing or extra:
+        if any(".expansion." in key or ".parametrizations." in key for key in extra):
+            raise SelectionError(
+                f"{path}: holds the weights of an expanded model. Say with --recipe how it was expanded, "
+                "where a command takes that; or save fxexpand.fused_state_dict(model) instead."
+            )
         problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model lacks"
         more = len(missing) + len(extra) - 1
         raise SelectionError(f"{path}: {problem}{f' ({more} more names differ)' if more else ''}.")
@@ -91,7 +119,7 @@ def example_input(text: str, device: torch.device | str = "cpu") -> Tensor:
     dtype = _DTYPES.get(match["dtype"] or "float32")
     if dtype is None:
         raise SelectionError(
-            f"input {text!r}: no dtype {match['dtype']!r}.{_closest(match['dtype'], _DTYPES)}"
+            f"input {text!r}: no dtype {match['dtype']!r}.{closest(match['dtype'], _DTYPES)}"
         )
     shape = tuple(int(length) for length in re.split("[,x]", match["shape"]))
     if 0 in shape:
@@ -101,17 +129,15 @@ def example_input(text: str, device: torch.device | str = "cpu") -> Tensor:
     return torch.randint(0, 2, shape, device=device).to(dtype)
 
 
-def require_accepts(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def require_accepts(model: nn.Module, inputs: ExampleInputs) -> None:
     """Run the model once, so that inputs it cannot take are a clear error before any work is done.
 
     Raises: SelectionError: the model's own error, in one line.
     """
-    from fxexpand.evaluating import evaluating
-
-    shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs)
+    shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(inputs))
     try:
         with evaluating(model):
-            model(*inputs)
+            call(model, inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         raise SelectionError(
             f"{type(model).__name__} does not take an input of {shapes}: {_last_line(error)}"
@@ -122,7 +148,7 @@ def _from_timm(name: str, meta: bool) -> nn.Module:
     timm = _library("timm")
     known = timm.list_models()
     if name.partition(".")[0] not in known:
-        raise SelectionError(f"timm has no model {name!r}.{_closest(name, known)}")
+        raise SelectionError(f"timm has no model {name!r}.{closest(name, known)}")
     return _built(lambda: timm.create_model(name, pretrained=False), f"timm:{name}", meta)
 
 
@@ -130,7 +156,7 @@ def _from_torchvision(name: str, meta: bool) -> nn.Module:
     vision = _library("torchvision")
     known = vision.models.list_models()
     if name.lower() not in known:
-        raise SelectionError(f"torchvision has no model {name!r}.{_closest(name, known)}")
+        raise SelectionError(f"torchvision has no model {name!r}.{closest(name, known)}")
     extra: dict[str, Any] = {}
     builder = inspect.signature(vision.models.get_model_builder(name)).parameters
     if "weights_backbone" in builder:
@@ -140,6 +166,40 @@ def _from_torchvision(name: str, meta: bool) -> nn.Module:
     return _built(lambda: vision.models.get_model(name, weights=None, **extra), f"torchvision:{name}", meta)
 
 
+def _torchvision_shape(name: str) -> tuple[int, ...] | None:
+    """Of the images, or of the videos of 16 frames, that the weights on offer were trained on."""
+    models = _library("torchvision").models
+    offered = models.get_model_weights(name)
+    if not len(offered):
+        return (3, 224, 224)
+    transform, module = offered.DEFAULT.transforms(), models.get_model_builder(name).__module__
+    size = getattr(transform, "crop_size", None) or getattr(transform, "resize_size", None)
+    if not size or ".detection" in module:  # these take lists
+        return None
+    height, width = (*size, *size)[:2]
+    return (3, 16, height, width) if ".video" in module else (3, height, width)
+
+
+def _from_transformers(name: str, meta: bool) -> nn.Module:
+    library = _library("transformers", "zoo")
+    known = list(importlib.import_module("transformers.models.auto.modeling_auto").MODEL_MAPPING_NAMES)
+    if name not in known:
+        raise SelectionError(f"transformers has no model type {name!r}.{closest(name, known)}")
+    config = library.AutoConfig.for_model(name)
+    return _built(lambda: library.AutoModel.from_config(config), f"transformers:{name}", meta)
+
+
+def _transformers_inputs(model: nn.Module) -> ExampleInputs | None:
+    """Sixteen tokens, or an image as large as the configuration says."""
+    config: Any = model.config
+    if getattr(model, "main_input_name", "") == "input_ids":
+        return {"input_ids": torch.arange(1, 17).unsqueeze(0)}
+    size = getattr(config, "image_size", None)
+    if getattr(model, "main_input_name", "") != "pixel_values" or not isinstance(size, int):
+        return None
+    return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), size, size)}
+
+
 def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does; the console script starts without the current folder
@@ -147,12 +207,12 @@ def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            hint = _closest(module, ["timm", "torchvision"])
+            hint = closest(module, ["timm", "torchvision"])
             raise SelectionError(f"no module {module!r} in the current folder or installed.{hint}") from error
         raise FxExpandError(f"{module}: needs {error.name!r}, which is not installed.") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise SelectionError(f"{module} has no {part!r}.{_closest(part, dir(found))}")
+            raise SelectionError(f"{module} has no {part!r}.{closest(part, dir(found))}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
         return found
@@ -209,20 +269,18 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _library(name: str) -> Any:
+def _library(name: str, extra: str = "vision") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise FxExpandError(f'{name} is not installed. Run pip install "fxexpand[vision]".') from error
+        raise FxExpandError(f'{name} is not installed. Run pip install "fxexpand[{extra}]".') from error
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean a, b or c?", or nothing when no name is close."""
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    if not found:
-        return ""
-    *first, last = found
-    return f" Did you mean {', '.join(first)}{' or ' if first else ''}{last}?"
+_LIBRARIES: dict[str, Callable[[str, bool], nn.Module]] = {
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "transformers": _from_transformers,
+}
 
 
 def _last_line(error: BaseException) -> str:

@@ -28,8 +28,9 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as caught:
         write_whole(path, "new")
+    assert caught.value.filename == str(path)  # not the draft's
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

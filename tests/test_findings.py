@@ -29,10 +29,10 @@ def history(accuracy: float, ranks: dict[str, float]) -> History:
 
 def latency(low: float = 0.9, high: float = 1.1) -> LatencyReport:
     names = ("plain", "expanded", "fused")
-    pairs = (("plain", "expanded", 2.0, 1.9, 2.1), ("plain", "fused", 1.0, low, high))
+    pairs = (("plain", "expanded", (2.0, 1.9, 2.1)), ("plain", "fused", (1.0, low, high)))
     return LatencyReport(
         measurements=tuple(Measurement(n, "eager", 0.5, 0.4, 0.6, 7, (0.5, 0.5)) for n in names),
-        differences=tuple(Difference(a, b, "eager", *fields) for a, b, *fields in pairs),
+        differences=tuple(Difference(a, b, "eager", *bounds) for a, b, bounds in pairs),
         device="cpu",
         threads=1,
         dtype="float32",

@@ -14,10 +14,12 @@ from torch import nn
 
 from fxexpand.demo import Digits
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.zoo import example_input, load_model, load_weights, require_accepts
+from fxexpand.zoo import default_inputs, example_input, load_model, load_weights, require_accepts
 
 
-@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:squeezenet1_1", "fxexpand.demo:Digits"])
+@pytest.mark.parametrize(
+    "name", ["timm:resnet10t", "torchvision:squeezenet1_1", "transformers:vit_msn", "fxexpand.demo:Digits"]
+)
 def test_a_model_is_found_by_its_name(name: str) -> None:
     assert any(p.is_meta for p in load_model(name, meta=True).parameters())
     assert not any(p.is_meta for p in load_model(name).parameters())
@@ -35,6 +37,7 @@ def test_torchvision_builds_without_downloads_or_warnings() -> None:
         ("timm:resnet19", "timm has no model 'resnet19'. Did you mean resnet18"),
         ("torchvision:resnet_50", "torchvision has no model 'resnet_50'. Did you mean resnet50"),
         ("resnet18", "write timm:NAME.* Did you mean timm:resnet18"),
+        ("transformers:brt", "transformers has no model type 'brt'. Did you mean .*bert"),
         ("timm:", "'timm:' names no model"),
         ("fxexpand.demo:Digitz", "fxexpand.demo has no 'Digitz'. Did you mean Digits"),
         ("fxexpand.nowhere:f", "no module 'fxexpand.nowhere'"),
@@ -133,6 +136,32 @@ def test_inputs_are_written_as_shapes() -> None:
 def test_a_wrong_input_is_an_error(text: str, message: str) -> None:
     with pytest.raises(SelectionError, match=message):
         example_input(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("timm:resnet10t", (1, 3, 176, 176)),
+        ("torchvision:inception_v3", (1, 3, 299, 299)),
+        ("torchvision:r3d_18", (1, 3, 16, 112, 112)),
+        ("torchvision:lraspp_mobilenet_v3_large", (1, 3, 520, 520)),
+        ("torchvision:ssdlite320_mobilenet_v3_large", None),
+        ("fxexpand.demo:Digits", None),
+    ],
+)
+def test_libraries_say_what_their_models_take(name: str, shape: tuple[int, ...] | None) -> None:
+    found = default_inputs(name, load_model(name, meta=True))
+    assert (found.shape if isinstance(found, torch.Tensor) else found) == shape
+
+
+def test_transformers_take_tokens_or_images() -> None:
+    bert = load_model("transformers:bert", meta=True)
+    tokens = default_inputs("transformers:bert", bert)
+    assert isinstance(tokens, dict) and tokens["input_ids"].dtype == torch.int64
+    vit = load_model("transformers:vit", meta=True)
+    images = default_inputs("transformers:vit", vit)
+    assert isinstance(images, dict) and images["pixel_values"].shape == (1, 3, 224, 224)
+    require_accepts(vit, {"pixel_values": images["pixel_values"].to("meta")})
 
 
 def test_inputs_a_model_does_not_take_are_one_line() -> None:

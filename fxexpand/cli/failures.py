@@ -1,0 +1,54 @@
+"""How a command ends that does not succeed: one line on stderr, an exit code, a traceback only on request."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
+
+_LONGEST = 400  # characters of an error that is not ours: torch's run to pages
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End the command with one line on stderr."""
+    typer.echo(f"fxexpand: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn every exception of the body into one line and an exit code; with ``debug``, let it through."""
+    if debug:
+        yield
+        return
+    from fxexpand.errors import FxExpandError, SelectionError
+
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        fail("interrupted. Files that were not finished are not there.")
+    except SelectionError as error:
+        fail(str(error), code=2)
+    except FxExpandError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # the reader went away (`| head`), and typer knows what to do
+        fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    except MemoryError:
+        fail("out of memory. Take a smaller --input, or another --device.")
+    except Exception as error:  # whatever it is, a person at a terminal gets a line, and a way to see it all
+        fail(f"{type(error).__name__}: {first_cause(error)} (all of it: fxexpand --debug ...)")
+
+
+def first_cause(error: BaseException) -> str:
+    """The first line of what an error was raised from in the end; its type where that has no text."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:_LONGEST]

@@ -1,0 +1,128 @@
+"""``fxexpand fuse``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxexpand.cli.files import require_writable
+from fxexpand.cli.options import Device, Input, Json, Model, Weights, device_of, given_inputs, recipe_of
+from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fxexpand.inputs import ExampleInputs
+
+
+def fuse(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The safetensors file to write.")],
+    inputs: Input = None,
+    weights: Weights = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="How the model of --weights was expanded: Chain(depth=2)..."),
+    ] = None,
+    scope: Annotated[str, typer.Option(help="all, or expanded: undo expand and nothing else.")] = "all",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a layer is refused.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Fold everything affine, and save the weights of what is left.
+
+    With --scope expanded, the file holds the weights of the original network under its own names.
+    """
+    if out.suffix != ".safetensors":
+        from fxexpand.errors import SelectionError
+
+        raise SelectionError(f"{out}: name it {out.with_suffix('.safetensors').name}: that is its format.")
+    require_writable(out)
+    place = device_of(device)
+    with stdout_kept():
+        from fxexpand import pipeline
+        from fxexpand.files import write_whole
+        from fxexpand.zoo import default_inputs, load_model
+
+        with working(f"{model}: building"):
+            network = _network(model, weights, recipe, place)
+            known = bool(inputs) or default_inputs(model, network) is not None
+            given = given_inputs(model, network, inputs, place) if known else None
+        # pipeline checks the scope before it does anything
+        fused = pipeline.fuse(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
+        report = pipeline.report(fused)
+        data = _saved(fused, model, scope)
+        write_whole(out, data)
+    grown = scope == "expanded" and set(fused.state_dict()) != set(load_model(model, meta=True).state_dict())
+    loading = _loading(model, recipe, scope, given, grown, out)
+    if as_json:
+        show_json({"model": model, "path": str(out), "size": len(data), "load": loading, **report.to_dict()})
+    else:
+        from fxexpand.table import short
+
+        show(f"{sites(report)}\n\n{out}: {short(len(data))}B. It loads by\n\n{_indented(loading)}")
+
+
+def _network(model: str, weights: Path | None, recipe: str | None, place: torch.device) -> nn.Module:
+    from fxexpand.pipeline import expand
+    from fxexpand.zoo import load_model, load_weights
+
+    network = load_model(model)
+    if recipe is not None:
+        network = expand(network, recipe_of(recipe), inplace=True)
+    if weights is not None:
+        load_weights(network, weights)
+    return network.to(place).eval()
+
+
+def _saved(fused: nn.Module, model: str, scope: str) -> bytes:
+    """The weights as safetensors; tensors under two names once, which ``load_state_dict`` accepts."""
+    from importlib.metadata import version
+
+    from safetensors.torch import save
+
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in fused.state_dict().items()}
+    about: dict[str, Any] = {"fxexpand": version("fxexpand"), "model": model, "scope": scope}
+    return bytes(save(state, metadata={name: json.dumps(value) for name, value in about.items()}))
+
+
+def _loading(
+    model: str, recipe: str | None, scope: str, given: ExampleInputs | None, grown: bool, path: Path
+) -> str:
+    """The program that makes a network of the same structure and loads the file into it."""
+    lines = [f"model = load_model({model!r})"]
+    if recipe is not None and (scope == "all" or grown):
+        words = recipe if "(" in recipe else f"{recipe}()"
+        lines.append(f"model = fxexpand.expand(model, fxexpand.{words.strip()})")
+    if scope == "all":
+        inputs = "" if given is None else f"{_written(given)}, "
+        lines.append(f"model = fxexpand.fuse(model.eval(), {inputs}verify=False)")
+    elif grown:
+        lines.append('model = fxexpand.fuse(model, scope="expanded", verify=False)')
+    program = "\n".join([*lines, f"model.load_state_dict(load_file({str(path)!r}))"])
+    needed = ["torch"] * ("torch." in program) + ["fxexpand"] * ("fxexpand." in program)
+    imports = [f"import {name}" for name in needed]
+    imports += ["from safetensors.torch import load_file", "from fxexpand.zoo import load_model"]
+    return "\n".join([*imports, program])
+
+
+def _written(given: ExampleInputs) -> str:
+    """The inputs as Python, with zeros for their values."""
+    from fxexpand.inputs import as_call
+
+    def zeros(tensor: Any) -> str:
+        dtype = "" if tensor.is_floating_point() else f", dtype={tensor.dtype}"
+        return f"torch.zeros({', '.join(map(str, tensor.shape))}{dtype})"
+
+    args, kwargs = as_call(given)
+    if kwargs:
+        return f"{{{', '.join(f'{name!r}: {zeros(value)}' for name, value in kwargs.items())}}}"
+    return zeros(args[0]) if len(args) == 1 else f"({', '.join(map(zeros, args))})"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

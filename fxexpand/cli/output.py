@@ -1,0 +1,128 @@
+"""What the commands print: the result on stdout, everything else on stderr, in 80 columns without colours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fxexpand.report import Report, Row
+
+WIDTH = 80
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def show(text: str) -> None:
+    """Print the result of a command.
+
+    Raises: OSError: stdout cannot be written to, for example as the disk is full.
+    """
+    typer.echo(text)
+
+
+def show_json(values: Mapping[str, Any]) -> None:
+    """Print the result of a command for programs: nothing but JSON is on stdout."""
+    show(json.dumps(values, indent=1, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """Print something beside the result, on stderr."""
+    typer.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Send to stderr what a model's own code or a library prints: stdout is for the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that something goes on, and for how long."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
+def sites(report: Report, *, every: bool = True) -> str:
+    """A report in 80 columns: what was changed as a table, and the others by their reason.
+
+    Args:
+        every: list each site; otherwise two for each reason, and how many there are.
+    """
+    parts = [report.summary, *(_lines(report) if every else [])]
+    reasons: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        if row.action in ("refused", "left"):
+            reasons.setdefault((row.action, _NUMBER.sub("0", row.reason)), []).append(row)
+    for group in sorted(reasons.values(), key=lambda group: group[0].action != "refused"):
+        parts.append(wrapped(f"{group[0].action}: {_reason([row.reason for row in group])}"))
+        names = [row.site for row in group]
+        named = names if every else names[:2]
+        more = f" and {len(names) - len(named)} more" if len(names) > len(named) else ""
+        parts.append(wrapped(", ".join(named) + more, "    "))
+    return "\n".join(parts)
+
+
+def _lines(report: Report) -> list[str]:
+    """The table of what was changed; a name that is too long for it has a line of its own."""
+    from fxexpand.table import short, table
+
+    if not report.changed:
+        return []
+    head = ("site", "becomes" if report.title == "fuse" else "kind", "params", "after", "error")
+    last = len(head) - (report.worst_error is None)
+    rows = [
+        (row.site, row.kind, short(row.params_before), short(row.params_after), _error(row.error))[:last]
+        for row in report.changed
+    ]
+    room = max(WIDTH - sum(2 + max(len(row[i]) for row in (head, *rows)) for i in range(1, last)), 20)
+    fitting = [("" if len(row[0]) > room else row[0], *row[1:]) for row in rows]
+    lines = table(head[:last], fitting, left=(0, 1)).splitlines()
+    for row, line in zip(rows, lines[2:], strict=True):
+        lines += [row[0], line] if len(row[0]) > room else [line]
+    return lines[:2] + lines[2 + len(rows) :]
+
+
+def _reason(reasons: list[str]) -> str:
+    """Reasons that differ in one number as one; else the first of them."""
+    first = reasons[0].rstrip(".")
+    numbers = sorted({match[0] for reason in reasons if (match := _NUMBER.search(reason))}, key=float)
+    return _NUMBER.sub(f"{numbers[0]} to {numbers[-1]}", first, count=1) if len(numbers) > 1 else first
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """Lines of at most 80 columns; what follows the first is indented further."""
+    import textwrap
+
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def columns(text: str) -> str:
+    """The text with its long lines broken at 80 columns."""
+    return "\n".join(line if len(line) <= WIDTH else wrapped(line, "") for line in text.splitlines())
+
+
+def _error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.0e}"

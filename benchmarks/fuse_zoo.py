@@ -144,8 +144,9 @@ def measure(name: str, model: nn.Module, x: Tensor, latency: bool = False) -> di
     if "fxexpand" in fused:
         row["norms_left"] = _norms_left(fused["fxexpand"])
     if latency:
-        for key in [key for key in fused if key != "unfused" and _sound(row, key)]:
-            row["methods"][key] |= latency_ratios(model, fused[key], x)
+        sound = {key: made for key, made in fused.items() if key != "unfused" and _sound(row, key)}
+        for key, ratios in latency_ratios(model, sound, x).items():
+            row["methods"][key] |= ratios
     row["failures"] = failures(row)
     return row
 
@@ -211,20 +212,31 @@ def _norms_left(model: nn.Module) -> dict[str, str]:
     return {row.site: row.reason for row in rows if "Norm" in row.kind and row.action in ("left", "refused")}
 
 
-def latency_ratios(plain: nn.Module, fused: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Time after fusing relative to that before, by backend, with the interval; the reason where it fails."""
-    found: dict[str, Any] = {}
+def latency_ratios(plain: nn.Module, fused: dict[str, nn.Module], x: Tensor) -> dict[str, dict[str, Any]]:
+    """By method and backend: time after fusing relative to that before, with the interval.
+
+    All are timed in turns; where one cannot be, each alone, and the reason of one that fails is its row.
+    """
+    found: dict[str, dict[str, Any]] = {key: {} for key in fused}
     for backend in ("eager", "onnxruntime"):
-        try:
-            measured = measure_latency(
-                {"plain": plain, "fused": fused}, x, backends=(backend,), rounds=ROUNDS, progress=False
-            )
-        except Exception as error:  # exporters raise anything; the other backend is measured all the same
-            found[backend] = _one_line(error)
-            continue
-        ratio = measured.difference("plain", "fused", backend)
-        found[backend] = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high}
+        together = _timed_in_turns(plain, fused, x, backend)
+        for key, made in fused.items():
+            alone = _timed_in_turns(plain, {key: made}, x, backend) if isinstance(together, str) else together
+            found[key][backend] = alone if isinstance(alone, str) else alone[key]
     return found
+
+
+def _timed_in_turns(
+    plain: nn.Module, fused: dict[str, nn.Module], x: Tensor, backend: str
+) -> dict[str, dict[str, float]] | str:
+    """The ratios by method, or why there are none."""
+    models = {"unfused": plain, **fused}
+    try:
+        measured = measure_latency(models, x, backends=(backend,), rounds=ROUNDS, progress=False)
+    except Exception as error:  # exporters raise anything; the other backend is measured all the same
+        return _one_line(error)
+    ratios = {key: measured.difference("unfused", key, backend) for key in fused}
+    return {key: {"ratio": r.ratio, "low": r.low, "high": r.high} for key, r in ratios.items()}
 
 
 def _chain(layers: int, pointwise: bool) -> nn.Sequential:

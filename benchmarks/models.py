@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from fxexpand.inputs import ExampleInputs, call
 
 # One of each family, in a small variant.
 TIMM = [
@@ -151,19 +155,9 @@ class Network:
             if size < AT_LEAST.get(str(self), 0):
                 continue
             for built in (None, size):
-                if self._runs(size, built):
+                if runs(partial(self.build, built), partial(torch.empty, 2, 3, size, size)):
                     return size, built
         return self._own_size(), None
-
-    def _runs(self, size: int, built: int | None, device: str = "meta") -> bool:
-        try:
-            with torch.device(device), torch.no_grad():
-                self.build(built).train()(torch.empty(2, 3, size, size))
-        except NotImplementedError:  # a constructor that reads the values of tensors
-            return device == "meta" and self._runs(size, built, "cpu")
-        except Exception:  # whatever a library raises at a size it does not take
-            return False
-        return True
 
     def _own_size(self) -> int:
         if self.library == "timm":
@@ -172,6 +166,18 @@ class Network:
             shape = timm.get_pretrained_cfg(self.name)
             return int(shape.input_size[-1]) if shape is not None else 224
         return 299 if self.name == "inception_v3" else 224
+
+
+def runs(build: Callable[[], nn.Module], inputs: Callable[[], ExampleInputs], device: str = "meta") -> bool:
+    """Whether a network takes such inputs in training mode; on the meta device if it can be built there."""
+    try:
+        with torch.device(device), torch.no_grad():
+            call(build().train(), inputs())
+    except NotImplementedError:  # a constructor that reads the values of tensors
+        return device == "meta" and runs(build, inputs, "cpu")
+    except Exception:  # whatever a library raises at a size that it does not take
+        return False
+    return True
 
 
 def torchvision_networks() -> list[Network]:

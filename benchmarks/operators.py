@@ -6,8 +6,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
 
 # Operators of ATen by kind: what a fold removes.
 KINDS = {
@@ -47,12 +50,12 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs or {})
 
 
-def operators(model: nn.Module, x: Tensor) -> dict[str, int]:
+def operators(model: nn.Module, inputs: ExampleInputs) -> dict[str, int]:
     """How often a forward pass executes an operator of each kind, whoever wrote the model.
 
     In inference mode, where ATen hands composite operators over whole: a Linear is one operator, on an input
     of any rank and layout, with a bias or without.
     """
     with torch.inference_mode(), _Counting() as counting:
-        model(x.clone())
+        call(model, copy_inputs(inputs))
     return {kind: counting.counts[kind] for kind in KINDS}

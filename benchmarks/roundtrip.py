@@ -12,11 +12,10 @@ import argparse
 import fnmatch
 import json
 import math
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
+from benchmarks.journey import settled, train
 from benchmarks.models import Network, timm_networks, torchvision_networks
-from benchmarks.settle import settle
+from benchmarks.processes import rows_of
 from fxexpand import Chain, expand, fuse, report
-from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.outputs import worst_error
 from fxexpand.table import short, table
 from fxexpand.verify import outputs_of, tolerance
 
@@ -61,13 +61,14 @@ def measure(network: Network) -> dict[str, Any]:
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     row: dict[str, Any] = {"name": str(network), "size": size}
 
-    wide = _settled(network, built, x).double()  # built twice: a copy of the largest would not fit
+    # Built twice: a copy of the largest would not fit.
+    wide = settled(partial(network.build, built), x).double()
     exact = outputs_of(wide, x.double())
     expand(wide, RECIPE, inplace=True)
     row["error64"] = worst_error(outputs_of(wide, x.double()), exact)
     del wide
 
-    model = _settled(network, built, x)
+    model = settled(partial(network.build, built), x)
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)]
     row["params"], row["layers"] = sum(p.numel() for p in model.parameters()), len(layers)
     before = outputs_of(model, x)
@@ -85,7 +86,7 @@ def measure(network: Network) -> dict[str, Any]:
     row["params_expanded"] = sum(p.numel() for p in model.parameters())
     del before
 
-    row["losses"] = _train(model, x)
+    row["losses"] = train(model, x)
     after = outputs_of(model, x)
     fuse(model, scope="expanded", inplace=True)
     fresh = network.build(built).eval()
@@ -97,14 +98,6 @@ def measure(network: Network) -> dict[str, Any]:
     row["seconds"] = round(time.perf_counter() - started, 1)
     row["failures"] = failures(row)
     return row
-
-
-def _settled(network: Network, built: int | None, x: torch.Tensor) -> nn.Module:
-    """The same network at every call: as built, zero scales and identity norms would hide errors."""
-    torch.manual_seed(0)
-    model = network.build(built).eval()
-    settle(model, x)
-    return model
 
 
 def failures(row: dict[str, Any]) -> list[str]:
@@ -122,26 +115,6 @@ def failures(row: dict[str, Any]) -> list[str]:
     return [name for name, holds in checks.items() if not holds]
 
 
-def _train(model: nn.Module, x: torch.Tensor) -> list[float]:
-    """Three SGD steps that pull the outputs towards zero."""
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    before = [parameter.detach().double().sum() for parameter in model.parameters()]
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = torch.stack([output.square().mean() for output in tensors_of(model(x))]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    optimizer.zero_grad()
-    now = [parameter.detach().double().sum() for parameter in model.parameters()]
-    model.eval()
-    moved = sum(bool(a != b) for a, b in zip(before, now, strict=True))
-    return losses if moved > len(now) / 2 else [math.nan]
-
-
 def _flops(model: nn.Module, x: torch.Tensor) -> int:
     model.requires_grad_(False)  # the counter fails on a parameter that is the input of a module
     counter = FlopCounterMode(display=False)
@@ -150,91 +123,14 @@ def _flops(model: nn.Module, x: torch.Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def _worker(link: Connection, threads: int) -> None:
-    """Measure what comes down the link until it closes."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    while True:
-        try:
-            network = link.recv()
-        except EOFError:
-            return
-        try:
-            row = measure(network)
-        except Exception as error:  # a crash is a row
-            row = {"name": str(network), "failures": [f"{type(error).__name__}: {str(error)[:300]}"]}
-        link.send(row)
-
-
-class _Process:
-    """A worker process that is replaced when it dies or takes too long."""
-
-    def __init__(self, threads: int) -> None:
-        self._context = multiprocessing.get_context("spawn")
-        self._threads = threads
-        self.network: Network | None = None
-        self._start()
-
-    def _start(self) -> None:
-        self.link, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_worker, args=(theirs, self._threads), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def give(self, network: Network) -> None:
-        self.network, self.since = network, time.monotonic()
-        self.link.send(network)
-
-    def take(self) -> dict[str, Any]:
-        """The finished row; a row about the death of the process if it died."""
-        network, self.network = self.network, None
-        try:
-            row: dict[str, Any] = self.link.recv()
-            return row
-        except (EOFError, ConnectionResetError):
-            self.stop()
-            self._start()
-            return {"name": str(network), "failures": ["the process died (memory?)"]}
-
-    def give_up(self) -> dict[str, Any]:
-        network, self.network = self.network, None
-        self.stop()
-        self._start()
-        return {"name": str(network), "failures": ["timeout"]}
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self.link.close()
-
-
 def _fits(network: Network, running: Sequence[Network]) -> bool:
     """Whether it may start beside those that run."""
-    return not running or not any(n.parameters() > HEAVY for n in (network, *running))
+    return not any(n.parameters() > HEAVY for n in (network, *running))
 
 
 def sweep(networks: Sequence[Network], jobs: int, timeout: float, threads: int) -> Iterator[dict[str, Any]]:
     """The rows of ``networks`` as they finish."""
-    waiting = list(networks)
-    processes = [_Process(threads) for _ in range(min(jobs, len(networks)))]
-    try:
-        while waiting or any(p.network for p in processes):
-            for process in processes:
-                running = [p.network for p in processes if p.network is not None]
-                if waiting and process.network is None and _fits(waiting[0], running):
-                    process.give(waiting.pop(0))
-            busy = [process for process in processes if process.network is not None]
-            ready = wait([process.link for process in busy], timeout=1.0)
-            for process in busy:
-                if process.link in ready:
-                    yield process.take()
-                elif time.monotonic() - process.since > timeout:
-                    yield process.give_up()
-    finally:
-        for process in processes:
-            process.stop()
+    return rows_of(measure, networks, jobs=jobs, timeout=timeout, threads=threads, beside=_fits)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -255,7 +151,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     )
     lines = []
     for row in sorted(rows, key=lambda row: row["name"]):
-        if "seconds" not in row:
+        if "error64" not in row:
             lines.append((row["name"], *["-"] * 10, "; ".join(row["failures"])))
             continue
         covered = f"{row['expanded_layers']}/{row['layers']}"

@@ -6,22 +6,28 @@ zero or 1e-6, so that an error in them would not reach the outputs.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
+
 SMALL = 0.2  # constants below this are scales that switch a branch off
 
 
 @torch.no_grad()
-def settle(model: nn.Module, images: Tensor, seed: int = 0) -> None:
+def settle(model: nn.Module, inputs: ExampleInputs, seed: int = 0) -> None:
     """Shake the constant parameters and the BatchNorm statistics of ``model``, in place.
 
     A parameter whose values are all ``c`` becomes normal with deviation 0.05 for ``c = 0``, uniform in
     [0.2, 0.6] for a small ``c``, and ``c`` times uniform in [0.5, 1.5] otherwise. Running statistics are
-    those of one pass over images of the size of ``images`` in which BatchNorm alone trains (dropped branches
-    would not be those of the network in use), moved by up to 10 % of the variance and of a deviation.
+    those of one pass in which BatchNorm alone trains (dropped branches would not be those of the network in
+    use), moved by up to 10 % of the variance and of a deviation. Where ``inputs`` are a batch of images, the
+    pass is over more varied ones of the same size.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -38,7 +44,8 @@ def settle(model: nn.Module, images: Tensor, seed: int = 0) -> None:
         norm.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model(_varied(images, generator))
+        images = isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] == 3
+        call(model, _varied(cast(Tensor, inputs), generator) if images else copy_inputs(inputs))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         mean, variance = norm.running_mean, norm.running_var

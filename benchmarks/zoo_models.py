@@ -1,0 +1,173 @@
+"""The architectures of timm, torchvision and transformers, each built small enough to be checked in seconds.
+
+Small means: the smallest image size that a network takes, 16 classes, and of long runs of equal blocks a few
+where the network is large. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import SIZES, runs
+from benchmarks.shorten import shorten
+from fxexpand.inputs import ExampleInputs
+
+LIBRARIES = ("timm", "torchvision", "transformers")
+CLASSES = 16
+LARGE = 20_000_000  # parameters above which equal blocks are left out: all is done in float64
+KEEP = (2, 1)  # equal blocks in a row, tried in this order until a network is no longer large
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and what it is called with.
+
+    Attributes:
+        build: a new one with random weights, always of the same structure.
+        inputs: in evaluation mode.
+        training: in training mode, where detectors need targets.
+        size: pixels, or ``frames x pixels``; "" where there are no images.
+        cut: ``kept/all`` of the equal blocks; "" where all are there.
+        also: ``(model, inputs) -> outputs`` of another method than forward.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: ExampleInputs
+    training: ExampleInputs
+    size: str = ""
+    cut: str = ""
+    also: Callable[[nn.Module, ExampleInputs], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An architecture by name."""
+
+    library: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.library}:{self.name}"
+
+    def case(self) -> Case:
+        """How it is built and called.
+
+        Raises: RuntimeError: no input size is known that it takes.
+        """
+        if self.library == "timm":
+            return _timm(self.name)
+        if self.library == "torchvision":
+            from benchmarks.zoo_vision import vision
+
+            return vision(self.name)
+        from benchmarks import transformers_models
+
+        model, inputs = transformers_models.build(self.name)
+        also = _generated if transformers_models.generates(model) else None
+        return Case(partial(_transformer, self.name), inputs, inputs, also=also)
+
+
+def images(*shape: int) -> Tensor:
+    """The same random images at every call."""
+    device = torch.empty(0).device  # inside `with torch.device("meta")` there are no values
+    generator = torch.Generator().manual_seed(0) if device.type == "cpu" else None
+    return torch.randn(shape, generator=generator)
+
+
+def fitted(
+    create: Callable[..., nn.Module],
+    options: list[dict[str, Any]],
+    inputs: Callable[[int], ExampleInputs],
+    sizes: tuple[int, ...],
+    argument: str,
+) -> Case:
+    """The smallest size that a network takes, or can be built for.
+
+    Args:
+        options: of ``create``, tried in this order: one that it has no name for is a reason to try the next.
+        argument: the name of the option that builds it for a size.
+
+    Raises: RuntimeError: none of the sizes fits.
+    """
+    for size in sizes:
+        example = partial(inputs, size)
+        for given in options:
+            for more in ({}, {argument: size}):
+                build = partial(create, **given, **more)
+                if runs(build, example):
+                    return shortened(build, example, str(size))
+    raise RuntimeError(f"takes none of the sizes {', '.join(map(str, sizes))}")
+
+
+def shortened(build: Callable[[], nn.Module], inputs: Callable[[], ExampleInputs], size: str) -> Case:
+    """The network with as many of its equal blocks as keep it from being large, if it runs without them."""
+    whole = Case(build, inputs(), inputs(), size)
+    for keep in KEEP:
+        model, cut = _cut(build, keep)
+        if _count(model) <= LARGE and not cut:
+            return whole
+        if (_count(model) <= LARGE or keep == KEEP[-1]) and cut:
+            short = partial(_short, build, keep)
+            return Case(short, inputs(), inputs(), size, cut) if runs(short, inputs) else whole
+    return whole
+
+
+def _cut(build: Callable[[], nn.Module], keep: int) -> tuple[nn.Module, str]:
+    try:
+        with torch.device("meta"):
+            model = build()
+    except NotImplementedError:
+        model = build()
+    if _count(model) <= LARGE:
+        return model, ""
+    kept, total = shorten(model, keep)
+    return model, f"{kept}/{total}" if total else ""
+
+
+def _short(build: Callable[[], nn.Module], keep: int) -> nn.Module:
+    model = build()
+    shorten(model, keep)
+    return model
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _timm(name: str) -> Case:
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    channels, own = (
+        (int(config.input_size[0]), int(config.input_size[-1])) if config is not None else (3, 224)
+    )
+    case = fitted(
+        partial(timm.create_model, name),
+        [{"num_classes": CLASSES}, {}],
+        lambda side: images(2, channels, side, side),
+        (*(size for size in SIZES if size < own), own),
+        "img_size",
+    )
+    return replace(case, also=_features)
+
+
+def _features(model: Any, inputs: Any) -> Any:
+    return model.forward_features(inputs)
+
+
+def _transformer(name: str) -> nn.Module:
+    from benchmarks import transformers_models
+
+    return transformers_models.build(name)[0]
+
+
+def _generated(model: nn.Module, inputs: Any) -> Tensor:
+    from benchmarks import transformers_models
+
+    return transformers_models.generate(model, inputs)

@@ -67,6 +67,9 @@ def processes(device: torch.device) -> Iterator[Processes]:
             yield Processes(dist.get_rank(), dist.get_world_size(), device)
         else:
             yield Processes(0, 1, device)
+        if joins:
+            # A process that ends while another is still at work can abort in the threads of gloo.
+            dist.barrier()
     finally:
         if joins:
             dist.destroy_process_group()

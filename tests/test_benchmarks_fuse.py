@@ -139,15 +139,22 @@ def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]) 
 def test_latency_is_measured_where_the_outputs_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse_zoo, "ROUNDS", 10)
     model, x = TRAPS["shared conv"]()
-    found = fuse_zoo.latency_ratios(model, copy.deepcopy(model), x)
+    found = fuse_zoo.latency_ratios(model, {"one": copy.deepcopy(model), "wrong": nn.Conv2d(3, 3, 1)}, x)
     for backend in ("eager", "onnxruntime"):
-        assert 0 < found[backend]["low"] <= found[backend]["ratio"] <= found[backend]["high"]
-    monkeypatch.setattr(fuse_zoo, "latency_ratios", lambda *_: {"eager": found["eager"], "onnxruntime": "no"})
+        ratio = found["one"][backend]
+        assert 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
+        assert found["wrong"][backend].startswith("VerificationError")
+    eager = found["one"]["eager"]
+    monkeypatch.setattr(
+        fuse_zoo,
+        "latency_ratios",
+        lambda plain, fused, x: {key: {"eager": eager, "onnxruntime": "no"} for key in fused},
+    )
     row = fuse_zoo.measure("shared conv", model, x, latency=True)
     measured = {method for method, given in row["methods"].items() if "eager" in given}
     assert measured == {"timm", "fxexpand"}  # torch.fx is wrong
     text = fuse_zoo.summary([row])
-    assert f"{found['eager']['ratio']:.2f}  fails" in text
+    assert f"{eager['ratio']:.2f}  fails" in text
 
 
 def test_main_goes_on_and_writes(

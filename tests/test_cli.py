@@ -151,6 +151,18 @@ def test_rank_reads_the_weights_it_is_given(tmp_path: Path) -> None:
     assert run("rank", DIGITS).stdout.startswith("weight ")
 
 
+def test_rank_compares_and_plots(tmp_path: Path) -> None:
+    earlier = tmp_path / "w.safetensors"
+    save_file(Digits().state_dict(), earlier)
+    options = ["--before", earlier, "--input", "6,1,8,8", "--plot", tmp_path / "ranks.svg", "--json"]
+    values = json.loads(run("rank", DIGITS, *options).stdout)
+    assert all(row["before"] is not None for row in values["weights"])
+    assert {row["points"] for row in values["features"]} == {6}
+    assert "<svg" in (tmp_path / "ranks.svg").read_text()
+    failed = run("rank", DIGITS, "--plot", tmp_path / "ranks.txt")
+    assert failed.exit_code == 2 and ".svg" in failed.stderr and not (tmp_path / "ranks.txt").exists()
+
+
 @pytest.mark.parametrize("recipe", ["Chain(depth=2)", "Chain(depth=2, batch_norm=True)"])
 @pytest.mark.parametrize("scope", ["all", "expanded"])
 def test_fuse_saves_what_loads_as_it_says(tmp_path: Path, scope: str, recipe: str) -> None:

@@ -20,6 +20,7 @@ ORDER = [
     "sharding",
     "table",
     "report",
+    "blas",
     "geometry",
     "kernel",
     "ops",

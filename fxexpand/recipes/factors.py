@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fxexpand.blas import multiplied
 from fxexpand.errors import InexactError
 
 # Singular values below this share of the largest are spread unevenly over the factors; see balanced_factors.
@@ -55,11 +56,12 @@ def balanced_factors(
     unit = wide if largest == 1.0 else wide / largest  # squares neither overflow nor vanish
     tall = out > inner
     side = unit.mT if tall else unit  # (groups, rank, longer)
-    basis = _eigenvectors(side @ side.mT).flip(-1)  # columns by falling value
-    basis = 1.5 * basis - 0.5 * basis @ (
-        basis.mT @ basis
+    basis = _eigenvectors(multiplied(side, side.mT)).flip(-1)  # columns by falling value
+    overlaps = multiplied(basis.mT, basis)
+    basis = 1.5 * basis - 0.5 * multiplied(
+        basis, overlaps
     )  # orthonormal to the last bit: a Newton-Schulz step
-    rest = basis.mT @ side
+    rest = multiplied(basis.mT, side)
     values = torch.linalg.vector_norm(rest, dim=-1)
     top = float(values.amax())
     narrow = min(widths)
@@ -75,14 +77,14 @@ def balanced_factors(
     size = torch.clamp(values, min=FLOOR * top if top > 0 else 1.0)
     scale = largest ** (1.0 / depth)
     share = size.pow(1.0 / depth) * scale  # (groups, rank): what each factor carries
-    remaining = rest * (scale / size.pow((depth - 1) / depth)).unsqueeze(-1)
+    remaining = scale / size.pow((depth - 1) / depth)
     turns = [Turn(groups, width, share.shape[-1], wide, generator) for width in widths]
     if tall:
-        first = turns[0].on_rows(share.unsqueeze(-1) * basis.mT)
-        last = turns[-1].on_columns(remaining.mT)
+        first = turns[0].on_rows(basis.mT, share)
+        last = turns[-1].on_columns(rest.mT, remaining)
     else:
-        first = turns[0].on_rows(remaining)
-        last = turns[-1].on_columns(basis * share.unsqueeze(1))
+        first = turns[0].on_rows(rest, remaining)
+        last = turns[-1].on_columns(basis, share)
     middle = [after.around(share, before) for before, after in itertools.pairwise(turns)]
     return [factor.to(matrix.dtype) for factor in (first, *middle, last)]
 
@@ -120,16 +122,16 @@ class Turn:
         self.signs = _signs((groups, columns), generator).to(like.device, like.dtype)
         self.rows = rows
 
-    def on_rows(self, matrix: Tensor) -> Tensor:
-        """``Q @ matrix``, from ``(groups, columns, n)`` to ``(groups, rows, n)``."""
-        signed, columns = matrix * self.signs.unsqueeze(-1), matrix.shape[1]
+    def on_rows(self, matrix: Tensor, diagonal: Tensor | float = 1.0) -> Tensor:
+        """``Q @ diag(diagonal) @ matrix``, from ``(groups, columns, n)`` to ``(groups, rows, n)``."""
+        signed, columns = matrix * (diagonal * self.signs).unsqueeze(-1), matrix.shape[1]
         result: Tensor = self.mirrors @ (-2.0 * self.mirrors[:, :columns].mT @ signed)
         result[:, :columns] += signed
         return result
 
-    def on_columns(self, matrix: Tensor) -> Tensor:
-        """``matrix @ Q.mT``, from ``(groups, n, columns)`` to ``(groups, n, rows)``."""
-        signed, columns = matrix * self.signs.unsqueeze(1), matrix.shape[2]
+    def on_columns(self, matrix: Tensor, diagonal: Tensor | float = 1.0) -> Tensor:
+        """``matrix @ diag(diagonal) @ Q.mT``, from ``(groups, n, columns)`` to ``(groups, n, rows)``."""
+        signed, columns = matrix * (diagonal * self.signs).unsqueeze(1), matrix.shape[2]
         result: Tensor = (signed @ (-2.0 * self.mirrors[:, :columns])) @ self.mirrors.mT
         result[..., :columns] += signed
         return result

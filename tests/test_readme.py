@@ -113,7 +113,9 @@ def require_known(line: str) -> None:
         assert "__main__" in (ROOT / arguments[0]).read_text(encoding="utf-8"), f"{line}: does nothing"
     elif program == "python":
         assert arguments[0] == "-m", f"{line}: run it as a module, from the folder that holds benchmarks"
-        source = ROOT.joinpath(*arguments[1].split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        module = ROOT.joinpath(*arguments[1].split("."))
+        files = [*module.glob("*.py")] if module.is_dir() else [module.with_suffix(".py")]
+        source = "".join(file.read_text(encoding="utf-8") for file in files)
         assert "__main__" in source, f"{line}: does nothing"
         for option in options:
             assert f'add_argument("{option}"' in source, f"{line}: no option {option}"

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxexpand.blas import multiplied
 from fxexpand.errors import InexactError
 from fxexpand.geometry import (
     Composition,
@@ -352,7 +351,7 @@ def _product(last: Tensor, last_groups: int, first: Tensor, first_groups: int, p
         source = first.movedim(1, -1) if channels_last else first
         shape = source.shape[1:]
         if groups == 1:
-            product = multiplied(last.reshape(out, hidden), source.reshape(hidden, -1))
+            product = last.reshape(out, hidden) @ source.reshape(hidden, -1)
         else:
             factor = last.reshape(last_groups, rows, parts, hidden // groups).transpose(1, 2)
             source = source.reshape(groups, hidden // groups, -1)

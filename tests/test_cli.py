@@ -154,7 +154,15 @@ def test_rank_reads_the_weights_it_is_given(tmp_path: Path) -> None:
 def test_rank_compares_and_plots(tmp_path: Path) -> None:
     earlier = tmp_path / "w.safetensors"
     save_file(Digits().state_dict(), earlier)
-    options = ["--before", earlier, "--input", "6,1,8,8", "--plot", tmp_path / "ranks.svg", "--json"]
+    options: list[str | Path] = [
+        "--before",
+        earlier,
+        "--input",
+        "6,1,8,8",
+        "--plot",
+        tmp_path / "ranks.svg",
+        "--json",
+    ]
     values = json.loads(run("rank", DIGITS, *options).stdout)
     assert all(row["before"] is not None for row in values["weights"])
     assert {row["points"] for row in values["features"]} == {6}

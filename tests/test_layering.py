@@ -20,7 +20,6 @@ ORDER = [
     "sharding",
     "table",
     "report",
-    "blas",
     "geometry",
     "kernel",
     "ops",

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxexpand.blas import multiplied
 from fxexpand.errors import InexactError
 
 # Singular values below this share of the largest are spread unevenly over the factors; see balanced_factors.
@@ -56,12 +55,10 @@ def balanced_factors(
     unit = wide if largest == 1.0 else wide / largest  # squares neither overflow nor vanish
     tall = out > inner
     side = unit.mT if tall else unit  # (groups, rank, longer)
-    basis = _eigenvectors(multiplied(side, side.mT)).flip(-1)  # columns by falling value
-    overlaps = multiplied(basis.mT, basis)
-    basis = 1.5 * basis - 0.5 * multiplied(
-        basis, overlaps
-    )  # orthonormal to the last bit: a Newton-Schulz step
-    rest = multiplied(basis.mT, side)
+    basis = _eigenvectors(side @ side.mT).flip(-1)  # columns by falling value
+    # Orthonormal to the last bit: a Newton-Schulz step.
+    basis = 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
+    rest = basis.mT @ side
     values = torch.linalg.vector_norm(rest, dim=-1)
     top = float(values.amax())
     narrow = min(widths)

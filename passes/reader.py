@@ -322,9 +322,16 @@ class Reader:
                 dims[one], dims[two] = dims[two], dims[one]
             else:
                 dims = [dim % len(before) for dim in call["dims"]]
-            return View(x, lambda rank: len(now) - 1 - dims.index(len(before) - 1 - rank))
+            return View(
+                x,
+                lambda rank: (
+                    len(now) - 1 - dims.index(len(before) - 1 - rank) if rank < len(before) else None
+                ),
+            )
 
         def moves(rank: int) -> int | None:
+            if rank >= len(before):
+                return None
             place = place_after(before, now, len(before) - 1 - rank)
             return None if place is None else len(now) - 1 - place
 
@@ -348,7 +355,7 @@ class Reader:
 
         def moves(rank: int) -> int | None:
             at = ndim - 1 - rank
-            if at in gone:
+            if at in gone or at < 0:
                 return None
             return rank if keep else rank - sum(dim > at for dim in gone)
 

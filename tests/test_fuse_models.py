@@ -264,3 +264,15 @@ def test_a_model_on_the_meta_device_is_fused_with_inputs_too() -> None:
     fused = fxexpand.fuse(model, torch.randn(1, 3, 8, 8, device="meta"))
     assert fused(torch.randn(1, 3, 8, 8, device="meta")).shape == (1, 4, 6, 6)
     assert type(fused[1]) is nn.Identity
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5)])
+def test_a_view_of_few_dimensions_before_a_scale_is_no_obstacle(shape: tuple[int, ...]) -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = (x + 3.0).transpose(1, -1)
+            y += y
+            return y.mean(0)
+
+    x = torch.randn(shape)
+    assert_same(fuse(Turned(), x)(x), Turned()(x), 1e-6)

@@ -68,7 +68,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
         else:
             yield Processes(0, 1, device)
         if joins:
-            # A process that ends while another is still at work can abort in the threads of gloo.
+            # Leave together: gloo may abort a process that ends while another is at work.
             dist.barrier()
     finally:
         if joins:

@@ -46,5 +46,6 @@ def _joined(
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         work(rank, *arguments)
+        dist.barrier()  # leave together: gloo may abort a process that ends while another is at work
     finally:
         dist.destroy_process_group()

@@ -199,6 +199,7 @@ def _train(rank: int, world: int, folder: str) -> None:
         optimizer.step()
     trp.finish()
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

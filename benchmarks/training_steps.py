@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.accumulation import accumulate
 from fxexpand.layers import Expanded, Form, bare, effective_shape
+from fxexpand.timing import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,18 @@ class Steps:
     def peak(self) -> int:
         """The most bytes that forward and backward hold; leaves the gradients."""
         self.clear()
-        return peak_bytes(self.gradients, self.setting.device)
+        return self._peak_of(self.gradients)
 
     def activation_peak(self) -> int:
         """The same without the gradients of the parameters, but at least what forward alone holds."""
         whole = self.peak() - sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.clear()
-        return max(whole, peak_bytes(self.loss, self.setting.device))
+        return max(whole, self._peak_of(self.loss))
+
+    def _peak_of(self, run: Callable[[], object]) -> int:
+        found = peak_bytes(run, torch.device(self.setting.device))
+        assert found is not None  # torch counts on a CPU and on CUDA
+        return found
 
     def flops(self) -> int:
         """Of forward and backward of one micro-batch, by torch's counter; free on the meta device."""
@@ -276,29 +282,6 @@ def timed(function: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """The highest number of bytes that torch holds beyond those at the start."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop otherwise
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    held = peak = 0
-    results: Any = profile.profiler
-    for event in sorted(results.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def _storage(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from fxexpand.cuts import Cut, factors_of, matrix_of
 from fxexpand.kernel import Kernel, cast, compose
 from fxexpand.lower import laid_out_as, to_module
 from fxexpand.lowrank import spectrum
-from fxexpand.ops import kernel_of
+from fxexpand.ops import kernel_of, stock_layer
 
 
 class Rows(nn.Module):
@@ -153,10 +153,7 @@ def kernel_like(module: nn.Module, weight: Tensor) -> Kernel:
         return Kernel(weight)
     assert isinstance(module, nn.modules.conv._ConvNd)
     base: Any = type(module).__mro__[2] if isinstance(module, Factorized) else type(module)
-    stock: nn.Module = base.__new__(base)
-    stock.__dict__.update(module.__dict__)
-    stock.__dict__.update(_parameters={"weight": weight, "bias": None}, _modules={})
-    return kernel_of(stock)
+    return kernel_of(stock_layer(base, module, weight=weight, bias=None))
 
 
 def factor_weights(

@@ -22,7 +22,7 @@ from fxexpand.errors import FxExpandError, InexactError
 from fxexpand.finite import require_finite
 from fxexpand.kernel import macs, native_weight
 from fxexpand.lower import is_channels_last, laid_out_as
-from fxexpand.ops import LAYERS, kernel_of
+from fxexpand.ops import LAYERS, kernel_of, stock_layer
 from fxexpand.products import Held, MatrixChain, Segment, Way, matrix_chain, surely_below
 from fxexpand.recipes import Recipe, fold, has_norm
 from fxexpand.recipes.structure import chain_macs, fold_cost, telling_weight
@@ -305,11 +305,7 @@ def original_class(module: nn.Module) -> Any:
 
 def bare(module: nn.Module, weight: Tensor) -> nn.Module:
     """A stock layer with the geometry of an expanded one, and ``weight`` in the original layout; no bias."""
-    base: Any = original_class(module)
-    layer: nn.Module = base.__new__(base)
-    layer.__dict__.update(module.__dict__)
-    layer.__dict__.update(_parameters={"weight": nn.Parameter(weight), "bias": None}, _modules={})
-    return layer
+    return stock_layer(original_class(module), module, weight=nn.Parameter(weight), bias=None)
 
 
 def effective_shape(module: Any) -> torch.Size:

@@ -107,6 +107,14 @@ def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype 
     )
 
 
+def stock_layer(kind: type[nn.Module], module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    """A layer of a stock type with the attributes of ``module``, and these as its only parameters."""
+    layer: nn.Module = kind.__new__(kind)
+    vars(layer).update(vars(module))
+    vars(layer).update(_parameters=tensors, _modules={})
+    return layer
+
+
 def describe(module: nn.Module) -> str:
     """A module in a few words, for messages: "Conv2d 64->64 k3 p1", "Conv2d 3->8 k3x1 s2 p1x0 g4"."""
     name = type(module).__name__

@@ -16,7 +16,7 @@ from fxexpand import kernel as laws
 from fxexpand.errors import InexactError
 from fxexpand.kernel import Kernel
 from fxexpand.layers import Expanded
-from fxexpand.ops import LAYERS, frozen_norm, kernel_of, weight_by_hooks, without_hooks
+from fxexpand.ops import LAYERS, frozen_norm, kernel_of, stock_layer, weight_by_hooks, without_hooks
 from fxexpand.passes.maps import Map, Place
 from fxexpand.passes.operators import Call
 from fxexpand.recipes import Branches, Scale, Skip, fold
@@ -119,7 +119,4 @@ def _constant_layer(module: nn.Module, device: torch.device) -> nn.Module:
     with torch.no_grad():
         values = {name: getattr(source, name) for name in ("weight", "bias")}
     held = {name: None if value is None else nn.Parameter(value.detach()) for name, value in values.items()}
-    layer: nn.Module = base.__new__(base)
-    layer.__dict__.update(module.__dict__)
-    layer.__dict__.update(_parameters=held, _modules={}, _buffers={})
-    return layer
+    return stock_layer(base, module, **held)

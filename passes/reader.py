@@ -315,28 +315,23 @@ class Reader:
         before, now = self.shapes.of(x), self.shapes.of(node)
         if before is None or now is None:
             return None
-        if call.name in ("transpose", "permute"):
+        place: Callable[[int], int | None] = partial(place_after, before, now)
+        turns = call.name in ("transpose", "permute")
+        if turns:
             dims = list(range(len(before)))
             if call.name == "transpose":
                 one, two = call["dim0"], call["dim1"]
                 dims[one], dims[two] = dims[two], dims[one]
             else:
                 dims = [dim % len(before) for dim in call["dims"]]
-            return View(
-                x,
-                lambda rank: (
-                    len(now) - 1 - dims.index(len(before) - 1 - rank) if rank < len(before) else None
-                ),
-            )
+            place = dims.index
 
         def moves(rank: int) -> int | None:
-            if rank >= len(before):
-                return None
-            place = place_after(before, now, len(before) - 1 - rank)
-            return None if place is None else len(now) - 1 - place
+            at = None if rank >= len(before) else place(len(before) - 1 - rank)
+            return None if at is None else len(now) - 1 - at
 
         like = call.get("other")
-        return View(x, moves, keeps_order=True, like=like if isinstance(like, fx.Node) else None)
+        return View(x, moves, keeps_order=not turns, like=like if isinstance(like, fx.Node) else None)
 
     def _reduced(self, call: Call, x: fx.Node) -> Step | None:
         """The sum or mean of stacked values, and the mean over positions."""

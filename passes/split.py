@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxexpand.graph import operand, put, remove
@@ -122,17 +120,8 @@ def _layer_norm(
         return None
     if not all(_is_linear(graph_module, reader, bias is not None) for reader in readers):
         return None
-    affine = LayerNormAffine.__new__(LayerNormAffine)
-    nn.Module.__init__(affine)
-    settings: dict[str, Any] = {"num_features": len(weight), "eps": 0.0, "momentum": 0.1, "affine": True}
-    vars(affine).update(settings, track_running_stats=True, training=False)
+    affine = LayerNormAffine(len(weight), eps=0.0, device=weight.device, dtype=weight.dtype).eval()
     vars(affine)["_parameters"] = {"weight": weight, "bias": bias}
-    stand = weight.detach()
-    vars(affine)["_buffers"] = {
-        "running_mean": torch.zeros_like(stand),
-        "running_var": torch.ones_like(stand),
-        "num_batches_tracked": None,
-    }
     rest = copy.copy(module)
     vars(rest).update(_parameters=dict.fromkeys(held["_parameters"]), elementwise_affine=False)
     return affine, rest

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fxexpand.cli.files import require_writable
-from fxexpand.cli.options import Device, Input, Json, Model, Weights, device_of, given_inputs
+from fxexpand.cli.files import require_safetensors, weights_of
+from fxexpand.cli.options import Device, Input, Json, Model, Weights, device_of, given_inputs, loaded
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
 
@@ -28,27 +27,17 @@ def factorize(
     as_json: Json = False,
 ) -> None:
     """Replace layers by cheaper pairs of low rank, and save their weights."""
-    if out.suffix != ".safetensors":
-        from fxexpand.errors import SelectionError
-
-        raise SelectionError(f"{out}: name it {out.with_suffix('.safetensors').name}: that is its format.")
-    require_writable(out)
+    require_safetensors(out)
     place = device_of(device)
     with stdout_kept():
-        from safetensors.torch import save
-
         from fxexpand.factorize import cuts
         from fxexpand.factorize import factorize as factorized
         from fxexpand.files import write_whole
         from fxexpand.pipeline import report
         from fxexpand.table import short
-        from fxexpand.zoo import load_model, load_weights
 
         with working(f"{model}: building"):
-            network = load_model(model)
-            if weights is not None:
-                load_weights(network, weights)
-            network = network.to(place).eval()
+            network = loaded(model, weights, place)
             given = given_inputs(model, network, inputs, place)
         small = factorized(
             network,
@@ -63,11 +52,7 @@ def factorize(
         )
         found = report(small)
         ranks = {name: [cut.scheme, cut.rank] for name, cut in cuts(small).items()}
-        state = {
-            name: value.detach().cpu().contiguous().clone() for name, value in small.state_dict().items()
-        }
-        about = {"model": json.dumps(model), "ranks": json.dumps(ranks)}
-        data = bytes(save(state, metadata=about))
+        data = weights_of(small, {"model": model, "ranks": ranks})
         write_whole(out, data)
     if as_json:
         show_json({"model": model, "path": str(out), "size": len(data), "ranks": ranks, **found.to_dict()})

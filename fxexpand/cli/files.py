@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fxexpand.errors import SelectionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def require_safetensors(path: Path) -> None:
+    """That weights can be written at ``path``, under a name that says what the file is.
+
+    Raises: SelectionError: another ending, or see ``require_writable``.
+    """
+    if path.suffix != ".safetensors":
+        raise SelectionError(f"{path}: name it {path.with_suffix('.safetensors').name}: that is its format.")
+    require_writable(path)
+
+
+def weights_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
+    """The state dict as safetensors; tensors under two names once, which ``load_state_dict`` accepts.
+
+    Args:
+        about: what the file's metadata says, each value as JSON.
+    """
+    from safetensors.torch import save
+
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    return bytes(save(state, metadata={name: json.dumps(value) for name, value in about.items()}))
 
 
 def require_writable(path: Path) -> None:

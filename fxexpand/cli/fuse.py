@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxexpand.cli.files import require_writable
+from fxexpand.cli.files import require_safetensors, weights_of
 from fxexpand.cli.options import Device, Input, Json, Model, Weights, device_of, given_inputs, recipe_of
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
@@ -37,13 +36,11 @@ def fuse(
 
     With --scope expanded, the file holds the weights of the original network under its own names.
     """
-    if out.suffix != ".safetensors":
-        from fxexpand.errors import SelectionError
-
-        raise SelectionError(f"{out}: name it {out.with_suffix('.safetensors').name}: that is its format.")
-    require_writable(out)
+    require_safetensors(out)
     place = device_of(device)
     with stdout_kept():
+        from importlib.metadata import version
+
         from fxexpand import pipeline
         from fxexpand.files import write_whole
         from fxexpand.zoo import default_inputs, load_model
@@ -55,7 +52,7 @@ def fuse(
         # pipeline checks the scope before it does anything
         fused = pipeline.fuse(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
         report = pipeline.report(fused)
-        data = _saved(fused, model, scope)
+        data = weights_of(fused, {"fxexpand": version("fxexpand"), "model": model, "scope": scope})
         write_whole(out, data)
     grown = scope == "expanded" and set(fused.state_dict()) != set(load_model(model, meta=True).state_dict())
     loading = _loading(model, recipe, scope, given, grown, out)
@@ -77,17 +74,6 @@ def _network(model: str, weights: Path | None, recipe: str | None, place: torch.
     if weights is not None:
         load_weights(network, weights)
     return network.to(place).eval()
-
-
-def _saved(fused: nn.Module, model: str, scope: str) -> bytes:
-    """The weights as safetensors; tensors under two names once, which ``load_state_dict`` accepts."""
-    from importlib.metadata import version
-
-    from safetensors.torch import save
-
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in fused.state_dict().items()}
-    about: dict[str, Any] = {"fxexpand": version("fxexpand"), "model": model, "scope": scope}
-    return bytes(save(state, metadata={name: json.dumps(value) for name, value in about.items()}))
 
 
 def _loading(

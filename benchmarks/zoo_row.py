@@ -47,7 +47,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     case = entry.case()
     row: dict[str, Any] = {"name": str(entry), "size": case.size, "cut": case.cut}
     model = settled(case.build, case.inputs)
-    dtype = _widest(model, case.inputs)
+    dtype = _widest(model, case)
     model.to(dtype)
     if dtype != torch.float64:
         row["dtype"] = str(dtype).removeprefix("torch.")
@@ -122,12 +122,15 @@ def failures(row: dict[str, Any], limit: float = LIMIT) -> list[str]:
     return found + [f"{what}: error {error:.0e}" for what, error in errors.items() if not error <= limit]
 
 
-def _widest(model: nn.Module, inputs: ExampleInputs) -> torch.dtype:
-    """float64; float32 for a network that makes tensors of it as it runs, and then cannot be widened."""
+def _widest(model: nn.Module, case: Case) -> torch.dtype:
+    """float64; float32 for a network that makes or demands tensors of it, and then cannot be widened."""
+    wide = copy.deepcopy(model).double()
     try:
-        outputs_of(copy.deepcopy(model).double(), move(inputs, dtype=torch.float64))
-    except RuntimeError as error:
-        if "dtype" in str(error) or "scalar type" in str(error):
+        outputs_of(wide, move(case.inputs, dtype=torch.float64))
+        if case.training is not case.inputs:
+            _training_state(wide, move(case.training, dtype=torch.float64))
+    except (RuntimeError, TypeError) as error:
+        if re.search(r"dtype|scalar type|float type", str(error)):
             return torch.float32
         raise
     return torch.float64

@@ -23,8 +23,8 @@ FEW = {
     "box_batch_size_per_image": 16,
 }
 # (frames, pixels) of a clip, where the default does not do: S3D pools over 2 x 7 x 7 cells at an eighth of
-# the frames and a thirty-second of the pixels.
-CLIPS = {"s3d": (16, 224)}
+# the frames and a thirty-second of the pixels; MViT has positions of one size.
+CLIPS = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}
 HIDDEN = 128  # in place of 4096 in the classifiers of AlexNet and VGG
 
 
@@ -79,12 +79,8 @@ def _segmenter(name: str, builder: Callable[..., nn.Module]) -> Case:
 
 def _video(name: str, builder: Callable[..., nn.Module]) -> Case:
     frames, side = CLIPS.get(name, (4, 64))
-    options: dict[str, Any] = {"num_classes": CLASSES}
-    if name.startswith("mvit"):
-        options |= {"spatial_size": (side, side), "temporal_size": frames}
-    return shortened(
-        partial(builder, **options), lambda: images(2, 3, frames, side, side), f"{frames} x {side}"
-    )
+    build = partial(builder, num_classes=CLASSES)
+    return shortened(build, lambda: images(2, 3, frames, side, side), f"{frames} x {side}")
 
 
 def _flow(name: str, builder: Callable[..., nn.Module]) -> Case:

@@ -40,7 +40,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, saved, version in held.values():
                 if version is None or _version(tensor) != version:
-                    tensor.copy_(saved)
+                    with torch.inference_mode(tensor.is_inference()):  # such are written to only there
+                        tensor.copy_(saved)
 
 
 def _version(tensor: Tensor) -> int | None:

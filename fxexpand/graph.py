@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from fxexpand.ops import weight_by_hooks
 from fxexpand.recipes import Skip
 from fxexpand.tracing import hooked
 
-EMPTY: Mapping[fx.Node, Any] = MappingProxyType({})
 FACTOR = "fxexpand_factor"  # attribute of a module inside an expanded layer: its path in there
 OF_ONE_VALUE = (
     "tensor_meta",
@@ -94,6 +93,8 @@ def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
+    if node.kwargs.get("out") is not None:
+        return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name: str = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -101,6 +102,12 @@ def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     augmented = package == "_operator" and name in AUGMENTED
     flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # F.relu(x, inplace=True)
     return name.endswith("_") or augmented or (flagged and _takes_inplace(node.target))
+
+
+def written(node: fx.Node) -> object:
+    """What a call that works in place writes into."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return node.kwargs.get("out") or first
 
 
 def _takes_inplace(target: object) -> bool:
@@ -199,8 +206,40 @@ def extract(
 
     Raises: InexactError: they read a size that is not among these.
     """
+    graph, _, copied = _beside(source, sizes)
+    graph.output([copied(node) for node in nodes][-1])
+    return fx.GraphModule(graph_module, graph)
+
+
+def call_alone(
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    source: fx.Node,
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+    sizes: Mapping[fx.Node, int],
+) -> fx.GraphModule:
+    """A graph that applies views, a module, and views again; see ``call_instead`` and ``extract``."""
+    graph, x, copied = _beside(source, sizes)
+    name = "fused"
+    while hasattr(graph_module, name):
+        name += "_"
+    graph.output(_viewed(graph, graph.call_module(name, (_viewed(graph, x, before, copied),)), after, copied))
+    root = {
+        str(node.target): attrgetter(str(node.target))(graph_module)
+        for node in graph.nodes
+        if node.op in ("call_module", "get_attr") and node.target != name
+    }
+    return fx.GraphModule({**root, name: module}, graph)
+
+
+def _beside(
+    source: fx.Node, sizes: Mapping[fx.Node, int]
+) -> tuple[fx.Graph, fx.Node, Callable[[fx.Node], Any]]:
+    """A new graph, its input in the place of ``source``, and what copies a node and all that it reads."""
     graph = fx.Graph()
-    copies: dict[fx.Node, Any] = {**sizes, source: graph.placeholder("x")}
+    x = graph.placeholder("x")
+    copies: dict[fx.Node, Any] = {**sizes, source: x}
 
     def copied(node: fx.Node) -> Any:
         if node.op == "placeholder" and node not in copies:
@@ -209,24 +248,7 @@ def extract(
             copies[node] = graph.node_copy(node, copied)
         return copies[node]
 
-    graph.output([copied(node) for node in nodes][-1])
-    return fx.GraphModule(graph_module, graph)
-
-
-def call_alone(
-    graph_module: fx.GraphModule,
-    module: nn.Module,
-    before: Sequence[fx.Node],
-    after: Sequence[fx.Node],
-    sizes: Mapping[fx.Node, int],
-) -> fx.GraphModule:
-    """A graph that applies views, a module, and views again; see ``call_instead`` and ``extract``."""
-    graph = fx.Graph()
-    x = _viewed(graph, graph.placeholder("x"), before, sizes)
-    graph.output(_viewed(graph, graph.call_module("fused", (x,)), after, sizes))
-    root = {str(view.target): graph_module.get_submodule(str(view.target))
-            for view in (*before, *after) if view.op == "call_module"}  # fmt: skip
-    return fx.GraphModule({**root, "fused": module}, graph)
+    return graph, x, copied
 
 
 def put(graph_module: fx.GraphModule, target: str, module: nn.Module) -> None:
@@ -262,11 +284,12 @@ def finish(
 
 
 def _viewed(
-    graph: fx.Graph, x: fx.Node, views: Sequence[fx.Node], sizes: Mapping[fx.Node, Any] = EMPTY
+    graph: fx.Graph, x: fx.Node, views: Sequence[fx.Node], other: Callable[[fx.Node], Any] = lambda node: node
 ) -> fx.Node:
+    """``x`` through views; ``other`` gives what else they read, which are sizes."""
     for view in views:
-        given: dict[fx.Node, Any] = {**sizes, view.all_input_nodes[0]: x}
-        x = graph.node_copy(view, lambda arg, given=given: given.get(arg, arg))  # type: ignore[misc]
+        first = view.all_input_nodes[0]
+        x = graph.node_copy(view, lambda arg, first=first, x=x: x if arg is first else other(arg))  # type: ignore[misc]
     return x
 
 

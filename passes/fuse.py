@@ -202,9 +202,9 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     assert form.layer is not None and form.map.shape is not None
     layers = [node for node in parts if walk.weighs(node)]
     first = _weight(walk, form.layer)
-    shape = form.map.shape
+    shape, (dtype,) = form.map.shape, form.dtypes
     with torch.no_grad():
-        kernel = cast(form.map.at(Place(shape.in_channels, shape.rank, first.device)), first.dtype)
+        kernel = cast(form.map.at(Place(shape.in_channels, shape.rank, first.device)), dtype)
         if kernel.weight.ndim == first.ndim:
             kernel = replace(kernel, weight=laid_out_as(kernel.weight, first))
         module = to_module(kernel)
@@ -244,9 +244,9 @@ def _error(walk: Walk, form: Form, module: nn.Module, kernel: Kernel) -> float |
     probe, sizes = walk.probe(form)
     try:
         probed = extract(walk.graph_module, form.source, walk.in_order(form), sizes)
+        alone = call_alone(walk.graph_module, module, form.source, form.before, form.after, sizes)
     except InexactError:
         return None
-    alone = call_alone(walk.graph_module, module, form.before, form.after, sizes)
     return fold_error(probed, alone, kernel, probe)
 
 

@@ -340,7 +340,7 @@ class Shapes:
         if not all(isinstance(cut, slice) for cut in cuts):
             return None
         fresh = self._fresh(node, len(before))
-        cut = [fresh[i] if part != slice(None) else before[i] for i, part in enumerate(cuts)]
+        cut = [_cut(before[i], part) or fresh[i] for i, part in enumerate(cuts)]
         return (*cut, *before[len(cut) :])
 
     def _of_other(self, node: fx.Node) -> Shape | None:
@@ -409,6 +409,18 @@ def place_after(before: Shape, after: Shape, dim: int) -> int | None:
         if size == before[dim] and size != ONE and math.prod(after[:place], start=ONE) == ahead:
             return place
     return None
+
+
+def _cut(size: Size, part: slice) -> Size | None:
+    """How long a slice of a dimension is; None where that depends on what is not known."""
+    ends = part.start, part.stop, part.step
+    if part == slice(None):
+        return size
+    if any(isinstance(end, fx.Node) for end in ends):
+        return None
+    if not size.unknown:
+        return Size(len(range(size.number)[part]))
+    return ONE if ends[2] in (None, 1) and ends[:2] in ((None, 1), (0, 1), (-1, None)) else None
 
 
 def _flattened(before: Shape, start: int, end: int) -> Shape:

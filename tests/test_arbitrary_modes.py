@@ -333,3 +333,24 @@ def test_the_report_says_how_the_model_was_read() -> None:
     report = fxexpand.report(fxexpand.fuse(parts))
     assert report.traced.startswith("in 1 parts, each a graph; the whole has none: ")
     assert report.to_dict()["traced"] == report.traced and report.traced in str(report)
+
+
+def test_a_model_that_keeps_what_an_inference_made() -> None:
+    class Positions(nn.Module):
+        """Makes its positions when it first runs, as ConViT does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            if not hasattr(self, "places"):
+                self.register_buffer("places", torch.linspace(0, 1, x.shape[-1]), persistent=False)
+            return self.linear(self.norm(x + self.get_buffer("places")))
+
+    model, x = Positions().eval(), torch.randn(3, 6)
+    with torch.inference_mode():
+        expected = model(x)
+    assert model.get_buffer("places").is_inference()
+    assert_same(fxexpand.fuse(model, x)(x), expected.clone(), 1e-6)
+    assert_same(fxexpand.expand(model, example_inputs=x)(x), expected.clone(), 1e-6)

@@ -276,3 +276,42 @@ def test_a_view_of_few_dimensions_before_a_scale_is_no_obstacle(shape: tuple[int
 
     x = torch.randn(shape)
     assert_same(fuse(Turned(), x)(x), Turned()(x), 1e-6)
+
+
+class FirstToken(nn.Module):
+    """The query of VOLO's class attention: of one position, which a view makes use of."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.query = heads, nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Any:
+        batch, _, channels = x.shape
+        return self.query(x[:, :1, :]).reshape(batch, self.heads, 1, channels // self.heads) * 0.5
+
+
+class TwoTokens(FirstToken):
+    """A view that holds for sequences of two positions only, which nothing in the code says."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.query(x).reshape(x.shape[0], 2, self.heads, -1) * 0.5
+
+
+@pytest.mark.parametrize("kind", [FirstToken, TwoTokens])
+def test_a_view_that_holds_for_one_length_only(kind: type[FirstToken]) -> None:
+    model, x = kind(3).eval(), torch.randn(4, 2, 12)
+    fused = fuse(model, x)
+    (row,) = report(fused).rows
+    assert row.action == "fused" and row.error is not None and row.error < EXACT
+    assert_same(fused(x), model(x), 1e-6)
+
+
+def test_a_view_that_the_probe_does_not_fit_is_no_error() -> None:
+    class FiveTokens(FirstToken):
+        def forward(self, x: Tensor) -> Any:
+            return self.query(x[:, 1:6, :]).reshape(-1, 5, self.heads, 4) * 0.5
+
+    model, x = FiveTokens(3).eval(), torch.randn(4, 7, 12)
+    fused = fuse(model, x)
+    assert [(row.action, row.error) for row in report(fused).rows] == [("fused", None)]
+    assert_same(fused(x), model(x), 1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fxexpand.tracer import RegionTracer
@@ -204,6 +204,21 @@ def test_a_path_chosen_by_type_is_caught_by_example_inputs() -> None:
     trace(model)
     with pytest.raises(UntraceableError, match="something else"):
         trace(model, example_inputs=X)
+
+
+def lowered(sizes: list[int], limits: list[int]) -> list[int]:
+    """Writes into its own argument, as torchvision's Swin3D does."""
+    sizes[0] = min(sizes[0], limits[0])
+    return sizes
+
+
+fx.wrap("lowered")
+
+
+def test_a_function_may_write_into_the_list_it_is_given() -> None:
+    model = Module(lambda self, x: self.conv(x).narrow(1, 0, lowered([9, 9], [x.shape[1], 1])[0]))
+    graph = trace(model, example_inputs=X)
+    assert_same(graph(X), model(X), 1e-6)
 
 
 def test_random_numbers_do_not_disturb_the_comparison() -> None:

@@ -157,6 +157,21 @@ def test_two_factors_have_less_rank_around_a_point() -> None:
     assert landscape.failures(swapped) != []
 
 
+def test_the_published_activations_have_the_values_of_the_figure() -> None:
+    content = json.loads((evidence.FOLDER / "results/low_rank_bias/D.json").read_text(encoding="utf-8"))
+    gaps = {row[0]: float(row[4]) for row in nonlinearities.table_rows(content)}
+    assert gaps.pop("tanh") > max(gaps.values())  # what the next test explains
+    assert max(gaps.values()) <= 0.13
+
+
+def test_the_smaller_the_start_of_tanh_networks_the_lower_their_rank() -> None:
+    entropies = []
+    for gain in (3**-0.5, nonlinearities.GAIN, 1.5):
+        rows = nonlinearities.one_activation("tanh", torch.tanh, gain, draws=3, steps=150)
+        entropies.append(sum(rows[nonlinearities.DEPTHS.index(4)]["entropy"]) / 3)
+    assert entropies[0] < entropies[1] - 0.05 < entropies[2] - 0.1
+
+
 def test_claims_that_do_not_hold_are_failures() -> None:
     row = {"network": "relu", "measure": "cosine_distance", "width": 32, "distribution": "normal", "depth": 4}
     assert initialisation.failures({"rows": [{**row, "mean": 1.94, "target": 1.88}]})

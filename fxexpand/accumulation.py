@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def accumulate(expanded: nn.Module, batches: int = 1) -> Iterator[None]:
         SelectionError: ``batches`` out of range.
         FxExpandError: a block inside a block of the same model; a model that is sharded (FSDP), whose whole
             factors exist only while their layer runs; DistributedDataParallel with
-            ``find_unused_parameters``, which takes the factors behind a leaf for unused; or, at the end,
-            factors that changed inside, as by an optimizer.
+            ``find_unused_parameters``, which takes the factors behind a leaf for unused; at the end, factors
+            that changed inside, as by an optimizer; or a backward pass after the block of a forward inside.
 
     After an error inside nothing is passed on: the factors' ``.grad`` lacks the micro-batches so far.
     """
@@ -65,13 +66,15 @@ def accumulate(expanded: nn.Module, batches: int = 1) -> Iterator[None]:
         for _, holder, factors in holders:
             holder.held = Held(factors, batches)
             if not isinstance(holder, Expanded):
-                holder(*factors)
+                holder(*factors())
             elif holder.form == "collapsed":
                 _ = holder.weight
         yield
         gathered = [holder.held.gathered() for _, holder, _ in holders]
     finally:
         for _, holder, _ in holders:
+            if holder.held is not None:
+                holder.held.close()
             holder.held = None
     while gathered:  # layer by layer: what one has gathered goes before the next has gradients of its factors
         pairs = gathered.pop()
@@ -95,12 +98,16 @@ def _require_whole(model: nn.Module) -> None:
             )
 
 
-def _holders(model: nn.Module) -> list[tuple[str, Any, list[Tensor]]]:
+def _holders(model: nn.Module) -> list[tuple[str, Any, Callable[[], list[Tensor]]]]:
     """(name, what holds products, its factors) of every expansion whose factors are multiplied."""
-    found: dict[int, tuple[str, Any, list[Tensor]]] = {}
+    found: dict[int, tuple[str, Any, Callable[[], list[Tensor]]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, Expanded) and not module.normed:
-            found[id(module)] = path or type(module).__name__, module, list(module.expansion.parameters())
+            found[id(module)] = path or type(module).__name__, module, partial(_of_layer, module)
         for name, held, expansion in expanded_weights(module):
-            found[id(expansion)] = f"{path}.{name}".lstrip("."), expansion, originals(held)
+            found[id(expansion)] = f"{path}.{name}".lstrip("."), expansion, partial(originals, held)
     return list(found.values())
+
+
+def _of_layer(module: Expanded) -> list[Tensor]:
+    return list(module.expansion.parameters())

@@ -15,6 +15,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
     """A deep copy of the model that keeps the ``shared`` tensors instead of copying them."""
+    with torch.inference_mode(False):  # a copy is to be trained, whatever the mode of the caller
+        return _copied(model, shared)
+
+
+def _copied(model: Model, shared: Iterable[Tensor]) -> Model:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     for tensor in _uncopyable(model):
         memo.setdefault(

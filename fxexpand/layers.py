@@ -95,7 +95,7 @@ class Expanded(nn.Module):
 
     def _formed(self, segment: Segment) -> Tensor:
         layers: Any = list(self.expansion)
-        if self.chain is None or any(type(layer) not in LAYERS for layer in layers):
+        if self.chain is None or any(_is_changed(layer) for layer in layers):
             if sharded_part(self.expansion) is not None:
                 raise FxExpandError(
                     f"{type(self).__name__}: its factors are sharded one by one, and nothing gathers them "
@@ -116,14 +116,14 @@ class Expanded(nn.Module):
     weight: Any = property(_effective_weight, doc="The effective weight, laid out as in the original layer.")
     bias: Any = property(_effective_bias, doc="The layer's own bias, plus what a BatchNorm inside adds.")
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the original layer; extra arguments are those of a transposed convolution (``output_size``)."""
-        way = self._way(x)
+        way = self._way(input)
         if way is None:
-            return self._on_activations(x, *args)
+            return self._on_activations(input, *args, **kwargs)
         if len(way) > 1:
-            return self._in_segments(x, way)
-        output: Tensor = super().forward(x, *args)
+            return self._in_segments(input, way)
+        output: Tensor = super().forward(input, *args, **kwargs)
         return output
 
     def _way(self, x: Tensor) -> Way | None:
@@ -138,11 +138,14 @@ class Expanded(nn.Module):
             return self.chain.way(positions)
         return None if surely_below(positions, self.collapse_from) else whole
 
-    def _on_activations(self, x: Tensor, *args: Any) -> Tensor:
+    def _on_activations(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A BatchNorm would take the channels of a single image for a batch.
+        lone = self.normed and isinstance(self, _ConvNd) and x.ndim == len(self.kernel_size) + 1
         first, *others = self.expansion
-        output: Tensor = first(x, *args)
+        output: Tensor = first(x.unsqueeze(0) if lone else x, *args, **kwargs)
         for part in others:
             output = part(output)
+        output = output.squeeze(0) if lone else output
         own = self._parameters["bias"]
         if own is None:
             return output
@@ -169,7 +172,8 @@ class Expanded(nn.Module):
 
     def factor(self, weight: Tensor) -> list[Tensor]:
         """Values of the block's parameters and buffers, in order, with which it computes ``weight``."""
-        block = self.recipe.build(kernel_of(bare(self, weight.detach())))
+        with exact_products(weight):
+            block = self.recipe.build(kernel_of(bare(self, weight.detach())))
         return [*block.parameters(), *block.buffers()]
 
     def reset_parameters(self) -> None:
@@ -191,8 +195,22 @@ class Expanded(nn.Module):
         if value.shape != effective_shape(self):
             expected = tuple(effective_shape(self))
             raise ValueError(f"weight: shape {tuple(value.shape)} instead of {expected}.")
+        if not value.is_leaf:  # as torch.nn.utils.weight_norm does before each forward
+            raise TypeError(
+                "weight: a computed tensor, and what it was computed from would not train. Assign "
+                "weight.detach(), or compute the weight from others before the layer is expanded."
+            )
+        require_finite(value, "weight", type(self).__name__.removeprefix("Expanded"))
         with torch.no_grad():
             _copy(self.expansion, self.factor(value))
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # the first thing that torch.nn.utils.parametrize does to a module
+            raise AttributeError(
+                "weight: is the product of the factors in expansion, and stays. Fuse the layer first, or "
+                "parametrize its factors."
+            )
+        super().__delattr__(name)
 
     def _load_from_state_dict(
         self,
@@ -217,7 +235,9 @@ class Expanded(nn.Module):
                 assigned = local_metadata.get("assign_to_params_buffers", False)
                 require_finite(given, f"{prefix}weight", type(self).__name__.removeprefix("Expanded"))
                 like = given if assigned else next(self.expansion.parameters())
-                block = self.recipe.build(kernel_of(bare(self, given.detach().to(like.device, like.dtype))))
+                value = given.detach().to(like.device, like.dtype)
+                with exact_products(value):
+                    block = self.recipe.build(kernel_of(bare(self, value)))
                 state_dict.update({inside + key: value for key, value in block.state_dict().items()})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -298,6 +318,11 @@ def restore_layer(module: Expanded, weight: nn.Parameter, bias: nn.Parameter | N
     module._parameters["bias"] = bias
 
 
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether a factor is no stock layer any more, or somebody's hook computes its weight at each call."""
+    return type(layer) not in LAYERS or layer._parameters.get("weight") is None
+
+
 def original_class(module: nn.Module) -> Any:
     """The class that an expanded layer had; ``fully_shard`` puts one of its own before the expanded one."""
     return next(cls for cls in type(module).__mro__ if cls in EXPANDED)
@@ -374,5 +399,5 @@ def _on_rows(module: Any, x: Tensor, weights: list[Tensor], bias: Tensor | None)
     for weight in weights[:-1]:
         rows = F.linear(rows, weight.reshape(weight.shape[0], -1))
     rows = F.linear(rows, weights[-1].flatten(1), bias)
-    output = rows.view(x.shape[0], *_output_size(module, x), -1).permute(0, 3, 1, 2)
+    output = rows.view(x.shape[0], *_output_size(module, x), len(weights[-1])).permute(0, 3, 1, 2)
     return output if is_channels_last(x) else output.contiguous()

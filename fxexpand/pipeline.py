@@ -245,7 +245,8 @@ def _fused(
             raise RefusedError(found.refusals[0].message)
         if before and example_inputs is not None and found.changed:
             after = outputs_of(result, example_inputs)
-            require_same_outputs(before, after, len(found.changed), found.title)
+            weights = result.parameters()
+            require_same_outputs(before, after, len(found.changed), found.title, weights)
     result.__dict__[REPORT] = found
     return cast(Model, result)
 
@@ -283,7 +284,7 @@ def _carry_out(
         commit(plan)
         if example_inputs is not None and plan.steps:
             after = outputs_of(target, example_inputs)
-            require_same_outputs(before, after, len(plan.steps), plan.report.title)
+            require_same_outputs(before, after, len(plan.steps), plan.report.title, target.parameters())
         target.__dict__[REPORT] = plan.report
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -116,26 +118,40 @@ class Held:
     """Products that are formed once and stand in for themselves as leaves, so that gradients gather there.
 
     Args:
-        factors: what the products are made of.
+        factors: what the products are made of, as they are at the time of the call.
         batches: micro-batches that share one product; the choice of a form counts it that much less.
     """
 
-    def __init__(self, factors: Sequence[Tensor], batches: int) -> None:
+    def __init__(self, factors: Callable[[], Sequence[Tensor]], batches: int) -> None:
         self.batches = batches
-        self._factors = list(factors)
-        self._versions = [factor._version for factor in self._factors]
+        self._factors = factors
+        self._first = list(factors())
+        self._states = [_state(factor) for factor in self._first]
         self._pairs: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._open = [True]  # a list: what hooks on the stand-ins share, without a cycle through this object
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model, made inside the block, holds no products."""
+        return type(None), ()
 
     def leaf(self, key: Any, form: Callable[[], Tensor]) -> Tensor:
-        """The stand-in for the product ``form()``, formed at the first call with ``key``."""
+        """The stand-in for the product ``form()``, formed at the first call with ``key``.
+
+        Other factors, as torch.func.functional_call lends them, have a product of their own.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._exchanged():
+            return form()
         if key not in self._pairs:
             # Neither can hand a leaf on: a compiled graph, and inference mode, whose tensors never train.
-            if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            if compiling or torch.is_inference_mode_enabled():
                 return form()
-            # Hooks of a checkpoint around the caller must not count what only the first call saves.
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            with torch.enable_grad(), unhooked():
                 product = form()
-            self._pairs[key] = product, product.detach().requires_grad_(product.requires_grad)
+            leaf = product.detach().requires_grad_(product.requires_grad)
+            if leaf.requires_grad:
+                leaf.register_hook(partial(_require_open, self._open))  # type: ignore[no-untyped-call]
+            self._pairs[key] = product, leaf
         leaf = self._pairs[key][1]
         return leaf if torch.is_grad_enabled() else leaf.detach()
 
@@ -144,16 +160,48 @@ class Held:
 
         Raises: FxExpandError: the factors are no longer those that the products were made of.
         """
-        if [factor._version for factor in self._factors] != self._versions:
+        if self._exchanged() or [_state(factor) for factor in self._first] != self._states:
             raise FxExpandError(
                 "accumulate: the factors changed inside the block, so the products are out of date. Step the "
                 "optimizer after the block, and open a new one for the next step."
             )
         return [(product, leaf.grad) for product, leaf in self._pairs.values() if leaf.grad is not None]
 
+    def close(self) -> None:
+        """From now on a gradient that reaches a stand-in is an error: nobody takes it to the factors."""
+        self._open[0] = False
+
+    def _exchanged(self) -> bool:
+        return any(now is not then for now, then in zip(self._factors(), self._first, strict=True))
+
+
+def unhooked() -> AbstractContextManager[Any]:
+    """What is saved for backward inside escapes the hooks around.
+
+    A checkpoint counts what its hooks see, forwards and again in backward; a product that is formed in one of
+    the two passes and was kept from elsewhere in the other must not be among it.
+    """
+    autograd: Any = torch._C._autograd
+    if torch.compiler.is_compiling() or not autograd._saved_tensors_hooks_is_enabled():
+        return nullcontext()  # torch.func allows no hooks at all
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _state(factor: Tensor) -> tuple[int | None, int]:
+    """Changes when the values do, in place or by another ``.data``; inference tensors do not count."""
+    return None if factor.is_inference() else factor._version, factor.untyped_storage()._cdata
+
+
+def _require_open(still: list[bool], gradient: Tensor) -> None:
+    if not still[0]:
+        raise FxExpandError(
+            "accumulate: backward was called after the block, where no gradient reaches the factors any "
+            "more. Call loss.backward() inside it."
+        )
 
 
 def _multiplied(order: Tree, matrices: Sequence[Tensor]) -> Tensor:

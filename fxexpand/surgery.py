@@ -15,11 +15,11 @@ from fxexpand.errors import InexactError, RefusedError
 from fxexpand.evaluating import evaluating
 from fxexpand.finite import require_finite
 from fxexpand.kernel import Kernel, cast, native_weight
-from fxexpand.layers import Expanded, Form, bare, expand_layer, restore_layer
+from fxexpand.layers import Expanded, Form, bare, exact_products, expand_layer, restore_layer
 from fxexpand.lower import laid_out_as
 from fxexpand.ops import describe, kernel_of
 from fxexpand.recipes import Init, Recipe, fold
-from fxexpand.recipes.structure import telling_weight
+from fxexpand.recipes.structure import leaves, telling_weight
 from fxexpand.report import Action, Report, Row
 from fxexpand.selection import Selection
 from fxexpand.sites import Site, own_modules
@@ -42,6 +42,7 @@ class Plan:
     modules: tuple[nn.Module, ...]
 
 
+@torch.inference_mode(False)  # whose tensors never train
 def plan_expansion(
     sites: Sequence[Site],
     selection: Selection,
@@ -96,6 +97,7 @@ def plan_expansion(
     return Plan(Report("expand", tuple(rows)), tuple(steps), tuple(modules))
 
 
+@torch.inference_mode(False)  # whose tensors never train
 def plan_folding(
     model: nn.Module, verify: bool = True, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Plan:
@@ -173,7 +175,23 @@ def _block(
             )
         assert site.view is not None
         kernel = site.view.kernel(weight.detach())
-    return recipe.build(kernel, init=init, generator=generator), kernel
+    with exact_products(weight):
+        block = recipe.build(kernel, init=init, generator=generator)
+    padding = getattr(site.module, "padding_idx", None)
+    if init != "preserve" and isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and padding is not None:
+        _silence(block, padding)
+    return block, kernel
+
+
+def _silence(block: nn.Sequential, column: int) -> None:
+    """Zero a column of the weight, which then stays zero, as nothing reaches it in training.
+
+    Raises: InexactError: the block cannot keep it zero.
+    """
+    with torch.no_grad():
+        next(leaves(block)).get_parameter("weight")[:, column] = 0.0
+        if not next(block.parameters()).is_meta and bool(fold(block).weight[:, column].any()):
+            raise InexactError("the row of padding_idx would not be zero with this recipe. Use Chain")
 
 
 def _step(site: Site, block: nn.Sequential, recipe: Recipe, form: Form) -> Callable[[], None]:
@@ -193,7 +211,10 @@ def _folded_layer(
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
     wide = in_float64(module.expansion, scratch)
     with evaluating(wide):  # a BatchNorm folds by its running statistics
-        kernel = fold(wide)
+        try:
+            kernel = fold(wide)
+        except InexactError as reason:
+            raise InexactError(f"{name} ({module.recipe}): cannot be folded: {reason}") from None
     fused = cast(kernel, dtype)
     weight = laid_out_as(native_weight(fused), telling_weight(module.expansion))
     parameter = nn.Parameter(weight, requires_grad=trains)
@@ -220,6 +241,12 @@ def _folded_layer(
 def _folded_weight(
     name: str, held: Any, expansion: WeightExpansion, verify: bool
 ) -> tuple[Row, nn.Parameter]:
+    if len(held) > 1:
+        raise InexactError(
+            f"{name} ({expansion.recipe}): cannot be folded: {type(held[1]).__name__} was registered on top "
+            "of the expansion (torch.nn.utils.parametrize) and would be lost. Remove it first: "
+            "remove_parametrizations keeps the value."
+        )
     factors = originals(held)
     for i, factor in enumerate(factors):
         require_finite(factor, f"{name}, factor {i}", f"{expansion.recipe}")

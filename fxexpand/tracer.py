@@ -116,6 +116,8 @@ class RegionTracer(fx.Tracer):
         if any(name.startswith("*") and name not in self._fixed for name in names):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         made: dict[str, Any] = {name: self._proxy_placeholder(name, None, known, forward) for name in names}
+        # ``*args`` is empty in a trace, but for one where a graph is only read: see ``alternatives``.
+        more = [made[name][0] for name in names if name.count("*") == 1 and self._fixed.get(name)]
         for name in [name for name in names if name in self._fixed]:
             expected = self._fixed[name]
             guard = self.create_proxy("call_function", require_argument, (made[name], expected, name), {})
@@ -125,7 +127,8 @@ class RegionTracer(fx.Tracer):
         by_place = [p.name for p in parameters if not stars[p.name] and p.name not in by_name]
 
         def traced(root: nn.Module) -> Any:
-            return root_fn(root, *(made[name] for name in by_place), **{name: made[name] for name in by_name})
+            given = {name: made[name] for name in by_name}
+            return root_fn(root, *(made[name] for name in by_place), *more, **given)
 
         return traced, [self.root]
 

@@ -7,6 +7,8 @@ the graph depends on is found by tracing in both modes.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from fxexpand.tracer import hooked as hooked
 Mode: TypeAlias = Literal["train", "eval"]
 
 GUARD = "fxexpand_mode"  # the ModeGuard of a graph that holds in one mode
+ALTERNATIVES = 64  # graphs of a model with other arguments that are looked at
 ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
 
 # What forward code raises when it is given proxies instead of tensors.
@@ -105,19 +108,29 @@ def fixes_arguments(graph_module: fx.GraphModule) -> bool:
 def alternatives(
     model: nn.Module, example_inputs: ExampleInputs | None = None
 ) -> Iterator[tuple[str, fx.GraphModule]]:
-    """Other graphs of ``model``, for reading only, each with the argument of ``trace`` that it does not fix.
+    """Other graphs of ``model``, for reading only, each with the arguments of ``trace`` that it does not fix.
 
-    A flag is the other way round, a None is something; arguments that cannot be traced so are passed over.
+    A flag is the other way round, a None is something, ``*args`` hold one, a string is another that the
+    forward names; first each alone, then together, up to ``ALTERNATIVES``. What cannot be traced is left out.
     """
     fixed = fixed_arguments(model, example_inputs)
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    words = [each for each in getattr(code, "co_consts", ()) if isinstance(each, str)]
+    changes: list[tuple[str, Any]] = []
     for name, value in fixed.items():
-        if name.startswith("*") or isinstance(value, str):
-            continue
-        others = {key: given for key, given in fixed.items() if key != name}
-        if value is not None:
-            others[name] = not value
+        if isinstance(value, str):
+            changes += [(name, word) for word in words if word != value and word.isidentifier()]
+        elif not name.startswith("**"):
+            changes.append((name, None if value is None else not value))
+    counts = range(1, len(changes) + 1)
+    together = itertools.chain.from_iterable(itertools.combinations(changes, count) for count in counts)
+    for chosen in itertools.islice(together, ALTERNATIVES):
+        others = {**fixed, **dict(chosen)}
+        for name, _ in chosen:
+            if fixed[name] is None:
+                del others[name]
         try:
-            yield name, record(model, faithful=False, fixed=others)
+            yield ", ".join(dict(chosen)), record(model, faithful=False, fixed=others)
         except UntraceableError:
             continue
 

@@ -55,7 +55,8 @@ class TrainedRankPruning:
     and sent to the others, so that all hold the same bits.
 
     Args:
-        model: its Linear layers and convolutions are looked at; expanded or factored ones are not.
+        model: its Linear layers and convolutions are looked at; frozen, expanded or factored ones are not,
+            and of several that share a weight only the first.
         every: steps from one projection to the next.
         energy: the share of the squared norm that a projection keeps.
         nuclear: lam, the weight of the nuclear norm; 0 leaves it out.
@@ -218,7 +219,9 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
             "pointwise": convolution and all(k == 1 for k in kernel.kernel_size),
             "strided": convolution and any(s > 1 for s in kernel.stride),
         }
-        if selected[name] and not any(tests[each] for each in exclude):
+        parameter = module.get_parameter("weight")
+        taken = any(parameter is layer.get_parameter("weight") for layer in layers.values())
+        if selected[name] and parameter.requires_grad and not taken and not any(tests[x] for x in exclude):
             layers[name] = module
     return layers
 

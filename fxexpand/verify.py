@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,9 @@ def block_error(block: nn.Module, kernel: Kernel, scratch: Scratch | None = None
     scratch = scratch or Scratch()
     generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (1, kernel.in_channels, *probe_size(kernel))
-    probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(kernel.weight.device)
+    probe = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        kernel.weight.device
+    )
     with evaluating(block):
         return worst_error([_run(block, probe, scratch)], [apply(cast(kernel, torch.float64), probe)])
 
@@ -84,7 +86,9 @@ def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Seque
         shape: of the probe.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
-    probe = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(kernel.weight.device)
+    probe = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(
+        kernel.weight.device
+    )
     with evaluating(before), evaluating(after), torch.no_grad():
         try:
             expected = in_float64(before, Scratch())(probe)
@@ -171,15 +175,21 @@ def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
 
 
-def require_same_outputs(before: list[Tensor], after: list[Tensor], sites: int, what: str) -> float:
+def require_same_outputs(
+    before: list[Tensor], after: list[Tensor], sites: int, what: str, weights: Iterable[Tensor] = ()
+) -> float:
     """The relative error of outputs.
+
+    Args:
+        weights: of the model, which may be of lower precision than what it returns.
 
     Raises: VerificationError: above the tolerance for that many sites.
     """
     if not before:
         return 0.0
     error = worst_error(after, before)
-    limit = max(tolerance(tensor.dtype, sites) for tensor in before)
+    floating = (tensor for tensor in weights if tensor.is_floating_point())
+    limit = max(tolerance(tensor.dtype, sites) for tensor in (*before, *floating))
     if not error <= limit:
         raise VerificationError(
             f"{what}: the outputs changed by a relative {error:.3g}, above {limit:.3g} for {sites} sites. "

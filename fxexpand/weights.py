@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fxexpand.finite import require_finite
 from fxexpand.kernel import Kernel
 from fxexpand.layers import exact_products, size_mismatch
 from fxexpand.lower import laid_out_as
-from fxexpand.products import Held, matrix_chain
+from fxexpand.products import Held, matrix_chain, unhooked
 from fxexpand.recipes import Recipe, fold
 
 _ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
@@ -95,22 +96,22 @@ class WeightExpansion(nn.Module):
         self._planned: tuple[Tensor, ...] | None = tuple(p.detach() for p in block.parameters())
         # In a list, so that torch does not see it as a submodule: it has shapes and structure, but no values.
         self._structure = [block.to("meta")]
-        self._readers = 0
-        self._read: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, *factors: Tensor) -> Tensor:
         """The parameter, in its own shape; the same tensor at every read within ``reading_once``."""
         if self.held is not None:
             return self.held.leaf("weight", partial(self._formed, *factors))
-        if not self._readers or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self not in _READING.products:
             return self._formed(*factors)
-        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(id, factors)
-        if self._read is None or self._read[0] != mode:
-            self._read = mode, self._formed(*factors)
-        return self._read[1]
+        versions = [(id(factor), None if factor.is_inference() else factor._version) for factor in factors]
+        made_of = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions
+        kept = _READING.products[self]
+        if kept is None or kept[0] != made_of:
+            _READING.products[self] = kept = made_of, factors, self._formed(*factors)
+        return kept[2]
 
     def _formed(self, *factors: Tensor) -> Tensor:
-        with exact_products(factors[0]):
+        with exact_products(factors[0]), unhooked():
             if self._chain is not None:
                 product = self._chain.product(factors, self._chain.whole)
             else:
@@ -121,13 +122,14 @@ class WeightExpansion(nn.Module):
     @contextmanager
     def reading_once(self) -> Iterator[None]:
         """Form the product at the first read only. (A compiler finds equal products by itself.)"""
-        self._readers += 1
+        if self in _READING.products:  # a forward within a forward of the same module
+            yield
+            return
+        _READING.products[self] = None
         try:
             yield
         finally:
-            self._readers -= 1
-            if not self._readers:
-                self._read = None
+            del _READING.products[self]
 
     @property
     def structure(self) -> nn.Sequential:
@@ -139,11 +141,13 @@ class WeightExpansion(nn.Module):
         if self._planned is not None:
             planned, self._planned = self._planned, None
             return planned
+        require_finite(value, "weight", "x".join(map(str, self.view.shape)))
         return self.factor(value)
 
     def factor(self, value: Tensor) -> tuple[Tensor, ...]:
         """Factors for ``value``, as at the first expansion."""
-        block = self.recipe.build(self.view.kernel(value.detach()))
+        with exact_products(value):
+            block = self.recipe.build(self.view.kernel(value.detach()))
         return tuple(factor.detach() for factor in block.parameters())
 
     def folded(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -161,6 +165,19 @@ class WeightExpansion(nn.Module):
     def extra_repr(self) -> str:
         """The recipe and the shape."""
         return f"{tuple(self.view.shape)}, recipe={self.recipe}"
+
+
+class _Reading(threading.local):
+    """Modules whose forward this thread runs, each with (what its product was made of, the factors, it).
+
+    Each thread has its own: two that train one model must not go backwards through the same graph.
+    """
+
+    def __init__(self) -> None:
+        self.products: dict[WeightExpansion, tuple[Any, tuple[Tensor, ...], Tensor] | None] = {}
+
+
+_READING = _Reading()
 
 
 def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpansion) -> None:

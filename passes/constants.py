@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +14,10 @@ from fxexpand.errors import InexactError
 from fxexpand.graph import tensor_at, works_in_place
 from fxexpand.kernel import apply
 from fxexpand.ops import LAYERS, kernel_of
+
+# Numbers that something is scaled with or shifted by: one, or one per channel; how many channels, and how
+# many dimensions come after those.
+Factor: TypeAlias = "tuple[Callable[[torch.device], Tensor] | float, int | None, int | None]"
 
 
 class Constants:
@@ -21,7 +28,7 @@ class Constants:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
-        self._values: dict[fx.Node, Any] = {}
+        self._values: dict[tuple[fx.Node, bool], Any] = {}
         self._shapes: dict[fx.Node, torch.Size] = {}
         written = {
             arg
@@ -65,32 +72,51 @@ class Constants:
             self._shapes[node] = self.value(node).shape
         return self._shapes[node]
 
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        """That of a constant tensor, where the graph computes it.
+
+        Raises: InexactError: as for ``value``.
+        """
+        if node.op == "get_attr":
+            return tensor_at(self.graph_module, str(node.target)).dtype
+        return self._tensor(node, wide=False).dtype
+
     def value(self, node: fx.Node) -> Tensor:
-        """A constant tensor, in float64, without gradients.
+        """A constant tensor, in float64 (integers stay), without gradients.
 
         Raises: InexactError: it is no tensor, draws random numbers, or cannot be computed in float64.
         """
-        value = self._evaluated(node)
+        value = self._tensor(node, wide=True)
+        return value.double() if value.is_floating_point() else value
+
+    def wide(self, node: fx.Node) -> bool:
+        """Whether a constant tensor is in float64 where what it is computed of is."""
+        return node.op == "get_attr" or self._tensor(node, wide=True).dtype == torch.float64
+
+    def _tensor(self, node: fx.Node, wide: bool) -> Tensor:
+        value = self._evaluated(node, wide)
         if not isinstance(value, Tensor):
             raise InexactError("it takes a constant that is no tensor.")
         return value
 
-    def _evaluated(self, node: fx.Node) -> Any:
-        if node in self._values:
-            return self._values[node]
+    def _evaluated(self, node: fx.Node, wide: bool) -> Any:
+        """A constant as the graph computes it; ``wide``: of parameters and buffers in float64."""
+        if (node, wide) in self._values:
+            return self._values[node, wide]
         value: Any
         if node.op == "get_attr":
             tensor = tensor_at(self.graph_module, str(node.target)).detach()
-            value = tensor.double() if tensor.is_floating_point() else tensor
+            value = tensor.double() if wide and tensor.is_floating_point() else tensor
         else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._evaluated)
+            evaluated = partial(self._evaluated, wide=wide)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), evaluated)
             state = torch.get_rng_state()
             try:
                 with torch.no_grad():
                     if node.op == "call_module":
                         layer = self.graph_module.get_submodule(str(node.target))
                         given: Any = args
-                        value = apply(kernel_of(layer, dtype=torch.float64), *given)
+                        value = apply(kernel_of(layer, dtype=torch.float64 if wide else None), *given)
                     elif node.op == "call_function":
                         assert callable(node.target)
                         value = node.target(*args, **kwargs)
@@ -98,10 +124,40 @@ class Constants:
                         value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             except (RuntimeError, TypeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise InexactError(f"a constant it takes cannot be computed in float64: {reason}") from error
+                raise InexactError(f"a constant it takes cannot be computed alone: {reason}") from error
             if not torch.equal(state, torch.get_rng_state()):
                 torch.set_rng_state(state)
                 raise InexactError("a constant it takes is drawn at random.")
         if node.op != "get_attr":
-            self._values[node] = value
+            self._values[node, wide] = value
         return value
+
+
+def factor_of(constants: Constants, constant: Any, sign: float, inverse: bool = False) -> Factor | None:
+    """A constant that has one value per channel, or one in all; None for any other.
+
+    The dimensions of a constant are those of the value counted from the last: (C, 1, 1) has the channels
+    where a Conv2d has them.
+
+    Raises: InexactError: it holds NaN or Inf, as the mask of a head may.
+    """
+    if isinstance(constant, int | float) and not isinstance(constant, bool):
+        finite = math.isfinite(constant) and not (inverse and constant == 0)
+        return (sign / constant if inverse else sign * constant, None, None) if finite else None
+    if not isinstance(constant, fx.Node) or constants.dtype(constant).is_complex:
+        return None
+    shape = constants.shape(constant)
+    wide = [i for i, size in enumerate(shape) if size != 1]
+    if len(wide) > 1:
+        return None
+
+    def numbers(device: torch.device) -> Tensor:
+        values = constants.value(constant).reshape(-1).to(device, torch.float64)
+        return sign / values if inverse else sign * values
+
+    found = numbers(constants.value(constant).device)
+    if not found.is_meta and not bool(torch.isfinite(found).all()):
+        raise InexactError("it holds NaN or Inf, or divides by zero.")
+    if not wide:
+        return numbers, None, None
+    return numbers, shape[wide[0]], len(shape) - 1 - wide[0]

@@ -33,6 +33,7 @@ class Form:
         shared: it computes again what others read too, so that nothing before that is saved.
         idle: nothing but what passes a value on or moves it.
         devices: where its tensors are.
+        dtypes: of its weights and of the constants that decide on the dtype of the result.
         credited: values that it takes to be computed for nobody else; see ``credits``.
     """
 
@@ -54,6 +55,7 @@ class Form:
     shared: bool = False
     idle: bool = False
     devices: frozenset[torch.device] = frozenset()
+    dtypes: frozenset[torch.dtype] = frozenset()
     credited: tuple[fx.Node, ...] = ()
 
     @property

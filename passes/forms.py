@@ -17,7 +17,7 @@ from fractions import Fraction
 from torch import fx
 
 from fxexpand.errors import InexactError
-from fxexpand.graph import works_in_place
+from fxexpand.graph import works_in_place, written
 from fxexpand.kernel import Kernel, macs
 from fxexpand.lower import to_module
 from fxexpand.passes.form import Form
@@ -119,6 +119,7 @@ class Interpretation:
             computed=step.computed,
             idle=idle,
             devices=frozenset(tensor.device for tensor in self._reader.tensors(node)),
+            dtypes=self._reader.dtypes.get(node, frozenset()),
         )
         return self._with_extended(local)
 
@@ -269,6 +270,7 @@ class Interpretation:
             shared=one.shared or two.shared,
             idle=False,
             devices=one.devices | two.devices,
+            dtypes=one.dtypes | two.dtypes,
         )
         return self._accepted(form, lambda: combine(one.map, two.map), node)
 
@@ -301,6 +303,7 @@ class Interpretation:
             shared=not alone or inner.shared,
             idle=inner.idle and outer.idle,
             devices=inner.devices | outer.devices,
+            dtypes=inner.dtypes | outer.dtypes,
         )
         if between and inner.layer is not None:
             form = replace(form, after=(*between, *outer.after))
@@ -357,6 +360,8 @@ class Interpretation:
         try:
             if len(form.devices) > 1:
                 raise InexactError("they are on different devices.")
+            if len(form.dtypes) > 1:
+                raise InexactError("they are of different dtypes.")
             joined = join()
             if joined.shape is not None and form.layer is not None:
                 to_module(joined.shape)
@@ -388,10 +393,10 @@ class Interpretation:
         for write in between:
             if write in form.nodes:
                 continue
-            written = self._memory(write.args[0] if write.args else None)
+            target = self._memory(written(write))
             source = self._memory(form.source) if self._order[write] < form.last else None
-            unknown = written is None or (source is None and self._order[write] < form.last)
-            if unknown or written is source or written in form.nodes:
+            unknown = target is None or (source is None and self._order[write] < form.last)
+            if unknown or target is source or target in form.nodes:
                 return False
         return True
 

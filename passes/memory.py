@@ -1,14 +1,23 @@
-"""Which values have memory of their own."""
+"""Which values have memory of their own, and of what dtype they are."""
 
 from __future__ import annotations
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxexpand.graph import works_in_place
+from fxexpand.graph import works_in_place, written
 from fxexpand.ops import LAYERS
 from fxexpand.passes.module_maps import POOLS
 from fxexpand.passes.operators import call_of
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a value in the example, by ``trace(example_inputs=...)`` or an export."""
+    value = node.meta.get("val")
+    held = value if isinstance(value, Tensor) else node.meta.get("tensor_meta")
+    dtype = getattr(held, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def fresh(graph_module: fx.GraphModule, node: object) -> bool:
@@ -22,7 +31,6 @@ def fresh(graph_module: fx.GraphModule, node: object) -> bool:
     if call is None:
         return False
     if works_in_place(graph_module, node):
-        target = node.args[0]
-        return isinstance(target, fx.Node) and fresh(graph_module, target)
+        return fresh(graph_module, written(node))
     weighs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
     return weighs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")

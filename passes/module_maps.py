@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from fxexpand import kernel as laws
 from fxexpand.errors import InexactError
+from fxexpand.evaluating import evaluating
 from fxexpand.kernel import Kernel
 from fxexpand.layers import Expanded
 from fxexpand.ops import LAYERS, frozen_norm, kernel_of, stock_layer, weight_by_hooks, without_hooks
@@ -22,21 +23,33 @@ from fxexpand.passes.operators import Call
 from fxexpand.recipes import Branches, Scale, Skip, fold
 from fxexpand.recipes.fixed import Fixed
 from fxexpand.recipes.structure import LastDimBatchNorm
+from fxexpand.tracing import FAILURES
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+DROP_PATHS = ("DropPath", "StochasticDepth")
 BLOCKS = (Skip, Branches, Scale, Fixed)
 
 
 def passes_on(module: nn.Module) -> bool:
     """Whether a module returns what it gets: Identity, and dropout of any kind while it drops nothing."""
     kind = type(module)
-    if isinstance(module, nn.Identity) or (kind in DROPOUTS and vars(module)["p"] == 0.0):
+    if kind.forward is nn.Identity.forward or (kind in DROPOUTS and vars(module)["p"] == 0.0):
         return True
-    drops = kind in DROPOUTS or kind.__name__ in ("DropPath", "StochasticDepth")
+    drops = kind in DROPOUTS or (kind.__name__ in DROP_PATHS and _returns_input(module))
     return drops and not module.training
+
+
+def _returns_input(module: nn.Module) -> bool:
+    """Whether a drop path of any library does so in evaluation mode: as first published it scales instead."""
+    probe = torch.arange(1.0, 7.0).reshape(2, 3)
+    try:
+        with evaluating(module):
+            return torch.equal(module.forward(probe), probe)
+    except FAILURES:
+        return False
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """The table from the nodes of a graph to affine operators: modules, functions, methods and ATen overloads.
 
 Names are compared, not objects: ``x + y``, ``x += y``, ``torch.add``, ``x.add_(y)`` and ``aten.add.Tensor``
-are all "add", with the arguments of that name in ``ARGUMENTS``. What is not here, or has arguments that
-make it something else, is no affine operator: its value is a new source.
+are all "add", with the arguments of that name in ``ARGUMENTS``. What is not here, or has other arguments
+(``rounding_mode`` of a division, ``beta``, ``out``), is no affine operator: its value is a new source.
 """
 
 from __future__ import annotations
@@ -73,24 +73,24 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "adaptive_avg_pool3d": ("input", "output_size"),
     "pad": ("input", "pad", "mode", "value"),
     "constant_pad_nd": ("input", "pad", "value"),
-    "dropout": ("input", "p", "training"),
-    "dropout1d": ("input", "p", "training"),
-    "dropout2d": ("input", "p", "training"),
-    "dropout3d": ("input", "p", "training"),
-    "alpha_dropout": ("input", "p", "training"),
-    "feature_alpha_dropout": ("input", "p", "training"),
-    "feature_dropout": ("input", "p", "training"),
+    "dropout": ("input", "p", "training", "inplace"),
+    "dropout1d": ("input", "p", "training", "inplace"),
+    "dropout2d": ("input", "p", "training", "inplace"),
+    "dropout3d": ("input", "p", "training", "inplace"),
+    "alpha_dropout": ("input", "p", "training", "inplace"),
+    "feature_alpha_dropout": ("input", "p", "training", "inplace"),
+    "feature_dropout": ("input", "p", "training", "inplace"),
     "detach": ("input",),
     "contiguous": ("input", "memory_format"),
-    "clone": ("input",),
+    "clone": ("input", "memory_format"),
     "alias": ("input",),
     "flatten": ("input", "start_dim", "end_dim"),
     "reshape_as": ("input", "other"),
     "reshape": ("input", "shape"),
     "permute": ("input", "dims"),
     "transpose": ("input", "dim0", "dim1"),
-    "mean": ("input", "dim", "keepdim"),
-    "sum": ("input", "dim", "keepdim"),
+    "mean": ("input", "dim", "keepdim", "dtype"),
+    "sum": ("input", "dim", "keepdim", "dtype"),
     "stack": ("tensors", "dim"),
     "cat": ("tensors", "dim"),
     "chunk": ("input", "chunks", "dim"),
@@ -153,6 +153,8 @@ def call_of(node: fx.Node) -> Call | None:
     arguments = dict(zip(names, given, strict=False))
     for key, value in node.kwargs.items():
         arguments[PARAMETERS.get(key, key)] = value
+    if any(key not in names and value is not None for key, value in arguments.items()):
+        return None
     if name == "convolution":
         name = _specific_convolution(arguments)
     name = name.removeprefix("torch.")
@@ -211,7 +213,7 @@ def rows_of(cut: Any, channels: int) -> list[int] | None:
         if not all(end is None or isinstance(end, int) for end in ends):
             return None
         return list(range(channels))[cut]
-    if all(isinstance(each, int) for each in cut):
+    if all(isinstance(each, int) and not isinstance(each, bool) for each in cut):
         return [each % channels for each in cut]
     return None
 

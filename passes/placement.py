@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.calls import Parts
 from fxexpand.factored import Factorized
-from fxexpand.graph import works_in_place
+from fxexpand.graph import works_in_place, written
 from fxexpand.inputs import ExampleInputs
 from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
@@ -180,7 +180,7 @@ def _conflicts(module: nn.Module, graph_module: fx.GraphModule, tree: _Tree, cal
             same = [_outline(where) for where in others.places.values() if where is not None]
             for name, where in placed.items():
                 if others.calls_any(where) and _outline(where) not in same:
-                    found[name] = f"it holds for some values of the argument {argument} only"
+                    found.setdefault(name, f"it holds for some values of the argument {argument} only")
     return found
 
 
@@ -394,7 +394,7 @@ class _Tree:
             return False  # Identity passes the source on, into which something is written before the layer
         for node in form.nodes:
             for user in node.users if node not in group.values else ():
-                if order[user] in self._written_by and user.args and user.args[0] is node:
+                if order[user] in self._written_by and written(user) is node:
                     return False
                 if user in form.nodes or (user in self._walk.shape_readers and order[node] < order[anchor]):
                     continue

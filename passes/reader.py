@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,9 @@ from fxexpand.errors import InexactError
 from fxexpand.graph import Census, tensor_at, works_in_place
 from fxexpand.kernel import Kernel
 from fxexpand.ops import convolution, norm_kernel
-from fxexpand.passes.constants import Constants
-from fxexpand.passes.maps import Map, Place, after, identity, scaling, shifting
-from fxexpand.passes.memory import fresh
+from fxexpand.passes.constants import Constants, Factor, factor_of
+from fxexpand.passes.maps import Map, Place, after, scaling, shifting
+from fxexpand.passes.memory import dtype_of, fresh
 from fxexpand.passes.module_maps import (
     BLOCKS,
     GLOBAL_POOLS,
@@ -31,8 +30,8 @@ from fxexpand.passes.module_maps import (
     pool_call,
 )
 from fxexpand.passes.operators import Call, call_of, part_sizes, picked, rows_of, tuple_of
-from fxexpand.passes.shapes import Shapes, place_after
-from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View
+from fxexpand.passes.shapes import ONE, Shapes, place_after, recorded
+from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View, averaging, padding
 from fxexpand.recipes import Branches
 from fxexpand.recipes.structure import LastDimBatchNorm
 from fxexpand.tracing import hooked
@@ -42,13 +41,21 @@ NORM_OF_THREE = "_native_batch_norm_legit_no_training"
 
 
 class Reader:
-    """Reads the nodes of a graph; see ``step``."""
+    """Reads the nodes of a graph; see ``step``.
+
+    Attributes:
+        dtypes: by node that was read: those of the layer's weight, and of the constants it takes that decide
+            on the dtype of its result: neither a number or a tensor without dimensions, nor those of a norm.
+    """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.census = Census(graph_module)
         self.constants = Constants(graph_module)
         self.shapes = Shapes(graph_module)
+        self.dtypes: dict[fx.Node, frozenset[torch.dtype]] = {}
+        held = (*graph_module.parameters(), *graph_module.buffers())
+        self._mixed = len({tensor.dtype for tensor in held if tensor.is_floating_point()}) > 1
 
     def read(self, node: fx.Node) -> list[str]:
         """The names of the parameters and buffers that a function or a method reads."""
@@ -82,7 +89,27 @@ class Reader:
         found = self._call(node, call)
         if found is not None and works_in_place(self.graph_module, node):
             self._require_private(node)
+        if isinstance(found, Affine | Sum):
+            if call.name != "batch_norm":
+                read = [each for each in node.all_input_nodes if each in self.constants]
+                self.dtypes[node] = self._deciding(read)
+            self._require_dtype(node, found)
         return found
+
+    def _deciding(self, constants: Sequence[fx.Node]) -> frozenset[torch.dtype]:
+        found = (self.constants.dtype(each) for each in constants if len(self.constants.shape(each)))
+        return frozenset(dtype for dtype in found if dtype.is_floating_point)
+
+    def _require_dtype(self, node: fx.Node, step: Affine | Sum) -> None:
+        """A merged layer wants its own dtype: an image of bytes that is scaled first must stay apart."""
+        now = dtype_of(node)
+        for value in [step.operand] if isinstance(step, Affine) else [term for term, _ in step.terms]:
+            before = dtype_of(value)
+            if (known := None not in (before, now)) and before != now:
+                raise InexactError(f"it turns {before} into {now}.".replace("torch.", ""))
+            weighs = isinstance(step, Affine) and step.weighs
+            if self._mixed and self.dtypes.get(node) and not known and not weighs:
+                raise InexactError("whether it changes the dtype is not known. Trace with example_inputs.")
 
     def _require_private(self, node: fx.Node) -> None:
         """A value that is written into must have been read by nobody who may look at it again."""
@@ -105,18 +132,21 @@ class Reader:
                 raise InexactError(obstacle)
             computed = weighs and computes_weight(module)
             rank = self._rank_of_norm(module, x) if is_norm(module) else None
+            if weighs:
+                matrices = (held for held in module.parameters() if held.ndim > 1)  # no norm inside
+                self.dtypes[node] = frozenset(held.dtype for held in matrices)
             return Affine(x, module_map(module, rank), weighs, computed)
         if hooked(module):
             return None
         if type(module) in POOLS:
             return self._pool(pool_call(module, x))
         if type(module) in GLOBAL_POOLS:
-            return _averaging(x, type(module).__name__)
+            return averaging(x, type(module).__name__)
         if isinstance(module, nn.Flatten):
             return self._view(node, x, Call("flatten", {}))
         if type(module) in PADS:
             held: Any = module
-            return _padding(x, held.padding, getattr(held, "value", 0.0))
+            return padding(x, held.padding, getattr(held, "value", 0.0))
         return None
 
     def _rank_of_norm(self, module: nn.Module, x: fx.Node) -> int | None:
@@ -153,11 +183,11 @@ class Reader:
         if call.name.startswith("avg_pool"):
             return self._pool(call)
         if call.name.startswith("adaptive_avg_pool"):
-            return _averaging(x, call.name)
+            return averaging(x, call.name)
         if call.name in ("pad", "constant_pad_nd"):
             if call.get("mode", "constant") != "constant":
                 return None
-            return _padding(x, call["pad"], call.get("value"))
+            return padding(x, call["pad"], call.get("value"))
         if call.name.endswith(("dropout", "dropout1d", "dropout2d", "dropout3d")):
             return Same(x) if call.get("training", True) is False else None
         if call.name in ("split", "chunk"):
@@ -194,7 +224,7 @@ class Reader:
         if len(terms) != 1 or len(constants) != 1:
             return None
         (value, term), (constant, sign) = terms[0], constants[0]
-        found = self._factor(constant, sign)
+        found = self._factor(value, constant, sign)
         return None if found is None else Affine(value, after(shifting(*found), term))
 
     def _doubled(self, terms: Sequence[tuple[fx.Node, Map]]) -> Step:
@@ -203,49 +233,47 @@ class Reader:
         return Affine(terms[0][0], scaling(sum(factors), None, None))
 
     def _scaled(self, value: fx.Node, factor: Any, inverse: bool = False) -> Step | None:
-        found = self._factor(factor, 1.0, inverse)
+        found = self._factor(value, factor, 1.0, inverse)
         return None if found is None else Affine(value, scaling(*found))
+
+    def _factor(self, value: fx.Node, constant: Any, sign: float, inverse: bool = False) -> Factor | None:
+        """What ``value`` is scaled with or shifted by, and stays of the same shape."""
+        found = factor_of(self.constants, constant, sign, inverse)
+        if found is None or not isinstance(constant, fx.Node):
+            return found
+        shape, example, dims = self.shapes.of(value), recorded(value), len(self.constants.shape(constant))
+        _, channels, rank = found
+        if shape is not None and len(shape) < dims:
+            raise InexactError(f"it makes {dims} dimensions of {len(shape)}.")
+        if channels is not None and rank is not None:
+            single = shape is not None and shape[-1 - rank] == ONE
+            if single or (example is not None and example[-1 - rank] == 1):
+                raise InexactError(f"it makes {channels} channels of one.")
+        return found
 
     def _varies(self, value: object) -> bool:
         return isinstance(value, fx.Node) and value not in self.constants
-
-    def _factor(
-        self, constant: Any, sign: float, inverse: bool = False
-    ) -> tuple[Callable[[torch.device], Tensor] | float, int | None, int | None] | None:
-        """(numbers, channels, rank) of a constant that has one value per channel, or one in all.
-
-        The dimensions of a constant are those of the value counted from the last: (C, 1, 1) has the channels
-        where a Conv2d has them.
-        """
-        if isinstance(constant, int | float) and not isinstance(constant, bool):
-            return (sign / constant if inverse else sign * constant), None, None
-        if not isinstance(constant, fx.Node):
-            return None
-        shape = self.constants.shape(constant)
-        wide = [i for i, size in enumerate(shape) if size != 1]
-        if len(wide) > 1:
-            return None
-
-        def numbers(device: torch.device) -> Tensor:
-            values = self.constants.value(constant).reshape(-1).to(device)
-            return sign / values if inverse else sign * values
-
-        if not wide:
-            return numbers, None, None
-        return numbers, shape[wide[0]], len(shape) - 1 - wide[0]
 
     def _weighted(self, call: Call, x: fx.Node) -> Step | None:
         product = call.name in ("matmul", "addmm")
         weight, bias = call.get("other" if product else "weight"), call.get("bias")
         if weight not in self.constants or not (bias is None or bias in self.constants):
             return None
-        if product and (len(self.constants.shape(weight)) != 2 or "alpha" in call.arguments):
+        matrix = product or call.name == "linear"
+        if matrix and len(self.constants.shape(weight)) != 2:
             return None
+        if not self.constants.dtype(weight).is_floating_point:
+            return None
+        if not all(self.constants.wide(each) for each in (weight, bias) if each is not None):
+            raise InexactError("its weight is cast to another dtype on the way, and float64 would not show.")
         bias_shape = None if bias is None else self.constants.shape(bias)
+        if bias_shape is not None and any(size != 1 for size in bias_shape[:-1]):
+            return None  # another one for each row
 
         def build(values: Tensor, offset: Tensor | None) -> Kernel:
-            if product or call.name == "linear":
-                return Kernel(values.t() if product else values, offset)
+            if matrix:
+                values = values.t() if product else values
+                return Kernel(values, None if offset is None else offset.reshape(-1).expand(len(values)))
             return convolution(call.name, values, offset, call.arguments)
 
         meta = partial(torch.empty, dtype=torch.float64, device="meta")
@@ -289,27 +317,27 @@ class Reader:
         x, rank = call["input"], int(call.name[-2])
         size = tuple_of(call["kernel_size"], rank)
         stride = tuple_of(call.get("stride") or call["kernel_size"], rank)
-        padding = tuple_of(call.get("padding", 0), rank)
-        if size is None or stride is None or padding is None or call.get("divisor_override") is not None:
+        around = tuple_of(call.get("padding", 0), rank)
+        if size is None or stride is None or around is None or call.get("divisor_override") is not None:
             return None
-        counted = call.get("count_include_pad", True) is True or not any(padding)
+        counted = call.get("count_include_pad", True) is True or not any(around)
         if call.get("ceil_mode", False) or not counted:
             # Every output is an average of what it reads.
-            averages = not any(padding) or not counted
+            averages = not any(around) or not counted
             option = "count_include_pad=False" if not counted else "ceil_mode=True"
             note = f"an average over windows that are cut at the border ({option}) is no kernel."
             if not averages:
                 raise InexactError(note)
-            return _averaging(x, call.name, note)
+            return averaging(x, call.name, note)
 
         def leaf(place: Place) -> Kernel:
             weight = torch.full(
                 (place.channels, 1, *size), 1 / math.prod(size), dtype=torch.float64, device=place.device
             )
-            sides = tuple((p, p) for p in padding)
+            sides = tuple((p, p) for p in around)
             return Kernel(weight, None, stride=stride, padding=sides, groups=place.channels)
 
-        return Affine(x, Map(rank, None, None, leaf), averages=not any(padding))
+        return Affine(x, Map(rank, None, None, leaf), averages=not any(around))
 
     def _view(self, node: fx.Node, x: fx.Node, call: Call) -> Step | None:
         before, now = self.shapes.of(x), self.shapes.of(node)
@@ -419,26 +447,3 @@ class Reader:
             return list(range(start, start + sizes[index % len(sizes)]))
 
         return Pick(x, rows, -1 - dim if dim < 0 else (ndim or 0) - 1 - dim)
-
-
-def _averaging(x: fx.Node, name: str, note: str | None = None) -> View:
-    """An average over the last dimensions, as many as the name says: the channels must not be among them."""
-    rank = int(name[-2])
-    return View(x, lambda given: given if given >= rank else None, averages=True, note=note)
-
-
-def _padding(x: fx.Node, sides: Any, value: Any) -> Step | None:
-    """Zeros around the last dimensions; torch counts from the last one."""
-    if value not in (None, 0, 0.0) or not isinstance(sides, list | tuple):
-        return None
-    if not all(isinstance(side, int) for side in sides):
-        return None
-    pairs = [(sides[i], sides[i + 1]) for i in range(0, len(sides), 2)][::-1]
-
-    def leaf(place: Place) -> Kernel:
-        if any(any(pair) for pair in pairs[: max(0, len(pairs) - place.rank)]):
-            raise InexactError("it pads the channels too.")
-        padding = ((0, 0),) * (place.rank - len(pairs)) + tuple(pairs[max(0, len(pairs) - place.rank) :])
-        return replace(identity().at(place), padding=padding)
-
-    return Affine(x, Map(None, None, None, leaf))

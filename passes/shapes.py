@@ -111,10 +111,7 @@ ELEMENTWISE = frozenset(
         ),
     ]
 )
-WINDOWS = (
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-)
+WINDOWS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd)
 
 
 class Shapes:

@@ -261,6 +261,40 @@ def test_attributes_that_other_code_reads() -> None:
             assert str(type(module).__name__) in repr(twin) and "Chain" in repr(twin)
 
 
+class Doubles(nn.Module):
+    """Calls with keywords, as decoders make them: ``output_size`` decides between two sizes of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(input=self.down(input=x), output_size=x.shape[2:])
+        result: Tensor = self.head(input=y.mean((2, 3)))
+        return result
+
+
+@pytest.mark.parametrize("form", ["auto", "chain", "collapsed"])
+def test_arguments_by_keyword(form: Any) -> None:
+    model = Doubles().double()
+    big = expand(model, form=form)
+    for size in ((8, 8), (7, 9)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        assert_same(big(x), model(x), rel=1e-10)
+
+
+@pytest.mark.parametrize("form", ["auto", "chain", "collapsed"])
+def test_a_batch_of_none(form: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.Flatten(), nn.Linear(5 * 12, 2)).double()
+    big = expand(model, form=form)
+    y = big(IMAGES[:0])
+    assert y.shape == (0, 2) == model(IMAGES[:0]).shape
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in big.parameters())
+
+
 def test_half_precision_models_keep_their_dtype() -> None:
     model, x = convnet()
     for dtype, rel in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):

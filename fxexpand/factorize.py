@@ -28,6 +28,7 @@ from fxexpand.verify import outputs_of
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@torch.inference_mode(False)  # whose tensors never train
 def factorize(
     model: Model,
     example_inputs: ExampleInputs | None = None,

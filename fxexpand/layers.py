@@ -131,7 +131,7 @@ class Expanded(nn.Module):
         whole = (WHOLE if self.chain is None else self.chain.whole,)
         if self.form != "auto":
             return whole if self.form == "collapsed" else None
-        if self.normed and self.training:
+        if (self.normed and self.training) or any(_is_hooked(layer) for layer in self.expansion):
             return None
         positions = _positions(self, x) * (1 if self.held is None else self.held.batches)
         if self.chain is not None:
@@ -319,8 +319,13 @@ def restore_layer(module: Expanded, weight: nn.Parameter, bias: nn.Parameter | N
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    """Whether a factor is no stock layer any more, or somebody's hook computes its weight at each call."""
-    return type(layer) not in LAYERS or layer._parameters.get("weight") is None
+    """Whether a factor is no stock layer any more, or has its weight from a hook."""
+    return type(layer) not in LAYERS or _is_hooked(layer)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Whether a hook computes a factor's weight at each call, as weight_norm and prune do."""
+    return type(layer) in LAYERS and layer._parameters.get("weight") is None
 
 
 def original_class(module: nn.Module) -> Any:

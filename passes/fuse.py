@@ -186,6 +186,7 @@ def _taken(walk: Walk, name: str) -> bool:
     return hasattr(walk.graph_module.get_submodule(path), attribute)
 
 
+@torch.inference_mode(False)  # whose tensors never train
 def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     """The layer of a group, folded in float64 and cast once; nothing is changed yet.
 

@@ -46,6 +46,17 @@ def truncated(module: nn.Module, scheme: Any, energy: float) -> tuple[Tensor, Te
     return u[:, :rank] * s[:rank] @ v[:rank], u[:, :rank] @ v[:rank], rank
 
 
+def test_frozen_layers_stay_and_a_shared_weight_is_projected_once() -> None:
+    layers = [nn.Conv2d(8 if i else 3, 8, 3, padding=1) for i in range(5)]
+    layers[2].weight = layers[1].weight
+    layers[3].weight.requires_grad_(False)
+    frozen = layers[3].weight.clone()
+    trp = TrainedRankPruning(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2)), energy=0.5)
+    trp.project()
+    assert trp.names == ["1", "4"] == [done.layer for done in trp.last]
+    assert torch.equal(layers[3].weight, frozen)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_projection_is_the_truncated_svd(scheme: Any) -> None:
     model: Any = Net().double()

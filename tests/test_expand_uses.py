@@ -1,0 +1,279 @@
+"""What users do to an expanded network besides training it: it works as before, or the error says why not."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from fxexpand import Chain, expand, factorize, fuse
+from fxexpand.accumulation import accumulate
+from fxexpand.errors import FxExpandError, InexactError
+from tests.compare import assert_same
+from tests.networks import perturb
+
+prune: Any = torch.nn.utils.prune
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Twice(nn.Module):
+    """Uses one parameter twice, functionally: it is expanded in weight space."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(width, width) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.kernel).tanh(), self.kernel)
+
+
+def linear(**options: Any) -> Any:
+    return expand(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double(), **options)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad)
+    return found
+
+
+@pytest.mark.parametrize("form", ["auto", "chain"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_one_image_without_a_batch_and_a_batch_norm_inside(dimensions: int, form: Any) -> None:
+    make: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    big = expand(nn.Sequential(make(3, 5, 3)).double(), Chain(2, 2, batch_norm=True), form=form)
+    perturb(big).eval()
+    x = torch.randn(1, 3, *(8, 5, 6)[:dimensions], dtype=torch.float64)
+    assert_same(big(x[0]), big(x)[0], rel=1e-12)
+    big.train()
+    twin = copy.deepcopy(big)
+    assert_same(big(x[0]), twin(x)[0], rel=1e-12)
+    for (name, a), b in zip(big.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_expanding_in_inference_mode_leaves_a_model_that_trains() -> None:
+    with torch.inference_mode():
+        big = expand(nn.Sequential(nn.Linear(6, 5), Twice(5)).double(), example_inputs=(X,))
+    big(X).sum().backward()
+    assert all(bool(gradient.abs().sum() > 0) for gradient in gradients(big))
+    with torch.inference_mode():
+        fused = fuse(big)
+    fused(X).sum().backward()
+    assert len(gradients(fused)) == 3
+    with torch.inference_mode():
+        thin = factorize(nn.Sequential(nn.Linear(6, 5)).double(), rank=2)
+    thin(X).sum().backward()
+    assert len(gradients(thin)) == 3
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(6, 6), nn.Conv1d(4, 3, 1)), Twice])
+def test_autocast_around_the_surgery_rounds_nothing(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        big = expand(model)
+        fused = fuse(big)
+    assert_same(big(X.float()), model(X.float()), rel=1e-5)
+    assert_same(fused(X.float()), model(X.float()), rel=1e-5)
+    other = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        big.load_state_dict(other.state_dict())
+    assert_same(big(X.float()), other(X.float()), rel=1e-5)
+
+
+def test_a_default_device_is_not_where_the_model_lies() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), Twice(5)).double()
+    torch.set_default_device("meta")
+    try:
+        big = expand(model, example_inputs=(X,))
+        fused = fuse(big)
+    finally:
+        torch.set_default_device(None)
+    assert {parameter.device.type for parameter in (*big.parameters(), *fused.parameters())} == {"cpu"}
+    assert_same(big(X), model(X), rel=1e-12)
+    assert_same(fused(X), model(X), rel=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_a_weight_that_is_read_twice(reentrant: bool) -> None:
+    big = expand(Twice().double())
+    twin = copy.deepcopy(big)
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    checkpoint(big, x, use_reentrant=reentrant).square().sum().backward()
+    twin(y).square().sum().backward()
+    assert x.grad is not None and y.grad is not None
+    assert_same(x.grad, y.grad, rel=1e-12)
+    for a, b in zip(gradients(big), gradients(twin), strict=True):
+        assert_same(a, b, rel=1e-12)
+
+
+def test_a_checkpoint_within_a_forward_that_has_read_the_weight_before() -> None:
+    class Inner(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.linear(x, self.kernel).tanh()
+            result: Any = checkpoint(
+                lambda y: nn.functional.linear(y, self.kernel), hidden, use_reentrant=False
+            )
+            return result
+
+    big, plain = expand(Inner().double()), expand(Twice().double())
+    plain.load_state_dict(big.state_dict())
+    for model in (big, plain):
+        model(X).square().sum().backward()
+    for a, b in zip(gradients(big), gradients(plain), strict=True):
+        assert_same(a, b, rel=1e-12)
+
+
+def test_two_threads_go_backwards_through_one_model_each_for_itself() -> None:
+    meeting, errors = threading.Barrier(2), []
+
+    class Meets(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.linear(x, self.kernel).tanh()
+            meeting.wait(20)
+            return nn.functional.linear(hidden, self.kernel)
+
+    big = expand(Meets().double())
+
+    def step() -> None:
+        try:
+            torch.autograd.grad(big(X).sum(), list(big.parameters()))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=step) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_factors_that_change_within_a_forward() -> None:
+    class Steps(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            first = nn.functional.linear(x, self.kernel)
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.mul_(2.0)
+            return first + nn.functional.linear(x, self.kernel)
+
+    big = expand(Steps().double())
+    depth = len(list(big.parameters()))
+    before = big.kernel.detach()
+    assert_same(big(X), X @ before.T * (1 + 2**depth), rel=1e-12)
+
+
+def test_backward_after_the_block_of_accumulate_is_an_error() -> None:
+    big = linear()
+    with accumulate(big):
+        loss = big(X).sum()
+    with pytest.raises(FxExpandError, match="backward was called after the block"):
+        loss.backward()
+
+
+def test_lent_and_exchanged_factors_inside_accumulate() -> None:
+    big = linear(form="collapsed")
+    lent = {name: parameter.detach() * 2 for name, parameter in big.named_parameters()}
+    expected = torch.func.functional_call(big, lent, (X,))
+    with accumulate(big):
+        assert_same(torch.func.functional_call(big, lent, (X,)), expected, rel=1e-12)
+        big(X).sum().backward()
+    assert all(bool(gradient.abs().sum() > 0) for gradient in gradients(big))
+    with pytest.raises(FxExpandError, match="factors changed inside"), accumulate(big):
+        big(X).sum().backward()
+        weight = big[0].expansion[0].weight
+        weight.data = weight.data * 2
+    with pytest.raises(FxExpandError, match="factors changed inside"), accumulate(big):
+        big(X).sum().backward()
+        big.load_state_dict({k: v * 2 for k, v in big.state_dict().items()}, assign=True)
+
+
+def test_copies_made_inside_accumulate_stand_on_their_own() -> None:
+    for big in (linear(form="collapsed"), expand(Twice().double())):
+        with accumulate(big):
+            big(X).sum().backward()
+            twin, fused = copy.deepcopy(big), fuse(big)
+        twin.zero_grad()
+        twin(X).sum().backward()
+        assert_same(fused(X), big(X), rel=1e-12)
+        for a, b in zip(gradients(twin), gradients(big), strict=True):
+            assert_same(a, b, rel=1e-12)
+
+
+def test_torch_tools_on_the_weight_of_an_expanded_layer_are_refused() -> None:
+    big = linear()
+    with pytest.raises(AttributeError, match="Fuse the layer first"):
+        torch.nn.utils.parametrizations.orthogonal(big[0])
+    with warnings.catch_warnings(), pytest.raises((TypeError, AttributeError), match="weight"):
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(big[0])
+    with pytest.raises(TypeError, match="would not train"):
+        big[0].weight = big[2].weight.T @ big[2].weight @ torch.ones(5, 6, dtype=torch.float64)
+
+
+def test_a_parametrization_on_top_of_an_expanded_parameter_is_not_lost() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    big = expand(Twice().double())
+    parametrize.register_parametrization(big, "kernel", Double())
+    with pytest.raises(InexactError, match=r"kernel \(Chain.*Double was registered on top"):
+        fuse(big)
+
+
+@pytest.mark.parametrize("form", ["auto", "chain", "collapsed"])
+def test_torch_tools_on_a_factor(form: Any) -> None:
+    big, twin = linear(form=form), linear(form="chain")
+    twin.load_state_dict(big.state_dict())
+    for model in (big, twin):
+        prune.l1_unstructured(model[0].expansion[0], "weight", amount=0.5)
+        with torch.no_grad():
+            model[0].expansion[0].weight_orig.mul_(3.0)
+    if form == "collapsed":
+        with pytest.raises(InexactError, match="computed by a hook"):
+            big(X)
+    else:
+        assert_same(big(X), twin(X), rel=1e-12)
+    with pytest.raises(InexactError, match=r"^0 \(Chain"):
+        fuse(big)
+    for model in (big, twin):
+        prune.remove(model[0].expansion[0], "weight")
+    assert_same(fuse(big)(X), twin(X), rel=1e-12)
+
+
+@pytest.mark.parametrize("init", ["preserve", "matched", "kaiming"])
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_the_row_of_padding_idx_is_and_stays_zero(make: Any, init: Any) -> None:
+    model = nn.Sequential(make(9, 6, padding_idx=2)).double()
+    big: Any = expand(model, Chain(3, 2), init=init)
+    tokens = torch.arange(9).reshape(3, 3)
+    optimizer = torch.optim.SGD(big.parameters(), lr=0.1)
+    for _ in range(3):
+        assert not big[0].weight[2].any() and big[0].weight[1].any()
+        optimizer.zero_grad()
+        big(tokens).square().sum().backward()
+        optimizer.step()
+    assert not fuse(big)[0].weight[2].any()
+
+
+def test_values_that_are_not_finite_are_named_where_they_come_in() -> None:
+    big = linear()
+    before = big(X)
+    with pytest.raises(FxExpandError, match="weight"):
+        big[0].weight = torch.full((5, 6), torch.nan, dtype=torch.float64)
+    assert torch.equal(big(X), before)
+    in_weight_space: Any = expand(Twice().double())
+    with pytest.raises(FxExpandError, match="weight"):
+        in_weight_space.kernel = torch.full((6, 6), torch.inf, dtype=torch.float64)

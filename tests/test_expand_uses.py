@@ -121,7 +121,7 @@ def test_a_checkpoint_within_a_forward_that_has_read_the_weight_before() -> None
     class Inner(Twice):
         def forward(self, x: Tensor) -> Tensor:
             hidden = nn.functional.linear(x, self.kernel).tanh()
-            result: Any = checkpoint(
+            result: Tensor = checkpoint(
                 lambda y: nn.functional.linear(y, self.kernel), hidden, use_reentrant=False
             )
             return result
@@ -135,15 +135,16 @@ def test_a_checkpoint_within_a_forward_that_has_read_the_weight_before() -> None
 
 
 def test_two_threads_go_backwards_through_one_model_each_for_itself() -> None:
-    meeting, errors = threading.Barrier(2), []
+    meeting, errors = [threading.Barrier(1)], []
 
     class Meets(Twice):
         def forward(self, x: Tensor) -> Tensor:
             hidden = nn.functional.linear(x, self.kernel).tanh()
-            meeting.wait(20)
+            meeting[0].wait(20)
             return nn.functional.linear(hidden, self.kernel)
 
     big = expand(Meets().double())
+    meeting[0] = threading.Barrier(2)
 
     def step() -> None:
         try:

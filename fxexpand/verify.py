@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.kernel import Kernel, apply, cast
+from fxexpand.ops import LAYERS
 from fxexpand.outputs import tensors_of, worst_error
 from fxexpand.recipes import Skip
 
+PIECE = 2**20  # elements of a weight that are in float64 at a time at most: 8 MiB
 # Largest relative error of one site that counts as rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
@@ -72,7 +75,9 @@ def block_error(block: nn.Module, kernel: Kernel, scratch: Scratch | None = None
         kernel.weight.device
     )
     with evaluating(block):
-        return worst_error([_run(block, probe, scratch)], [apply(cast(kernel, torch.float64), probe)])
+        # Half of what the layer has: its factors are larger, and small networks are to cost little.
+        piece = min(PIECE, kernel.weight.numel() // 2)
+        return worst_error([_run(block, probe, scratch, piece)], [_applied(kernel, probe, piece)])
 
 
 def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Sequence[int]) -> float | None:
@@ -99,15 +104,48 @@ def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Seque
         return worst_error([in_float64(after, Scratch())(probe)], [expected])
 
 
-def _run(block: nn.Module, x: Tensor, scratch: Scratch) -> Tensor:
-    """What the block computes, in float64; only one layer at a time is held in that precision."""
+def _run(block: nn.Module, x: Tensor, scratch: Scratch, piece: int) -> Tensor:
+    """What the block computes, in float64; only ``piece`` elements of a layer are held in that precision."""
     if not isinstance(block, nn.Sequential):
-        output: Tensor = in_float64(block, scratch)(x)
-        return output
+        outputs = [in_float64(part, scratch)(x) for part in _parts(block, piece)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
     output = x
     for part in block:
-        output = _run(part, output, scratch)
+        output = _run(part, output, scratch, piece)
     return x + output if isinstance(block, Skip) else output
+
+
+def _parts(layer: nn.Module, piece: int) -> Iterator[nn.Module]:
+    """A layer as layers that compute some of its output channels each; itself where that cannot be done."""
+    weight = layer._parameters.get("weight")
+    kind = LAYERS.get(type(layer))
+    if kind is None or kind.transposed or weight is None or getattr(layer, "groups", 1) != 1:
+        yield layer
+        return
+    for rows in _rows(weight, piece):
+        part = copy.copy(layer)
+        part.__dict__["_parameters"] = {
+            name: tensor if tensor is None else nn.Parameter(tensor.detach()[rows], requires_grad=False)
+            for name, tensor in layer._parameters.items()
+        }
+        yield part
+
+
+def _applied(kernel: Kernel, x: Tensor, piece: int) -> Tensor:
+    """The kernel of ``x`` in float64, in parts as ``_run`` does it."""
+    if kernel.transposed or kernel.groups != 1:
+        return apply(cast(kernel, torch.float64), x)
+    outputs = []
+    for rows in _rows(kernel.weight, piece):
+        bias = None if kernel.bias is None else kernel.bias[rows]
+        outputs.append(apply(cast(replace(kernel, weight=kernel.weight[rows], bias=bias), torch.float64), x))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _rows(weight: Tensor, piece: int) -> list[slice]:
+    """Output channels, so that each slice of ``weight`` has ``piece`` elements at most, or is one channel."""
+    step = max(1, len(weight) * piece // max(1, weight.numel()))
+    return [slice(i, i + step) for i in range(0, len(weight), step)] or [slice(0, 0)]
 
 
 def in_float64(block: nn.Module, scratch: Scratch) -> nn.Module:

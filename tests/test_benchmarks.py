@@ -111,12 +111,16 @@ def test_an_interrupted_run_goes_on(
 def test_surgery_cost_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = surgery_cost.resnet_row("resnet18", rounds=1, batch=2, size=32)
     assert row["sites"] == 21 and row["ratio"] > 0
+    network = surgery_cost.network_row("timm:test_resnet", rounds=1, batch=2)
+    assert network["size"] == [3, 160, 160] and network["ratio"] > 0
+    assert network["result"] > 3 > network["working"] > 0.5  # the copy, and the largest site twice
     monkeypatch.setattr(surgery_cost, "resnet_row", lambda *_, **__: row)
+    monkeypatch.setattr(surgery_cost, "network_row", lambda *_, **__: network)
     out = tmp_path / "cost.json"
     assert surgery_cost.main(["--quick", "--out", str(out)]) == 0
     written = json.loads(out.read_text(encoding="utf-8"))
     assert [chain["layers"] for chain in written["chains"]] == [10, 100]
-    text = surgery_cost.tables(written["resnets"], written["chains"])
+    text = surgery_cost.tables(written["resnets"], written["chains"], written["networks"])
     assert "resnet18" in text and "ms / layer" in text
 
 
@@ -138,7 +142,7 @@ def test_the_published_table_is_that_of_the_saved_results(name: str) -> None:
     if name == "roundtrip":
         text = roundtrip.summary(saved["rows"])
     else:
-        text = surgery_cost.tables(saved["resnets"], saved["chains"])
+        text = surgery_cost.tables(saved["resnets"], saved["chains"], saved["networks"])
     assert text in page
     assert evidence.headline(saved["machine"]) in page
 

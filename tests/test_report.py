@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +59,24 @@ def test_the_probe_sees_a_tenth_of_a_percent() -> None:
         with torch.no_grad():
             block[1].weight.mul_(1.001)  # type: ignore[operator]
         assert 5e-4 < block_error(block, kernel_of(layer)) < 2e-3
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: nn.Conv2d(3, 7, 3, padding=1)])
+def test_the_probe_looks_at_every_channel(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of one channel, of two and of all; the last channel and the bias count like the first."""
+    from fxexpand import verify
+    from fxexpand.ops import kernel_of
+
+    layer: Any = make()
+    block: Any = Chain().build(kernel_of(layer))
+    for piece in (1, 11, 2**20):
+        monkeypatch.setattr(verify, "PIECE", piece)
+        assert verify.block_error(block, kernel_of(layer)) < 1e-6
+        for wrong in (block[-1].weight, block[-1].bias):
+            for channel in (0, -1):
+                with torch.no_grad():
+                    wrong[channel] += 1.0
+                    assert verify.block_error(block, kernel_of(layer)) > 1e-2
+                    wrong[channel] -= 1.0

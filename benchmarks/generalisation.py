@@ -34,9 +34,9 @@ from fxexpand.data import digits
 from fxexpand.intervals import median_interval
 from fxexpand.pipeline import expand
 from fxexpand.rank import effective_rank, rank_report
+from fxexpand.rank.spectra import nuclear_norm, stable_rank
 from fxexpand.recipes import Chain, ExpandNetFC, Recipe
 from fxexpand.recipes.recipe import Init
-from fxexpand.spectra import nuclear_norm, stable_rank
 from fxexpand.table import table
 
 README = FOLDER / "low_rank_bias" / "README.md"

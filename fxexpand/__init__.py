@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     )
     from fxexpand.export import OnnxReport, export_onnx
     from fxexpand.factorize import cuts, factorize
-    from fxexpand.feature_rank import kernel_rank
     from fxexpand.flops import FlopReport, count_flops
     from fxexpand.latency import LatencyReport, measure_latency
     from fxexpand.optim import param_groups
     from fxexpand.pipeline import expand, fuse, fused_state_dict, report
     from fxexpand.quantization import check_int8, weight_ranges
-    from fxexpand.rank import effective_rank, rank_report
-    from fxexpand.rank_tracker import RankTracker
+    from fxexpand.rank import RankTracker, effective_rank, kernel_rank, rank_report
     from fxexpand.recipes import (
         DBB,
         OREPA,
@@ -66,7 +64,7 @@ _HOMES = {
     "LatencyReport": "latency",
     "MobileOne": "recipes",
     "OnnxReport": "export",
-    "RankTracker": "rank_tracker",
+    "RankTracker": "rank",
     "Recipe": "recipes",
     "RefusedError": "errors",
     "RepVGG": "recipes",
@@ -85,7 +83,7 @@ _HOMES = {
     "factorize": "factorize",
     "fuse": "pipeline",
     "fused_state_dict": "pipeline",
-    "kernel_rank": "feature_rank",
+    "kernel_rank": "rank",
     "measure_latency": "latency",
     "param_groups": "optim",
     "rank_report": "rank",

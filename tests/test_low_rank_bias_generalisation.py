@@ -16,7 +16,7 @@ from benchmarks.generalisation import ARMS, TASKS, TRIALS, Arm
 from benchmarks.replicas import Replicas, Setting, Split
 from fxexpand import Chain, expand
 from fxexpand.data import Data
-from fxexpand.spectra import nuclear_norm
+from fxexpand.rank.spectra import nuclear_norm
 
 
 def build(seed: int) -> nn.Module:

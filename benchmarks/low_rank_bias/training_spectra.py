@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from fxexpand.data import batches, digits
 from fxexpand.pipeline import expand
-from fxexpand.rank_plots import new_figure
-from fxexpand.rank_tracker import RankTracker
+from fxexpand.rank.plots import new_figure
+from fxexpand.rank.tracker import RankTracker
 from fxexpand.recipes import Chain
 from fxexpand.training import accuracy
 

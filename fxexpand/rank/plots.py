@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.files import write_whole
-from fxexpand.rank import RankReport
+from fxexpand.rank.report import RankReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

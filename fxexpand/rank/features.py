@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.spectra import Kind, entropy_of, roy_of, stable_of
+from fxexpand.rank.spectra import Kind, entropy_of, roy_of, stable_of
 
 FeatureKernel = Literal["gram", "cosine", "cosine_distance"]
 

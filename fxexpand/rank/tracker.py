@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
 from fxexpand.files import write_whole
-from fxexpand.rank import layer_weights
-from fxexpand.rank_plots import plot_ranks, plot_spectra
-from fxexpand.spectra import entropy_of, roy_of, scaled_spectrum, stable_of
+from fxexpand.rank.plots import plot_ranks, plot_spectra
+from fxexpand.rank.report import layer_weights
+from fxexpand.rank.spectra import entropy_of, roy_of, scaled_spectrum, stable_of
 
 SHOWN = 6  # recorded steps in the plot of spectra
 

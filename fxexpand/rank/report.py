@@ -14,37 +14,22 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fxexpand import inputs as arguments
 from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.evaluating import evaluating
-from fxexpand.feature_rank import kernel_rank
 from fxexpand.inputs import ExampleInputs
 from fxexpand.outputs import tensors_of
-from fxexpand.sketch import sketch
-from fxexpand.spectra import (
+from fxexpand.rank.features import kernel_rank
+from fxexpand.rank.sketch import sketch
+from fxexpand.rank.spectra import (
     Unfolding,
-    effective_rank,
     energy_of,
     entropy_of,
     numerical_of,
     rounding_unit,
     roy_of,
     scaled_spectrum,
-    spectral_entropy,
     stable_of,
-    stable_rank,
     unfold,
 )
 from fxexpand.table import table
-
-# The measures are defined in fxexpand.spectra; they are asked for here as a rule.
-__all__ = [
-    "FeatureRank",
-    "RankReport",
-    "WeightRank",
-    "effective_rank",
-    "layer_weights",
-    "rank_report",
-    "spectral_entropy",
-    "stable_rank",
-]
 
 ENERGY = 0.99  # of the squares of the singular values, for the energy rank of a report
 
@@ -196,10 +181,10 @@ def rank_report(
             the first call. Only one output is held at a time.
         before: a model with the same names, for a column to compare with: the model before training, or
             before its expansion.
-        unfolding: how a kernel becomes a matrix, see ``fxexpand.spectra.unfold``.
+        unfolding: how a kernel becomes a matrix, see ``fxexpand.rank.spectra.unfold``.
         centered: subtract the mean of the features (double-centre the kernel).
         sketched: measure weights whose smaller side is more than twice this by that many singular values,
-            at a fraction of the time, with bounds; see ``fxexpand.sketch``. By default all are exact.
+            at a fraction of the time, with bounds; see ``fxexpand.rank.sketch``. By default all are exact.
 
     Raises:
         UnusableWeightError: a weight or an output with NaN or Inf; the message names it.

@@ -22,13 +22,12 @@ if TYPE_CHECKING:
         UnusableWeightError,
         VerificationError,
     )
-    from fxexpand.export import OnnxReport, export_onnx
+    from fxexpand.export import OnnxReport, check_int8, export_onnx, weight_ranges
     from fxexpand.factorize import cuts, factorize
     from fxexpand.flops import FlopReport, count_flops
     from fxexpand.latency import LatencyReport, measure_latency
     from fxexpand.optim import param_groups
     from fxexpand.pipeline import expand, fuse, fused_state_dict, report
-    from fxexpand.quantization import check_int8, weight_ranges
     from fxexpand.rank import RankTracker, effective_rank, kernel_rank, rank_report
     from fxexpand.recipes import (
         DBB,
@@ -74,7 +73,7 @@ _HOMES = {
     "UnusableWeightError": "errors",
     "VerificationError": "errors",
     "accumulate": "accumulation",
-    "check_int8": "quantization",
+    "check_int8": "export",
     "count_flops": "flops",
     "cuts": "factorize",
     "effective_rank": "rank",
@@ -88,7 +87,7 @@ _HOMES = {
     "param_groups": "optim",
     "rank_report": "rank",
     "report": "pipeline",
-    "weight_ranges": "quantization",
+    "weight_ranges": "export",
 }
 
 __all__ = [

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fxexpand import inputs
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.export import export_onnx
+from fxexpand.export.sessions import feeds, open_session
 from fxexpand.inputs import ExampleInputs, batch_size, tensors
 from fxexpand.outputs import tensors_of
-from fxexpand.sessions import feeds, open_session
 
 # Those that are measured unless others are named; and all there are.
 BACKENDS = ("eager", "compile", "onnxruntime")

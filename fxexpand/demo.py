@@ -22,6 +22,7 @@ from fxexpand import page
 from fxexpand.data import Batches, Data, batches, digits
 from fxexpand.errors import FxExpandError, VerificationError
 from fxexpand.export import export_onnx
+from fxexpand.export.sessions import feeds, open_session
 from fxexpand.files import write_whole
 from fxexpand.findings import Findings, Proof, Run
 from fxexpand.flops import count_flops
@@ -30,7 +31,6 @@ from fxexpand.outputs import worst_error
 from fxexpand.pipeline import expand, fuse
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
-from fxexpand.sessions import feeds, open_session
 from fxexpand.training import Schedule, fit, logits
 
 # Largest relative error of the logits in float32: five layers, each within 1e-5 of what it replaces.

@@ -25,12 +25,12 @@ from torch import nn
 from fxexpand import pipeline
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
 from fxexpand.evaluating import evaluating
-from fxexpand.free_sizes import dynamic_shapes as free_sizes
-from fxexpand.free_sizes import larger
+from fxexpand.export.files import count_operators, dimensions, fingerprint, move_together
+from fxexpand.export.free_sizes import dynamic_shapes as free_sizes
+from fxexpand.export.free_sizes import larger
+from fxexpand.export.sessions import feeds, open_session, required
 from fxexpand.inputs import ExampleInputs, as_call, batch_size, call, move, resize_batch, tensors
-from fxexpand.onnx_files import count_operators, dimensions, fingerprint, move_together
 from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.sessions import feeds, open_session, required
 from fxexpand.table import short, table
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxexpand.errors import SelectionError
 from fxexpand.evaluating import evaluating
-from fxexpand.export import export_onnx
+from fxexpand.export.onnx import export_onnx
+from fxexpand.export.sessions import feeds, open_session, required
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.outputs import tensors_of
-from fxexpand.sessions import feeds, open_session, required
 from fxexpand.table import short, table
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from benchmarks import image_schedules
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.replicas import Loss, Penalty, Replicas, Setting, Split
 from fxexpand.data import digits
-from fxexpand.intervals import median_interval
+from fxexpand.latency.intervals import median_interval
 from fxexpand.pipeline import expand
 from fxexpand.rank import effective_rank, rank_report
 from fxexpand.rank.spectra import nuclear_norm, stable_rank

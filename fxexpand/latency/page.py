@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from html import escape
 
-from fxexpand.latency import LatencyReport
+from fxexpand.figures import styled, svg
+from fxexpand.latency.measure import LatencyReport
+from fxexpand.latency.plots import latency_bars
 from fxexpand.markup import bullets, document, table
-from fxexpand.plots import latency_bars, styled, svg
 from fxexpand.report import Report
 from fxexpand.table import short
 

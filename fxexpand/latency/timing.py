@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fxexpand.backends import Candidate
+from fxexpand.latency.backends import Candidate
 
 T = TypeVar("T")
 

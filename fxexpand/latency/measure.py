@@ -1,6 +1,6 @@
 """Measure latency so that a difference can be believed.
 
-Models take turns (``fxexpand.timing``) and are compared by their ratio within a round.
+Models take turns (``fxexpand.latency.timing``) and are compared by their ratio within a round.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxexpand.backends import BACKENDS, EVERY_BACKEND, Candidate
-from fxexpand.candidates import Conditions, Unavailable, device_of, dtype_of, ready
 from fxexpand.errors import SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, batch_size, tensors
-from fxexpand.intervals import Interval, median_interval
+from fxexpand.latency.backends import BACKENDS, EVERY_BACKEND, Candidate
+from fxexpand.latency.candidates import Conditions, Unavailable, device_of, dtype_of, ready
+from fxexpand.latency.intervals import Interval, median_interval
+from fxexpand.latency.timing import calls_per_round, peak_bytes, samples_in_turns
 from fxexpand.table import short, table
-from fxexpand.timing import calls_per_round, peak_bytes, samples_in_turns
 
 
 @dataclass(frozen=True)

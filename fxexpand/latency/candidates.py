@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxexpand import inputs
-from fxexpand.backends import Candidate, prepare
 from fxexpand.copying import copied
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
 from fxexpand.inputs import ExampleInputs, as_call, call, resize_batch, tensors
+from fxexpand.latency.backends import Candidate, prepare
+from fxexpand.latency.timing import tracked
 from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.timing import tracked
 
 # Largest relative difference of two models' outputs; wide enough for TF32 and for another order of addition.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

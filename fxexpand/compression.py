@@ -12,14 +12,14 @@ from torch import nn
 
 from fxexpand.costs import Costs, Target, timed_cuts, whole_cost
 from fxexpand.criteria import Approach, Criterion
-from fxexpand.cuts import Cut, Scheme, matrix_of, schemes_of
 from fxexpand.errors import SelectionError
-from fxexpand.factored import kernel_like
 from fxexpand.finite import require_finite
 from fxexpand.flops import count_flops
 from fxexpand.inputs import ExampleInputs
-from fxexpand.lowrank import COLUMNS, Spectrum, of_tokens, rank_of_share, spectrum
-from fxexpand.lp import lp_spectrum
+from fxexpand.lowrank.cuts import Cut, Scheme, matrix_of, schemes_of
+from fxexpand.lowrank.factored import kernel_like
+from fxexpand.lowrank.lp import lp_spectrum
+from fxexpand.lowrank.projection import COLUMNS, Spectrum, of_tokens, rank_of_share, spectrum
 from fxexpand.ranks import Option, allocate
 from fxexpand.report import Report, Row
 from fxexpand.table import short

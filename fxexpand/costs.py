@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxexpand.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
 from fxexpand.evaluating import evaluating
-from fxexpand.factored import FACTORIZED, factors, kernel_like
 from fxexpand.inputs import ExampleInputs, call
-from fxexpand.lowrank import Spectrum, rank_of_share
+from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
+from fxexpand.lowrank.factored import FACTORIZED, factors, kernel_like
+from fxexpand.lowrank.projection import Spectrum, rank_of_share
 from fxexpand.sites import FLOATING
 from fxexpand.watching import Seen
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
-from fxexpand.cuts import SCHEMES, Cut, Scheme
 from fxexpand.errors import SelectionError
-from fxexpand.lowrank import rank_of_share
-from fxexpand.lp import Body
+from fxexpand.lowrank.cuts import SCHEMES, Cut, Scheme
+from fxexpand.lowrank.lp import Body
+from fxexpand.lowrank.projection import rank_of_share
 
 Method: TypeAlias = Literal["svd", "lp", "trp"]
 METHODS: tuple[Method, ...] = get_args(Method)

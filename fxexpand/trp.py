@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fxexpand.cuts import SCHEMES, Scheme, matrix_of, schemes_of, weight_of
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.factored import FACTORIZED, kernel_like
-from fxexpand.lowrank import spectrum
+from fxexpand.lowrank.cuts import SCHEMES, Scheme, matrix_of, schemes_of, weight_of
+from fxexpand.lowrank.factored import FACTORIZED, kernel_like
+from fxexpand.lowrank.projection import spectrum
 from fxexpand.recipes import Chain
 from fxexpand.selection import Select, Selection
 

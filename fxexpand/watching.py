@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxexpand.cuts import Extent, Scheme, factors_of, matrix_of
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.kernel import Kernel, apply
-from fxexpand.lowrank import moment_side
+from fxexpand.lowrank.cuts import Extent, Scheme, factors_of, matrix_of
+from fxexpand.lowrank.projection import moment_side
 
 Hook = Callable[[nn.Module, Tensor, Tensor], None]
 
@@ -59,7 +59,7 @@ class Moment:
 
     Attributes:
         sum: of ``u u^T`` over positions, in float64, per group: of the layer's inputs u as the first factor
-            reads them, or of the matrix times them; ``fxexpand.lowrank.moment_side`` says which. Of an
+            reads them, or of the matrix times them; ``lowrank.projection.moment_side`` says which. Of an
             Embedding the sum over tokens of their rows, with a row for each token that was not seen.
         count: of positions.
     """

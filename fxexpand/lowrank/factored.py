@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxexpand.cuts import Cut, factors_of, matrix_of
 from fxexpand.kernel import Kernel, cast, compose
 from fxexpand.lower import laid_out_as, to_module
-from fxexpand.lowrank import spectrum
+from fxexpand.lowrank.cuts import Cut, factors_of, matrix_of
+from fxexpand.lowrank.projection import spectrum
 from fxexpand.ops import kernel_of, stock_layer
 
 
@@ -174,7 +174,7 @@ def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[n
 
     Args:
         module: a Linear, ConvNd or Embedding of an exact type.
-        left: ``(g, m, r)``, in float64; see ``fxexpand.cuts``.
+        left: ``(g, m, r)``, in float64; see ``fxexpand.lowrank.cuts``.
         right: ``(g, r, n)``.
     """
     old = module._parameters["weight"]

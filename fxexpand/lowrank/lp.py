@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.lowrank import COLUMNS, Spectrum
+from fxexpand.lowrank.projection import COLUMNS, Spectrum
 
 Body: TypeAlias = Literal["lewis", "lowner"]
 BODIES: tuple[Body, ...] = get_args(Body)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.expand_then_compress import unfinished
 from fxexpand import count_flops, factorize, fuse, measure_latency, report
-from fxexpand.compression import FactorizeReport, FactorRow
+from fxexpand.compression.report import FactorizeReport, FactorRow
 from fxexpand.inputs import ExampleInputs
 from fxexpand.lowrank.cuts import matrix_of
 from fxexpand.lowrank.factored import Factorized, kernel_like

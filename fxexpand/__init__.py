@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxexpand.accumulation import accumulate
+    from fxexpand.compression import TrainedRankPruning
     from fxexpand.errors import (
         FxExpandError,
         InexactError,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
         RepVGG,
     )
     from fxexpand.report import Report
-    from fxexpand.trp import TrainedRankPruning
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,7 @@ _HOMES = {
     "RepVGG": "recipes",
     "Report": "report",
     "SelectionError": "errors",
-    "TrainedRankPruning": "trp",
+    "TrainedRankPruning": "compression",
     "UnusableWeightError": "errors",
     "VerificationError": "errors",
     "accumulate": "accumulation",

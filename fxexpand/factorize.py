@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fxexpand.compression import Decision, FactorRow, decide, totals
+from fxexpand.compression.costs import Target, unfit
+from fxexpand.compression.criteria import Method, Ranks
+from fxexpand.compression.decisions import Decision, decide, totals
+from fxexpand.compression.report import FactorRow
 from fxexpand.copying import copied
-from fxexpand.costs import Target, unfit
-from fxexpand.criteria import Method, Ranks
 from fxexpand.inputs import ExampleInputs
 from fxexpand.lowrank.cuts import Cut, Scheme
 from fxexpand.lowrank.factored import FACTORIZED, Factorized, factorize_layer, factors, tied_factors
@@ -72,7 +73,7 @@ def factorize(
         threshold: keep the singular values above this value.
         flops, params: a budget for the whole model, as a share (a float) or a number (an int): the ranks of
             all layers are chosen together so that the sum of the relative squared errors is small; within
-            ``fxexpand.ranks`` of the optimum.
+            ``fxexpand.compression.allocation`` of the optimum.
         latency: the same for the time of a forward pass on this machine, a share. It goes by timings of each
             layer alone, so the sum is an estimate; measure the result.
         method: ``"svd"``: least squares; ``"lp"``: least sensitive to outlier rows, for Linear and

@@ -21,7 +21,7 @@ from fxexpand import (
     effective_rank,
     factorize,
 )
-from fxexpand.compression import FactorizeReport
+from fxexpand.compression.report import FactorizeReport
 from fxexpand.kernel import compose
 from fxexpand.lowrank.cuts import SCHEMES, Cut, Scheme, factors_of, matrix_of, schemes_of, weight_of
 from fxexpand.lowrank.factored import (

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxexpand.compression.watching import Seen
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
 from fxexpand.lowrank.factored import FACTORIZED, factors, kernel_like
 from fxexpand.lowrank.projection import Spectrum, rank_of_share
 from fxexpand.sites import FLOATING
-from fxexpand.watching import Seen
 
 TIMED_RANKS = 6  # per scheme and layer, for a budget of latency
 

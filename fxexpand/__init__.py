@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         RepVGG,
     )
     from fxexpand.report import Report
+    from fxexpand.training import checkpoint
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ _HOMES = {
     "VerificationError": "errors",
     "accumulate": "accumulation",
     "check_int8": "export",
+    "checkpoint": "training",
     "count_flops": "flops",
     "cuts": "factorize",
     "effective_rank": "rank",
@@ -117,6 +119,7 @@ __all__ = [
     "__version__",
     "accumulate",
     "check_int8",
+    "checkpoint",
     "count_flops",
     "cuts",
     "effective_rank",
@@ -138,7 +141,10 @@ if not TYPE_CHECKING:  # or type checkers would accept every name
 
     def __getattr__(name: str) -> Any:
         if name in _HOMES:
-            value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+            home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+            if not hasattr(home, name):  # a module of a package, which the package does not load: checkpoint
+                importlib.import_module(f"{home.__name__}.{name}")
+            value = getattr(home, name)
         elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             value = importlib.import_module(
                 f"{__name__}.{name}"

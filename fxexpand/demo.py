@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxexpand import page
-from fxexpand.data import Batches, Data, batches, digits
 from fxexpand.errors import FxExpandError, VerificationError
 from fxexpand.export import export_onnx
 from fxexpand.export.sessions import feeds, open_session
@@ -31,7 +30,8 @@ from fxexpand.outputs import worst_error
 from fxexpand.pipeline import expand, fuse
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
-from fxexpand.training import Schedule, fit, logits
+from fxexpand.training.data import Batches, Data, batches, digits
+from fxexpand.training.loop import Schedule, fit, logits
 
 # Largest relative error of the logits in float32: five layers, each within 1e-5 of what it replaces.
 TOLERANCE = 5e-5

@@ -10,7 +10,7 @@ from typing import Any
 
 from fxexpand.latency import Difference, LatencyReport
 from fxexpand.table import short, table
-from fxexpand.training import History, Schedule
+from fxexpand.training.loop import History, Schedule
 
 NETWORKS = ("plain", "expanded", "fused")
 

@@ -21,11 +21,11 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand import demo, pipeline
-from fxexpand.data import digits
 from fxexpand.findings import Findings
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
-from fxexpand.training import Schedule
+from fxexpand.training.data import digits
+from fxexpand.training.loop import Schedule
 from tests.compare import assert_same
 
 TINY: dict[str, Any] = {"train_size": 100, "schedule": Schedule(epochs=1), "rounds": 8, "progress": False}

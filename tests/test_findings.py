@@ -12,7 +12,7 @@ import pytest
 
 from fxexpand.findings import Findings, Proof, Run, Spread, combined
 from fxexpand.latency import Difference, LatencyReport, Measurement
-from fxexpand.training import History, Schedule
+from fxexpand.training.loop import History, Schedule
 
 
 def history(accuracy: float, ranks: dict[str, float]) -> History:

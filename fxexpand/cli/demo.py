@@ -27,7 +27,7 @@ def demo(
     from fxexpand import demo as job
     from fxexpand.findings import describe
     from fxexpand.recipes import Chain
-    from fxexpand.training import Schedule
+    from fxexpand.training.loop import Schedule
 
     place = device_of(device)
     with stdout_kept():

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fxexpand import checkpoint
 from fxexpand.accumulation import accumulate
-from fxexpand.data import Data, Order, loader
-from fxexpand.distributed import Processes, processes, wrapped
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.files import write_whole
@@ -29,7 +26,10 @@ from fxexpand.outputs import worst_error
 from fxexpand.pipeline import expand, fuse, report
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Recipe
-from fxexpand.runs import CHECKPOINTS, WEIGHTS, Epoch, Outcome, Settings, require_same, write_log
+from fxexpand.training import checkpoint
+from fxexpand.training.data import Data, Order, loader
+from fxexpand.training.distributed import Processes, processes, wrapped
+from fxexpand.training.runs import CHECKPOINTS, WEIGHTS, Epoch, Outcome, Settings, require_same, write_log
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fxexpand.data import Batches
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.rank import rank_report
+from fxexpand.training.data import Batches
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch import nn
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from fxexpand import count_flops, expand, export_onnx, factorize, fuse, measure_latency, rank_report
 from fxexpand.demo import Digits
+from fxexpand.demo.findings import Spread
 from fxexpand.errors import SelectionError
-from fxexpand.findings import Spread
 from fxexpand.recipes import Chain
 from fxexpand.table import short, table
 from fxexpand.training.data import Data, InMemory, batches, digits

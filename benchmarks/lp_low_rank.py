@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from fxexpand import factorize
 from fxexpand.compression.criteria import METHODS
-from fxexpand.findings import Spread
+from fxexpand.demo.findings import Spread
 from fxexpand.lowrank.lp import LOWNER_UP_TO, lp_error, lp_spectrum
 from fxexpand.lowrank.projection import Spectrum, spectrum
 from fxexpand.table import table

@@ -22,8 +22,8 @@ from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.expand_then_compress import unfinished
 from fxexpand import TrainedRankPruning, count_flops, factorize
 from fxexpand.demo import Digits
+from fxexpand.demo.findings import Spread
 from fxexpand.errors import SelectionError
-from fxexpand.findings import Spread
 from fxexpand.lowrank.cuts import SCHEMES, Scheme
 from fxexpand.table import table
 from fxexpand.training.data import Data, batches, cifar, digits

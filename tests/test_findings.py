@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fxexpand.findings import Findings, Proof, Run, Spread, combined
+from fxexpand.demo.findings import Findings, Proof, Run, Spread, combined
 from fxexpand.latency import Difference, LatencyReport, Measurement
 from fxexpand.training.loop import History, Schedule
 

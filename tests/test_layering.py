@@ -56,9 +56,6 @@ ORDER = [
     "latency",
     "rank",
     "training",
-    "findings",
-    "plots",
-    "page",
     "demo",
     "zoo",
     "cli",
@@ -101,6 +98,7 @@ INSIDE = {
     "lowrank": ["cuts", "projection", "lp", "factored"],
     "compression": ["allocation", "criteria", "watching", "costs", "report", "decisions", "trp"],
     "training": ["data", "loop", "distributed", "checkpoint", "runs", "train"],
+    "demo": ["network", "findings", "plots", "page", "experiment"],
     "cli": [
         "failures",
         "files",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fxexpand.demo.findings import Findings
 from fxexpand.figures import COLOURS, new_panels, styled, svg
-from fxexpand.findings import Findings
 from fxexpand.latency.plots import latency_bars
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from html import escape
 
-from fxexpand.findings import NETWORKS, Findings
+from fxexpand.demo.findings import NETWORKS, Findings
+from fxexpand.demo.plots import all_plots
 from fxexpand.markup import bullets, document, table
-from fxexpand.plots import all_plots
 
 _PLOTS = (
     (

@@ -16,14 +16,14 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fxexpand import page
+from fxexpand.demo import page
+from fxexpand.demo.findings import Findings, Proof, Run
+from fxexpand.demo.network import NETWORK, Digits
 from fxexpand.errors import FxExpandError, VerificationError
 from fxexpand.export import export_onnx
 from fxexpand.export.sessions import feeds, open_session
 from fxexpand.files import write_whole
-from fxexpand.findings import Findings, Proof, Run
 from fxexpand.flops import count_flops
 from fxexpand.latency import LatencyReport, measure_latency
 from fxexpand.outputs import worst_error
@@ -43,34 +43,6 @@ ONNX_MISSING = 'no ONNX file, no onnxruntime figures: run pip install "fxexpand[
 PLOTS_MISSING = 'no plots in report.html: run pip install "fxexpand[plots]"'
 
 Notify: TypeAlias = Callable[[str, int], None]  # a task of the progress bar, and how many steps it advances
-
-
-class Digits(nn.Module):
-    """Three convolutions with BatchNorm and two Linear layers: ``(batch, 1, 8, 8)`` to 10 classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(32)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(64)
-        self.conv3 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(64)
-        self.fc1 = nn.Linear(64 * 2 * 2, 64)
-        self.fc2 = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.norm1(self.conv1(x)))
-        x = functional.max_pool2d(functional.relu(self.norm2(self.conv2(x))), 2)
-        x = functional.max_pool2d(functional.relu(self.norm3(self.conv3(x))), 2)
-        logits: Tensor = self.fc2(functional.relu(self.fc1(x.flatten(1))))
-        return logits
-
-
-NETWORK = (
-    "three 3x3 convolutions (1 to 32 to 64 to 64 channels, each with BatchNorm and ReLU, two of them with "
-    "2x2 max-pooling) and two Linear layers (256 to 64 to 10)"
-)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ INSIDE = {
         "branches",
         "doconv",
     ],
+    "lowrank": ["cuts", "projection", "lp", "factored"],
+    "compression": ["allocation", "criteria", "watching", "costs", "report", "decisions", "trp"],
     "passes": [
         "operators",
         "result",
@@ -92,11 +94,9 @@ INSIDE = {
         "factorize",
         "placement",
     ],
-    "rank": ["spectra", "sketch", "features", "report", "plots", "tracker"],
     "export": ["sessions", "free_sizes", "files", "onnx", "quantization"],
     "latency": ["intervals", "backends", "timing", "candidates", "measure", "plots", "page"],
-    "lowrank": ["cuts", "projection", "lp", "factored"],
-    "compression": ["allocation", "criteria", "watching", "costs", "report", "decisions", "trp"],
+    "rank": ["spectra", "sketch", "features", "report", "plots", "tracker"],
     "training": ["data", "loop", "distributed", "checkpoint", "runs", "train"],
     "demo": ["network", "findings", "plots", "page", "experiment"],
     "cli": [
@@ -211,6 +211,10 @@ def test_the_reader_sees_every_form_of_import() -> None:
         ("recipes.structure", "from fxexpand.recipes import chain"),
         ("recipes.chain", "from fxexpand.recipes import Skip"),
         ("recipes", "from fxexpand.layers import Expanded"),
+        ("export.sessions", "from fxexpand.latency import measure_latency"),
+        ("rank.spectra", "from fxexpand.training.data import digits"),
+        ("rank.spectra", "from fxexpand.rank import report"),
+        ("sites", "from fxexpand import compression"),
     ],
 )
 def test_an_import_upwards_is_found(name: str, source: str) -> None:

@@ -23,13 +23,13 @@ from torch import nn
 
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from fxexpand import count_flops, expand, export_onnx, factorize, fuse, measure_latency, rank_report
-from fxexpand.data import Data, InMemory, batches, digits
 from fxexpand.demo import Digits
+from fxexpand.demo.findings import Spread
 from fxexpand.errors import SelectionError
-from fxexpand.findings import Spread
 from fxexpand.recipes import Chain
 from fxexpand.table import short, table
-from fxexpand.training import Schedule, accuracy, fit
+from fxexpand.training.data import Data, InMemory, batches, digits
+from fxexpand.training.loop import Schedule, accuracy, fit
 
 SHARES = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 WITHIN = 1.0  # points of test accuracy that a compressed network may lose

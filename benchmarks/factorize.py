@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.expand_then_compress import unfinished
 from fxexpand import count_flops, factorize, fuse, measure_latency, report
-from fxexpand.compression import FactorizeReport, FactorRow
-from fxexpand.cuts import matrix_of
-from fxexpand.factored import Factorized, kernel_like
+from fxexpand.compression.report import FactorizeReport, FactorRow
 from fxexpand.inputs import ExampleInputs
+from fxexpand.lowrank.cuts import matrix_of
+from fxexpand.lowrank.factored import Factorized, kernel_like
 from fxexpand.table import short, table
 
 SHARE = 0.5  # of the FLOPs

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from benchmarks import image_schedules
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.replicas import Loss, Penalty, Replicas, Setting, Split
-from fxexpand.data import digits
-from fxexpand.intervals import median_interval
+from fxexpand.latency.intervals import median_interval
 from fxexpand.pipeline import expand
 from fxexpand.rank import effective_rank, rank_report
+from fxexpand.rank.spectra import nuclear_norm, stable_rank
 from fxexpand.recipes import Chain, ExpandNetFC, Recipe
 from fxexpand.recipes.recipe import Init
-from fxexpand.spectra import nuclear_norm, stable_rank
 from fxexpand.table import table
+from fxexpand.training.data import digits
 
 README = FOLDER / "low_rank_bias" / "README.md"
 TUNING, SEEDS = (100, 101, 102), tuple(range(12))

@@ -28,9 +28,9 @@ from benchmarks.models import Network
 from benchmarks.settle import settle
 from fxexpand import export_onnx, fuse, measure_latency
 from fxexpand.errors import FxExpandError
+from fxexpand.export.sessions import feeds, open_session
 from fxexpand.inputs import resize_batch
 from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.sessions import feeds, open_session
 from fxexpand.table import short, table
 
 NETWORKS = (

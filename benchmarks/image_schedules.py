@@ -27,12 +27,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.evidence import FOLDER, headline, machine, save
-from fxexpand.data import Data, batches, cifar, image_folders
 from fxexpand.pipeline import expand
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
 from fxexpand.table import table
-from fxexpand.training import accuracy
+from fxexpand.training.data import Data, batches, cifar, image_folders
+from fxexpand.training.loop import accuracy
 from fxexpand.zoo import load_model
 
 DEPTHS = (1, 2, 3)  # 1 is the plain network

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from fxexpand import factorize
-from fxexpand.criteria import METHODS
-from fxexpand.findings import Spread
-from fxexpand.lowrank import Spectrum, spectrum
-from fxexpand.lp import LOWNER_UP_TO, lp_error, lp_spectrum
+from fxexpand.compression.criteria import METHODS
+from fxexpand.demo.findings import Spread
+from fxexpand.lowrank.lp import LOWNER_UP_TO, lp_error, lp_spectrum
+from fxexpand.lowrank.projection import Spectrum, spectrum
 from fxexpand.table import table
 
 Way = Callable[[Tensor], Spectrum]

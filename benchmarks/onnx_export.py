@@ -22,7 +22,7 @@ from benchmarks.models import Network
 from benchmarks.settle import settle
 from fxexpand import export_onnx, fuse
 from fxexpand.errors import FxExpandError
-from fxexpand.quantization import check_int8, weight_ranges
+from fxexpand.export.quantization import check_int8, weight_ranges
 from fxexpand.table import short, table
 
 NETWORKS = (

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.accumulation import accumulate
+from fxexpand.latency.timing import peak_bytes
 from fxexpand.layers import Expanded, Form, bare, effective_shape
-from fxexpand.timing import peak_bytes
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from torch.nn.functional import cross_entropy, pad
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.expand_then_compress import unfinished
 from fxexpand import TrainedRankPruning, count_flops, factorize
-from fxexpand.cuts import SCHEMES, Scheme
-from fxexpand.data import Data, batches, cifar, digits
 from fxexpand.demo import Digits
+from fxexpand.demo.findings import Spread
 from fxexpand.errors import SelectionError
-from fxexpand.findings import Spread
+from fxexpand.lowrank.cuts import SCHEMES, Scheme
 from fxexpand.table import table
-from fxexpand.training import accuracy
+from fxexpand.training.data import Data, batches, cifar, digits
+from fxexpand.training.loop import accuracy
 
 SHARES = (0.7, 0.5, 0.4, 0.3, 0.2)
 ARMS = ("plain", "TRP", "TRP+Nu")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxexpand.accumulation import accumulate
+    from fxexpand.compression import TrainedRankPruning
     from fxexpand.errors import (
         FxExpandError,
         InexactError,
@@ -22,16 +23,13 @@ if TYPE_CHECKING:
         UnusableWeightError,
         VerificationError,
     )
-    from fxexpand.export import OnnxReport, export_onnx
+    from fxexpand.export import OnnxReport, check_int8, export_onnx, weight_ranges
     from fxexpand.factorize import cuts, factorize
-    from fxexpand.feature_rank import kernel_rank
     from fxexpand.flops import FlopReport, count_flops
     from fxexpand.latency import LatencyReport, measure_latency
     from fxexpand.optim import param_groups
     from fxexpand.pipeline import expand, fuse, fused_state_dict, report
-    from fxexpand.quantization import check_int8, weight_ranges
-    from fxexpand.rank import effective_rank, rank_report
-    from fxexpand.rank_tracker import RankTracker
+    from fxexpand.rank import RankTracker, effective_rank, kernel_rank, rank_report
     from fxexpand.recipes import (
         DBB,
         OREPA,
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
         RepVGG,
     )
     from fxexpand.report import Report
-    from fxexpand.trp import TrainedRankPruning
+    from fxexpand.training import checkpoint
 
 __version__ = "0.1.0"
 
@@ -66,17 +64,18 @@ _HOMES = {
     "LatencyReport": "latency",
     "MobileOne": "recipes",
     "OnnxReport": "export",
-    "RankTracker": "rank_tracker",
+    "RankTracker": "rank",
     "Recipe": "recipes",
     "RefusedError": "errors",
     "RepVGG": "recipes",
     "Report": "report",
     "SelectionError": "errors",
-    "TrainedRankPruning": "trp",
+    "TrainedRankPruning": "compression",
     "UnusableWeightError": "errors",
     "VerificationError": "errors",
     "accumulate": "accumulation",
-    "check_int8": "quantization",
+    "check_int8": "export",
+    "checkpoint": "training",
     "count_flops": "flops",
     "cuts": "factorize",
     "effective_rank": "rank",
@@ -85,12 +84,12 @@ _HOMES = {
     "factorize": "factorize",
     "fuse": "pipeline",
     "fused_state_dict": "pipeline",
-    "kernel_rank": "feature_rank",
+    "kernel_rank": "rank",
     "measure_latency": "latency",
     "param_groups": "optim",
     "rank_report": "rank",
     "report": "pipeline",
-    "weight_ranges": "quantization",
+    "weight_ranges": "export",
 }
 
 __all__ = [
@@ -120,6 +119,7 @@ __all__ = [
     "__version__",
     "accumulate",
     "check_int8",
+    "checkpoint",
     "count_flops",
     "cuts",
     "effective_rank",
@@ -141,7 +141,10 @@ if not TYPE_CHECKING:  # or type checkers would accept every name
 
     def __getattr__(name: str) -> Any:
         if name in _HOMES:
-            value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+            home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+            if not hasattr(home, name):  # a module of a package, which the package does not load: checkpoint
+                importlib.import_module(f"{home.__name__}.{name}")
+            value = getattr(home, name)
         elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             value = importlib.import_module(
                 f"{__name__}.{name}"

@@ -9,14 +9,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fxexpand.compression import Decision, FactorRow, decide, totals
+from fxexpand.compression.costs import Target, unfit
+from fxexpand.compression.criteria import Method, Ranks
+from fxexpand.compression.decisions import Decision, decide, totals
+from fxexpand.compression.report import FactorRow
 from fxexpand.copying import copied
-from fxexpand.costs import Target, unfit
-from fxexpand.criteria import Method, Ranks
-from fxexpand.cuts import Cut, Scheme
-from fxexpand.factored import FACTORIZED, Factorized, factorize_layer, factors, tied_factors
 from fxexpand.inputs import ExampleInputs
-from fxexpand.lp import Body
+from fxexpand.lowrank.cuts import Cut, Scheme
+from fxexpand.lowrank.factored import FACTORIZED, Factorized, factorize_layer, factors, tied_factors
+from fxexpand.lowrank.lp import Body
 from fxexpand.passes.factorize import Factorize, require_lenient, require_matched, summed
 from fxexpand.pipeline import REPORT, progress_bar, require_module
 from fxexpand.recipes import Chain
@@ -73,13 +74,13 @@ def factorize(
         threshold: keep the singular values above this value.
         flops, params: a budget for the whole model, as a share (a float) or a number (an int): the ranks of
             all layers are chosen together so that the sum of the relative squared errors is small; within
-            ``fxexpand.ranks`` of the optimum.
+            ``fxexpand.compression.allocation`` of the optimum.
         latency: the same for the time of a forward pass on this machine, a share. It goes by timings of each
             layer alone, so the sum is an estimate; measure the result.
         method: ``"svd"``: least squares; ``"lp"``: least sensitive to outlier rows, for Linear and
             Embedding; ``"trp"``: as after Trained Rank Pruning, by threshold 0.05 if nothing else is given.
         p: of the norm of ``"lp"``, from 1 to 2.
-        body: the ellipsoid of ``"lp"``; see ``fxexpand.lp``.
+        body: the ellipsoid of ``"lp"``; see ``fxexpand.lowrank.lp``.
         scheme: how convolutions are cut, ``"channel"`` or ``"spatial"``; None takes the cheaper.
         calibration: batches of inputs. If given, the outputs of each layer on them are approximated, instead
             of its weight. Shared weights are approximated as without.

@@ -13,9 +13,9 @@ from torch.nn.modules.module import Module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from fxexpand.factored import Factorized
 from fxexpand.inputs import ExampleInputs
 from fxexpand.layers import EXPANDED, Expanded
+from fxexpand.lowrank.factored import Factorized
 from fxexpand.ops import describe
 from fxexpand.uses import UnknownUse, Use, observed_uses, parameter_uses
 from fxexpand.weights import View, expanded_weights

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxexpand.errors import FxExpandError
-from fxexpand.factored import Factorized
 from fxexpand.inputs import ExampleInputs, as_call
+from fxexpand.lowrank.factored import Factorized
 from fxexpand.ops import is_layer_norm
 
 Leaf: TypeAlias = Callable[[str, nn.Module], bool]

@@ -10,15 +10,16 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.compression import Decision, FactorizeReport, FactorRow, decide, totals
-from fxexpand.costs import Target, unfit
-from fxexpand.criteria import TRP_THRESHOLD, Approach, Criterion, Method, Ranks
-from fxexpand.cuts import Scheme
+from fxexpand.compression.costs import Target, unfit
+from fxexpand.compression.criteria import TRP_THRESHOLD, Approach, Criterion, Method, Ranks
+from fxexpand.compression.decisions import Decision, decide, totals
+from fxexpand.compression.report import FactorizeReport, FactorRow
 from fxexpand.errors import RefusedError, SelectionError
-from fxexpand.factored import FACTORIZED, factors
 from fxexpand.graph import Census, expand_calls, finish, operand, site_of
 from fxexpand.inputs import ExampleInputs
-from fxexpand.lp import Body
+from fxexpand.lowrank.cuts import Scheme
+from fxexpand.lowrank.factored import FACTORIZED, factors
+from fxexpand.lowrank.lp import Body
 from fxexpand.ops import describe
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.recipes import Chain

@@ -18,9 +18,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.calls import Parts
-from fxexpand.factored import Factorized
 from fxexpand.graph import works_in_place, written
 from fxexpand.inputs import ExampleInputs
+from fxexpand.lowrank.factored import Factorized
 from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
 from fxexpand.passes.form import Form

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import fxexpand
-from fxexpand.compression import FactorizeReport, FactorRow
-from fxexpand.cuts import Scheme, matrix_of, weight_of
-from fxexpand.lowrank import spectrum
+from fxexpand.compression.report import FactorizeReport, FactorRow
+from fxexpand.lowrank.cuts import Scheme, matrix_of, weight_of
+from fxexpand.lowrank.projection import spectrum
 from fxexpand.ops import kernel_of
 
 

@@ -15,7 +15,13 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 __all__ = ["ProcessExitedException", "ranks", "started"]
 
 # torch is loaded once, by the server from which all processes are forked.
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fxexpand.train", "pytest"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "fxexpand.training.train",
+    "pytest",
+]
 
 
 def ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import expand_then_compress, factorize, lp_low_rank, trp
 from benchmarks.evidence import save
 from fxexpand import report
-from fxexpand.data import Data, digits
+from fxexpand.training.data import Data, digits
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxexpand import candidates, fuse, measure_latency
-from fxexpand.backends import prepare
-from fxexpand.candidates import Conditions, ready
+from fxexpand import fuse, measure_latency
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
-from fxexpand.timing import peak_bytes
+from fxexpand.latency import candidates
+from fxexpand.latency.backends import prepare
+from fxexpand.latency.candidates import Conditions, ready
+from fxexpand.latency.timing import peak_bytes
 from tests.networks import perturb
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 
-from fxexpand import checkpoint
-from fxexpand.checkpoint import latest, load, restore, save, states, values_of, whole_state
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.pipeline import expand
+from fxexpand.training import checkpoint
+from fxexpand.training.checkpoint import latest, load, restore, save, states, values_of, whole_state
 from tests.networks import ConvNet, Language, train_steps
 
 TENSORS = {

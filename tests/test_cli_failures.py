@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxexpand
-from fxexpand import demo, pipeline
-from fxexpand.demo import Digits
+from fxexpand import pipeline
+from fxexpand.demo import Digits, experiment
 from tests.test_cli import DIGITS, ONE, run, tiny
 
 W = "--weights"
@@ -288,7 +288,7 @@ def test_a_failed_proof_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Monke
             fused.get_parameter("fc1.weight").mul_(1.01)
         return fused
 
-    monkeypatch.setattr(demo, "fuse", wrong)
+    monkeypatch.setattr(experiment, "fuse", wrong)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: name if name.startswith("fxexpand") else None
     )

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxexpand.data import CIFAR10, Data, batches, cifar, digits, image_folders
 from fxexpand.errors import SelectionError
+from fxexpand.training.data import CIFAR10, Data, batches, cifar, digits, image_folders
 from tests.compare import assert_same
 
 

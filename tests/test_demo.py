@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxexpand import demo, pipeline
-from fxexpand.data import digits
-from fxexpand.findings import Findings
+from fxexpand import pipeline
+from fxexpand.demo import FILES, Digits, experiment, run
+from fxexpand.demo.findings import Findings
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
-from fxexpand.training import Schedule
+from fxexpand.training.data import digits
+from fxexpand.training.loop import Schedule
 from tests.compare import assert_same
 
 TINY: dict[str, Any] = {"train_size": 100, "schedule": Schedule(epochs=1), "rounds": 8, "progress": False}
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Findings:
-    return demo.run(folder, seeds=2, **TINY)
+    return run(folder, seeds=2, **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +51,21 @@ def test_set(found: Findings) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def loaded(found: Findings, folder: Path) -> demo.Digits:
+def loaded(found: Findings, folder: Path) -> Digits:
     """A plain network with the weights of the file."""
-    network = demo.Digits().eval()
+    network = Digits().eval()
     network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return network
 
 
 def test_all_files_are_there_and_nothing_else(found: Findings, folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == set(found.files) == set(demo.FILES)
+    assert {path.name for path in folder.iterdir()} == set(found.files) == set(FILES)
     assert found.skipped == () and found.failed == ()
     assert len(found.proofs) == 8
 
 
 def test_the_onnx_file_computes_what_the_weights_do(
-    folder: Path, loaded: demo.Digits, test_set: tuple[Tensor, Tensor]
+    folder: Path, loaded: Digits, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, _ = test_set
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -77,7 +78,7 @@ def test_the_onnx_file_computes_what_the_weights_do(
 
 
 def test_the_figures_are_those_of_the_files(
-    found: Findings, folder: Path, loaded: demo.Digits, test_set: tuple[Tensor, Tensor]
+    found: Findings, folder: Path, loaded: Digits, test_set: tuple[Tensor, Tensor]
 ) -> None:
     images, labels = test_set
     with torch.no_grad():
@@ -97,9 +98,9 @@ def test_the_figures_are_those_of_the_files(
 
 
 def test_both_networks_start_from_one_function_and_then_part(found: Findings) -> None:
-    for run in found.runs:
+    for each in found.runs:
         for layer in found.full_ranks:
-            plain, expanded = run.plain.ranks[layer], run.expanded.ranks[layer]
+            plain, expanded = each.plain.ranks[layer], each.expanded.ranks[layer]
             assert math.isclose(plain[0], expanded[0], rel_tol=1e-4)
             assert plain[-1] != expanded[-1]
     assert found.runs[0].plain.loss != found.runs[1].plain.loss
@@ -108,9 +109,9 @@ def test_both_networks_start_from_one_function_and_then_part(found: Findings) ->
 def test_the_two_differ_in_nothing_but_the_expansion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where expand does nothing, both are trained to the same weights: start and batches are the same."""
     for name in ("expand", "fuse"):
-        monkeypatch.setattr(demo, name, lambda model, *arguments, **options: copy.deepcopy(model))
+        monkeypatch.setattr(experiment, name, lambda model, *arguments, **options: copy.deepcopy(model))
     cpu = torch.device("cpu")
-    pair = demo._pair(0, 100, Schedule(epochs=2), Chain(), cpu, lambda task, steps: None)
+    pair = experiment._pair(0, 100, Schedule(epochs=2), Chain(), cpu, lambda task, steps: None)
     assert pair.run.plain.loss == pair.run.expanded.loss
     assert pair.run.plain.test_accuracy == pair.run.expanded.test_accuracy
     assert pair.run.plain.ranks == pair.run.expanded.ranks
@@ -135,7 +136,7 @@ def test_the_threads_are_given_back(found: Findings) -> None:
     assert torch.get_num_threads() == 1  # conftest's
     torch.set_num_threads(2)
     try:
-        with demo._one_thread():
+        with experiment._one_thread():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:
@@ -146,8 +147,8 @@ def test_without_the_extras_the_rest_is_done(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "model.onnx").write_text("of an earlier run")
     find, missing = importlib.util.find_spec, ("onnxruntime", "matplotlib")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
-    found = demo.run(tmp_path, seeds=1, **TINY)
-    assert found.skipped == (demo.ONNX_MISSING, demo.PLOTS_MISSING)
+    found = run(tmp_path, seeds=1, **TINY)
+    assert found.skipped == (experiment.ONNX_MISSING, experiment.PLOTS_MISSING)
     assert 'pip install "fxexpand[onnx]"' in " ".join(str(found).split())
     assert not found.failed and "model.onnx" not in found.files
     assert {path.name for path in tmp_path.iterdir()} == set(found.files)
@@ -163,26 +164,26 @@ def perturbed(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def test_a_wrong_fuse_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "fuse", perturbed)
+    monkeypatch.setattr(experiment, "fuse", perturbed)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = demo.run(tmp_path, seeds=1, **TINY)
+    found = run(tmp_path, seeds=1, **TINY)
     assert "fused = expanded" in [proof.claim for proof in found.failed]
     assert "FAILED: fused = expanded" in found.verdict[-1]
     assert {path.name for path in tmp_path.iterdir()} == set(found.files)
 
 
 def test_each_proof_can_fail() -> None:
-    plain = demo.Digits().eval()
+    plain = Digits().eval()
     other = copy.deepcopy(plain)
     other.fc2 = nn.Linear(64, 10, bias=False)
-    assert not demo._same_structure(other, plain).holds
-    assert demo._same_structure(copy.deepcopy(plain), plain).holds
-    assert not demo._same_structure(copy.deepcopy(plain).double(), plain).holds
+    assert not experiment._same_structure(other, plain).holds
+    assert experiment._same_structure(copy.deepcopy(plain), plain).holds
+    assert not experiment._same_structure(copy.deepcopy(plain).double(), plain).holds
     logits = torch.randn(20, 10)
-    assert not demo._same_outputs("a", logits * 1.001, logits).holds
-    assert not demo._same_outputs("a", logits * math.nan, logits).holds
-    assert not demo._same_classes("a", logits.roll(1, 1), logits).holds
-    assert demo._same_outputs("a", logits.clone(), logits).holds
+    assert not experiment._same_outputs("a", logits * 1.001, logits).holds
+    assert not experiment._same_outputs("a", logits * math.nan, logits).holds
+    assert not experiment._same_classes("a", logits.roll(1, 1), logits).holds
+    assert experiment._same_outputs("a", logits.clone(), logits).holds
 
 
 class Screen(io.StringIO):
@@ -195,12 +196,12 @@ class Screen(io.StringIO):
 def test_bars_are_drawn_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with demo._bars({"training": 2}, None) as notify:
+    with experiment._bars({"training": 2}, None) as notify:
         notify("training", 1)
     assert capfd.readouterr() == ("", "")
     monkeypatch.setenv("TERM", "xterm")
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    with demo._bars({"training": 2}, None) as notify:
+    with experiment._bars({"training": 2}, None) as notify:
         notify("training", 2)
     assert "training" in screen.getvalue() and "2/2" in screen.getvalue()

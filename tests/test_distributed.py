@@ -16,14 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fxexpand import checkpoint
 from fxexpand.accumulation import accumulate
-from fxexpand.distributed import Processes, wrapped
 from fxexpand.errors import FxExpandError
 from fxexpand.layers import Expanded
 from fxexpand.optim import param_groups
 from fxexpand.pipeline import expand, fuse, fused_state_dict
 from fxexpand.recipes import OREPA
+from fxexpand.training import checkpoint
+from fxexpand.training.distributed import Processes, wrapped
 from tests.compare import assert_different, assert_same
 from tests.networks import Language
 from tests.processes import ranks

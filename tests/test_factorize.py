@@ -21,11 +21,17 @@ from fxexpand import (
     effective_rank,
     factorize,
 )
-from fxexpand.compression import FactorizeReport
-from fxexpand.cuts import SCHEMES, Cut, Scheme, factors_of, matrix_of, schemes_of, weight_of
-from fxexpand.factored import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, Rows
+from fxexpand.compression.report import FactorizeReport
 from fxexpand.kernel import compose
-from fxexpand.lowrank import spectrum
+from fxexpand.lowrank.cuts import SCHEMES, Cut, Scheme, factors_of, matrix_of, schemes_of, weight_of
+from fxexpand.lowrank.factored import (
+    Factorized,
+    FactorizedConv2d,
+    FactorizedEmbedding,
+    FactorizedLinear,
+    Rows,
+)
+from fxexpand.lowrank.projection import spectrum
 from fxexpand.ops import kernel_of
 from tests.compare import assert_different, assert_same
 from tests.factored import of_rank, rows_of

@@ -11,7 +11,7 @@ from torch import nn
 from fxexpand import (
     factorize,
 )
-from fxexpand.cuts import SCHEMES, Scheme
+from fxexpand.lowrank.cuts import SCHEMES, Scheme
 from tests.compare import assert_different, assert_same
 from tests.factored import rows_of
 

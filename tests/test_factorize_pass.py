@@ -21,9 +21,9 @@ from fxexpand import (
     factorize,
     fuse,
 )
-from fxexpand.cuts import Cut, matrix_of
-from fxexpand.factored import Factorized, factorize_layer, factors
-from fxexpand.lowrank import spectrum
+from fxexpand.lowrank.cuts import Cut, matrix_of
+from fxexpand.lowrank.factored import Factorized, factorize_layer, factors
+from fxexpand.lowrank.projection import spectrum
 from fxexpand.ops import kernel_of
 from fxexpand.passes import Expand, Factorize, Fuse
 from fxexpand.tracing import trace

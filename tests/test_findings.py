@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fxexpand.findings import Findings, Proof, Run, Spread, combined
+from fxexpand.demo.findings import Findings, Proof, Run, Spread, combined
 from fxexpand.latency import Difference, LatencyReport, Measurement
-from fxexpand.training import History, Schedule
+from fxexpand.training.loop import History, Schedule
 
 
 def history(accuracy: float, ranks: dict[str, float]) -> History:

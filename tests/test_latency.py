@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxexpand.backends import Candidate
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
-from fxexpand.intervals import median_interval
 from fxexpand.latency import Difference, LatencyReport, measure_latency
+from fxexpand.latency.backends import Candidate
+from fxexpand.latency.intervals import median_interval
 
 
 class Block(nn.Module):
@@ -99,7 +99,7 @@ def test_a_slower_model_is_found_out_and_nothing_is_left_changed() -> None:
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round holds every candidate once, and the order changes."""
-    from fxexpand import timing
+    from fxexpand.latency import timing
 
     order: list[str] = []
     timed = timing.milliseconds

@@ -1,4 +1,8 @@
-"""Imports point one way: a module of fxexpand imports only from modules before it in ``ORDER``."""
+"""Imports point one way: a module of fxexpand imports only from what is before it.
+
+``ORDER`` has the modules and the packages; ``INSIDE`` has the modules of each package. Within its own package
+a module imports from the module that defines a name, never from the package, whose ``__init__`` imports it.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,11 @@ ORDER = [
     "evaluating",
     "outputs",
     "copying",
+    "files",
     "sharding",
     "table",
+    "markup",
+    "figures",
     "report",
     "geometry",
     "kernel",
@@ -26,11 +33,7 @@ ORDER = [
     "lower",
     "recipes",
     "products",
-    "cuts",
     "lowrank",
-    "lp",
-    "ranks",
-    "factored",
     "layers",
     "weights",
     "accumulation",
@@ -45,72 +48,111 @@ ORDER = [
     "verify",
     "surgery",
     "flops",
-    "watching",
-    "criteria",
-    "costs",
     "compression",
     "passes",
     "pipeline",
     "factorize",
-    "trp",
-    "sessions",
-    "free_sizes",
-    "onnx_files",
     "export",
-    "intervals",
-    "quantization",
-    "backends",
-    "timing",
-    "candidates",
     "latency",
-    "spectra",
-    "sketch",
-    "feature_rank",
     "rank",
-    "files",
-    "rank_plots",
-    "rank_tracker",
-    "data",
     "training",
-    "distributed",
-    "checkpoint",
-    "runs",
-    "train",
-    "findings",
-    "plots",
-    "markup",
-    "page",
-    "latency_page",
     "demo",
     "zoo",
     "cli",
 ]
 
+INSIDE = {
+    "recipes": [
+        "recipe",
+        "fixed",
+        "structure",
+        "factors",
+        "parts",
+        "chain",
+        "expandnet",
+        "branches",
+        "doconv",
+    ],
+    "lowrank": ["cuts", "projection", "lp", "factored"],
+    "compression": ["allocation", "criteria", "watching", "costs", "report", "decisions", "trp"],
+    "passes": [
+        "operators",
+        "result",
+        "maps",
+        "steps",
+        "shapes",
+        "module_maps",
+        "memory",
+        "constants",
+        "reader",
+        "form",
+        "forms",
+        "affine",
+        "split",
+        "fuse",
+        "expand",
+        "factorize",
+        "placement",
+    ],
+    "export": ["sessions", "free_sizes", "files", "onnx", "quantization"],
+    "latency": ["intervals", "backends", "timing", "candidates", "measure", "plots", "page"],
+    "rank": ["spectra", "sketch", "features", "report", "plots", "tracker"],
+    "training": ["data", "loop", "distributed", "checkpoint", "runs", "train"],
+    "demo": ["network", "findings", "plots", "page", "experiment"],
+    "cli": [
+        "failures",
+        "files",
+        "output",
+        "options",
+        "demo",
+        "inspect",
+        "fuse",
+        "export",
+        "bench",
+        "train",
+        "factorize",
+        "rank",
+    ],
+}
 
-def layer_of(path: Path) -> str:
-    """The top-level module or package of fxexpand ``path`` belongs to; "" is ``fxexpand/__init__.py``."""
+
+def name_of(path: Path) -> str:
+    """The name inside fxexpand: ``kernel``, ``passes.fuse``; that of ``__init__`` is its package's, or ""."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     inner = parts if parts[0] == "passes" else parts[1:]
-    return "" if inner[0] == "__init__" else inner[0]
+    return ".".join(inner[:-1] if inner[-1] == "__init__" else inner)
 
 
-def imported_layers(source: str) -> list[tuple[int, str]]:
-    """(line, layer) of each import from fxexpand, those inside functions and under TYPE_CHECKING too."""
+def imported(source: str) -> list[tuple[int, str]]:
+    """(line, name inside fxexpand) of each import, those inside functions and under TYPE_CHECKING too.
+
+    ``from fxexpand.recipes import fixed`` imports a module if ``INSIDE`` has it, and from the package if not.
+    """
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names = [node.module]
-            if node.module == "fxexpand":  # `from fxexpand import kernel`
-                names = [f"fxexpand.{alias.name}" for alias in node.names]
+            _, _, package = node.module.partition(".")
+            modules = ORDER if not package else INSIDE.get(package, [])
+            names = [
+                f"{node.module}.{alias.name}" if alias.name in modules else node.module
+                for alias in node.names
+            ]
         else:
             continue
-        for name in names:
-            head, _, rest = name.partition(".")
-            if head == "fxexpand":
-                found.append((node.lineno, rest.split(".")[0]))
+        for name in dict.fromkeys(names):
+            home, _, rest = name.partition(".")
+            if home == "fxexpand":
+                found.append((node.lineno, rest))
     return found
+
+
+def place(name: str) -> tuple[int, int]:
+    """Of a module or package in the order; a package, its ``__init__``, comes after what is inside."""
+    package, _, module = name.partition(".")
+    inside = INSIDE.get(package, [])
+    return ORDER.index(package), inside.index(module) if module else len(inside)
 
 
 def source_files() -> list[Path]:
@@ -119,22 +161,68 @@ def source_files() -> list[Path]:
     return sorted(inner + list((ROOT / "passes").rglob("*.py")))
 
 
+def faults(name: str, source: str) -> list[str]:
+    """The imports of the module ``name`` that point upwards."""
+    return [
+        f"line {line}: fxexpand.{name} must not import fxexpand.{other}"
+        for line, other in imported(source)
+        if not other or place(other) > place(name) or (other == package_of(name) and other != name)
+    ]
+
+
+def package_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_every_file_has_its_place() -> None:
+    names = {name_of(path) for path in source_files()} - {"", "__main__"}
+    listed = {*ORDER, *(f"{package}.{module}" for package, modules in INSIDE.items() for module in modules)}
+    assert names == listed
+    for order in (ORDER, *INSIDE.values()):
+        assert len(order) == len(set(order))
+
+
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down_the_list(path: Path) -> None:
-    layer = layer_of(path)
-    if layer in ("", "__main__"):
+    name = name_of(path)
+    if name in ("", "__main__"):
         return  # the contents page may name everything
-    assert layer in ORDER, f"{layer} has no place in ORDER; give it one"
-    for line, other in imported_layers(path.read_text(encoding="utf-8")):
-        where = f"{path.relative_to(ROOT)}:{line}"
-        assert other != "", f"{where}: imports the contents page; import from the module itself"
-        assert other in ORDER, f"{where}: fxexpand.{other} has no place in ORDER"
-        assert ORDER.index(other) <= ORDER.index(layer), f"{where}: {layer} must not import {other}"
+    assert not faults(name, path.read_text(encoding="utf-8")), path
 
 
 def test_the_reader_sees_every_form_of_import() -> None:
     source = (
         "import fxexpand.kernel as k\nfrom fxexpand.ops import table\nfrom fxexpand import lower\n"
         "import torch\ndef f():\n    from fxexpand.recipes.chain import Chain\n"
+        "    from fxexpand.recipes import Recipe, Skip, fixed\n"
     )
-    assert [layer for _, layer in imported_layers(source)] == ["kernel", "ops", "lower", "recipes"]
+    names = ["kernel", "ops", "lower", "recipes.chain", "recipes", "recipes.fixed"]
+    assert [name for _, name in imported(source)] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("kernel", "from fxexpand.ops import table"),
+        ("kernel", "def f():\n    from fxexpand import pipeline"),
+        ("ops", "from fxexpand.recipes.fixed import identity"),
+        ("kernel", "from fxexpand import expand"),
+        ("recipes.structure", "from fxexpand.recipes.chain import Chain"),
+        ("recipes.structure", "from fxexpand.recipes import chain"),
+        ("recipes.chain", "from fxexpand.recipes import Skip"),
+        ("recipes", "from fxexpand.layers import Expanded"),
+        ("export.sessions", "from fxexpand.latency import measure_latency"),
+        ("rank.spectra", "from fxexpand.training.data import digits"),
+        ("rank.spectra", "from fxexpand.rank import report"),
+        ("sites", "from fxexpand import compression"),
+    ],
+)
+def test_an_import_upwards_is_found(name: str, source: str) -> None:
+    assert faults(name, source)
+
+
+def test_an_import_downwards_is_none() -> None:
+    source = "from fxexpand import ops\nfrom fxexpand.recipes import fixed\nimport fxexpand.recipes.structure"
+    assert not faults("recipes.chain", source)
+    assert not faults("layers", source)
+    assert not faults("recipes", source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("fxexpand", "passes", "tests", "benchmarks")
+SHIPPED = ("fxexpand", "passes")
 LONGEST = 450
 VAGUE_NAMES = {"utils", "util", "misc", "common", "base", "helpers"}
 
@@ -76,6 +78,30 @@ def test_files_stay_short() -> None:
 
 def test_files_are_named_after_what_they_hold() -> None:
     assert not [str(path) for path in python_files() if path.stem in VAGUE_NAMES]
+
+
+def mapped(text: str) -> list[str]:
+    """The paths in the left cells of CONTRIBUTING's map; a bare name is in the folder of that before."""
+    found: list[str] = []
+    for row in text.split("## Layout")[1].split("\n## ")[0].splitlines():
+        folder = ""
+        for path in re.findall("`([^`]+)`", row.split("|")[1] if row.startswith("| `") else ""):
+            folder = path.rpartition("/")[0] or folder
+            found.append(path if "/" in path else f"{folder}/{path}")
+    return found
+
+
+def test_the_map_is_the_country() -> None:
+    """What CONTRIBUTING's map has exists; every module and every package of the library is in it, once."""
+    found = mapped((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(found) == len(set(found))
+    for path in found:
+        there = (ROOT / path).is_dir() if path.endswith("/") else (ROOT / f"{path}.py").is_file()
+        assert there, f"CONTRIBUTING.md: there is no {path}"
+    paths = [path.relative_to(ROOT) for path in python_files() if path.relative_to(ROOT).parts[0] in SHIPPED]
+    wanted = {f"{path.parent}/" if path.stem == "__init__" else str(path.with_suffix("")) for path in paths}
+    missing = wanted - {*found, "fxexpand/__main__"}
+    assert not missing, f"CONTRIBUTING.md: give a place in the map to {sorted(missing)}"
 
 
 @pytest.mark.parametrize("target", ["help", "demo", "test", "lint", "check", "bench", "clean"])

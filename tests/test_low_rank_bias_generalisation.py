@@ -15,8 +15,8 @@ from benchmarks import evidence, generalisation, image_schedules
 from benchmarks.generalisation import ARMS, TASKS, TRIALS, Arm
 from benchmarks.replicas import Replicas, Setting, Split
 from fxexpand import Chain, expand
-from fxexpand.data import Data
-from fxexpand.spectra import nuclear_norm
+from fxexpand.rank.spectra import nuclear_norm
+from fxexpand.training.data import Data
 
 
 def build(seed: int) -> nn.Module:

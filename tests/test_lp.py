@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fxexpand.errors import SelectionError
-from fxexpand.lowrank import spectrum
-from fxexpand.lp import LOWNER_SLACK, LOWNER_UP_TO, lewis_form, lowner_form, lp_error, lp_spectrum
+from fxexpand.lowrank.lp import LOWNER_SLACK, LOWNER_UP_TO, lewis_form, lowner_form, lp_error, lp_spectrum
+from fxexpand.lowrank.projection import spectrum
 from tests.compare import assert_different, assert_same
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxexpand import fuse
 from fxexpand.errors import SelectionError
-from fxexpand.quantization import check_int8, weight_ranges
+from fxexpand.export.quantization import check_int8, weight_ranges
 from tests.networks import perturb
 
 

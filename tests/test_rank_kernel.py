@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.feature_rank import FeatureKernel, kernel_rank
+from fxexpand.rank.features import FeatureKernel, kernel_rank
 
 
 def entropy(kernel: Any) -> float:

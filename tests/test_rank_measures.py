@@ -1,4 +1,4 @@
-"""The measures of fxexpand.spectra: invariances, known spectra, gradients, and degenerate matrices."""
+"""The measures of fxexpand.rank.spectra: invariances, known spectra, gradients, and degenerate matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.spectra import (
+from fxexpand.rank.spectra import (
     effective_rank,
     energy_rank,
     nuclear_norm,

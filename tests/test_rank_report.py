@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fxexpand import expand
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.feature_rank import kernel_rank
 from fxexpand.rank import RankReport, rank_report
-from fxexpand.rank_plots import plot_report
+from fxexpand.rank.features import kernel_rank
+from fxexpand.rank.plots import plot_report
+from fxexpand.rank.spectra import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
 from fxexpand.recipes import Chain
-from fxexpand.spectra import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
 
 
 class Net(nn.Module):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.sketch import Interval, Sketch, sketch
-from fxexpand.spectra import (
+from fxexpand.rank.sketch import Interval, Sketch, sketch
+from fxexpand.rank.spectra import (
     effective_rank,
     energy_rank,
     nuclear_norm,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fxexpand import expand
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
-from fxexpand.rank_tracker import RankTracker
+from fxexpand.rank.spectra import effective_rank, singular_values
+from fxexpand.rank.tracker import RankTracker
 from fxexpand.recipes import Chain
-from fxexpand.spectra import effective_rank, singular_values
 
 
 def net() -> nn.Sequential:

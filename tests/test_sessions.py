@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fxexpand.errors import FxExpandError
-from fxexpand.sessions import open_session
+from fxexpand.export.sessions import open_session
 
 
 def runtime(available: list[str], loaded: list[str]) -> tuple[types.ModuleType, list[list[Any]]]:

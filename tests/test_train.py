@@ -15,16 +15,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner, Result
 
-from fxexpand import train as job
 from fxexpand.cli import app
-from fxexpand.data import Data, Order, loader
 from fxexpand.demo import Digits
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.pipeline import expand
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
-from fxexpand.runs import LOG, WEIGHTS, Epoch, Outcome, Settings
+from fxexpand.training import train as job
+from fxexpand.training.data import Data, Order, loader
+from fxexpand.training.runs import LOG, WEIGHTS, Epoch, Outcome, Settings
 from tests.compare import assert_same
 from tests.test_data import write_cifar, write_folders
 

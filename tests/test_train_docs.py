@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fxexpand.runs import WEIGHTS
+from fxexpand.training.runs import WEIGHTS
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 [SCRIPT] = re.findall(r"^```python\n(# several.py\n.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)

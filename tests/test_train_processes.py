@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fxexpand import train as job
-from fxexpand.checkpoint import latest
-from fxexpand.data import Data
 from fxexpand.recipes import Chain
-from fxexpand.runs import CHECKPOINTS, LOG, WEIGHTS, Settings
+from fxexpand.training import train as job
+from fxexpand.training.checkpoint import latest
+from fxexpand.training.data import Data
+from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS, Settings
 from tests.compare import assert_same
 from tests.processes import ProcessExitedException, ranks
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.utils.data import Dataset, TensorDataset
 
-from fxexpand import checkpoint, runs
-from fxexpand import train as job
-from fxexpand.data import Data
 from fxexpand.recipes import Chain
-from fxexpand.runs import CHECKPOINTS, LOG, WEIGHTS, Settings
+from fxexpand.training import checkpoint, runs
+from fxexpand.training import train as job
+from fxexpand.training.data import Data
+from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS, Settings
 from tests.processes import ProcessExitedException, started
 
 STEPS, EPOCHS = 6, 3

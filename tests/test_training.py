@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from fxexpand.data import Batches, batches
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.rank import effective_rank
-from fxexpand.training import Schedule, accuracy, fit, logits
+from fxexpand.training.data import Batches, batches
+from fxexpand.training.loop import Schedule, accuracy, fit, logits
 from tests.compare import assert_same
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxexpand.rank_plots import new_figure
-from fxexpand.spectra import spectral_entropy
+from fxexpand.rank.plots import new_figure
+from fxexpand.rank.spectra import spectral_entropy
 
 TITLE = "E. Landscape of the rank"
 WIDTH, REACH, GRID = 16, 3.0, 41

@@ -31,7 +31,7 @@ from benchmarks.low_rank_bias import (
     training_spectra,
 )
 from fxexpand.files import write_whole
-from fxexpand.rank_plots import in_style, write_figure
+from fxexpand.rank.plots import in_style, write_figure
 from fxexpand.table import table
 
 EXPERIMENTS: dict[str, Any] = {

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fxexpand.data import batches, digits
 from fxexpand.pipeline import expand
-from fxexpand.rank_plots import new_figure
-from fxexpand.rank_tracker import RankTracker
+from fxexpand.rank.plots import new_figure
+from fxexpand.rank.tracker import RankTracker
 from fxexpand.recipes import Chain
-from fxexpand.training import accuracy
+from fxexpand.training.data import batches, digits
+from fxexpand.training.loop import accuracy
 
 TITLE = "F. The spectrum of a layer during training"
 TRAIN, EPOCHS, BATCH = 200, 45, 50

@@ -96,7 +96,7 @@ def bench(
     folded = pipeline.report(models["fused"])
     if html is not None:
         from fxexpand.files import write_whole
-        from fxexpand.latency_page import latency_page
+        from fxexpand.latency.page import latency_page
 
         write_whole(html, latency_page(model, found, folded))
         note(f"{html}: written")

@@ -24,14 +24,13 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a network plain and expanded, fuse it, prove the result."""
-    from fxexpand import demo as job
-    from fxexpand.findings import describe
+    from fxexpand.demo import describe, run
     from fxexpand.recipes import Chain
-    from fxexpand.training import Schedule
+    from fxexpand.training.loop import Schedule
 
     place = device_of(device)
     with stdout_kept():
-        findings = job.run(
+        findings = run(
             out,
             seeds=seeds,
             train_size=train_size,

@@ -47,7 +47,7 @@ def rank(
             sketched=sketched,
         )
         if plot is not None:
-            from fxexpand.rank_plots import plot_report
+            from fxexpand.rank.plots import plot_report
 
             plot_report(found, plot)
     if plot is not None:

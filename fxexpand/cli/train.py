@@ -17,8 +17,8 @@ from fxexpand.cli.output import note, show, show_json, stdout_kept
 if TYPE_CHECKING:
     from torch import nn
 
-    from fxexpand.data import Data
-    from fxexpand.train import Watch
+    from fxexpand.training.data import Data
+    from fxexpand.training.train import Watch
 
 SMALL = "fxexpand.demo:Digits"
 _Model = Annotated[
@@ -70,10 +70,10 @@ def train(
     On several devices: torchrun --nproc-per-node N -m fxexpand train ...
     """
     with stdout_kept():
-        from fxexpand import train as job
         from fxexpand.cli.options import device_of, recipe_of
         from fxexpand.errors import SelectionError
-        from fxexpand.runs import Settings
+        from fxexpand.training import train as job
+        from fxexpand.training.runs import Settings
 
         chosen = None if recipe.lower() == "none" else recipe_of(recipe)
         settings = Settings(
@@ -130,8 +130,8 @@ def train(
 
 def _data(name: str, root: Path | None) -> Data:
     from fxexpand.closest import closest
-    from fxexpand.data import cifar, digits, image_folders
     from fxexpand.errors import SelectionError
+    from fxexpand.training.data import cifar, digits, image_folders
 
     known = ("digits", "cifar10", "cifar100", "imagenet")
     if name not in known:
@@ -175,7 +175,7 @@ def _network(name: str, weights: Path | None, data: Data, seed: int) -> nn.Modul
 @contextlib.contextmanager
 def _watching(epochs: int) -> Iterator[Watch]:
     """A bar on a terminal, a line per epoch elsewhere; on stderr."""
-    from fxexpand.train import Watch
+    from fxexpand.training.train import Watch
 
     class Lines(Watch):
         def epoch(self, epoch: Any) -> None:

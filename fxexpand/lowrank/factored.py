@@ -1,0 +1,232 @@
+"""Factored layers: a Linear, convolution or Embedding that runs two smaller ones, one after the other.
+
+The module object stays what it was, its name, hooks, training flag and owners included; only its class
+becomes the subclass here of its old class. Its parameters are those of the two factors, under ``0`` and
+``1``: ``fc.weight`` and ``fc.bias`` become ``fc.0.weight``, ``fc.1.weight`` and ``fc.1.bias``. A state dict
+with the original names loads too: the weight is factored at the rank that the layer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxexpand.kernel import Kernel, cast, compose
+from fxexpand.lower import laid_out_as, to_module
+from fxexpand.lowrank.cuts import Cut, factors_of, matrix_of
+from fxexpand.lowrank.projection import spectrum
+from fxexpand.ops import kernel_of, stock_layer
+
+
+class Rows(nn.Module):
+    """``x @ weight`` for a weight ``(in, out)``: a Linear stored transposed, to share its tensor.
+
+    The second factor of an Embedding whose table is also the weight of a Linear: what the table's factors
+    give on the right, the Linear's give on the left.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, in)`` to ``(*, out)``."""
+        return x @ self.weight
+
+    def extra_repr(self) -> str:
+        """The sizes, as a Linear shows them."""
+        return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
+
+
+class Factorized(nn.Module):
+    """What the factored layers have in common; mixed in before the class of the layer.
+
+    Attributes:
+        cut: where the kernel was cut, and the rank.
+
+    ``weight`` and ``bias`` are the effective ones: computed at every read, so they are for reading. Writing
+    into them does nothing, assigning to them is an error; train the factors.
+    """
+
+    cut: Cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The second factor of the first."""
+        output: Tensor = self.get_submodule("1")(self.get_submodule("0")(x))
+        return output
+
+    def _effective_weight(self) -> Tensor:
+        first, second = self._modules["0"], self._modules["1"]
+        assert first is not None and second is not None
+        if isinstance(first, nn.Embedding):
+            right = second.weight if isinstance(second, Rows) else second.get_parameter("weight").mT
+            return first.weight @ right
+        return compose(kernel_of(second), kernel_of(first)).weight
+
+    def _effective_bias(self) -> Tensor | None:
+        return self.get_submodule("1")._parameters.get("bias")
+
+    # Any: they take the place of what are attributes in the layers below.
+    weight: Any = property(_effective_weight, doc="The product of the factors, as in the original layer.")
+    bias: Any = property(_effective_bias, doc="That of the second factor.")
+
+    def reset_parameters(self) -> None:
+        """Random factors, as torch draws them for layers of their sizes."""
+        for part in self._modules.values():
+            if isinstance(part, Rows):
+                nn.init.kaiming_uniform_(part.weight.mT, a=5**0.5)
+            elif part is not None:
+                part.reset_parameters()  # type: ignore[operator]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads the original names too, by factoring the weight; the others are the children's own."""
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, Tensor) and f"{prefix}0.weight" not in state_dict:
+            del state_dict[f"{prefix}weight"]
+            shape = self._effective_weight().shape
+            if given.shape != shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}weight: copying a param with shape {given.shape} from "
+                    f"checkpoint, the shape in current model is {shape}."
+                )
+                return
+            first, second = self.get_submodule("0"), self.get_submodule("1")
+            kernel = kernel_like(self, given.detach())
+            left, right = spectrum(matrix_of(kernel, self.cut.scheme)).factors(self.cut.rank)
+            one, two = factor_weights(self, kernel, self.cut, left, right)
+            state_dict[f"{prefix}0.weight"] = one
+            state_dict[f"{prefix}1.weight"] = two.mT if isinstance(second, Rows) else two
+            if isinstance(first, nn.Embedding) and first.padding_idx is not None:
+                state_dict[f"{prefix}0.weight"][first.padding_idx] = 0.0
+            if f"{prefix}bias" in state_dict:
+                state_dict[f"{prefix}1.bias"] = state_dict.pop(f"{prefix}bias")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        """The original's sizes, and the cut."""
+        return f"{super().extra_repr()}, cut={self.cut.scheme}:{self.cut.rank}".removeprefix(", ")
+
+
+class FactorizedLinear(Factorized, nn.Linear):
+    """See ``Factorized``."""
+
+
+class FactorizedConv1d(Factorized, nn.Conv1d):
+    """See ``Factorized``."""
+
+
+class FactorizedConv2d(Factorized, nn.Conv2d):
+    """See ``Factorized``."""
+
+
+class FactorizedConv3d(Factorized, nn.Conv3d):
+    """See ``Factorized``."""
+
+
+class FactorizedEmbedding(Factorized, nn.Embedding):
+    """See ``Factorized``."""
+
+
+FACTORIZED: dict[type[nn.Module], type[Factorized]] = {
+    cls.__bases__[1]: cls
+    for cls in (FactorizedLinear, FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedEmbedding)
+}
+
+
+def kernel_like(module: nn.Module, weight: Tensor) -> Kernel:
+    """The kernel of a layer, factored or not, with this weight and no bias; an Embedding's is its table."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return Kernel(weight)
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    base: Any = type(module).__mro__[2] if isinstance(module, Factorized) else type(module)
+    return kernel_of(stock_layer(base, module, weight=weight, bias=None))
+
+
+def factor_weights(
+    module: nn.Module, kernel: Kernel, cut: Cut, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights of both factors, as the layers that ``factors`` makes store them, in the kernel's dtype."""
+    dtype = kernel.weight.dtype
+    if isinstance(module, nn.Embedding):
+        return left[0].to(dtype), right[0].mT.to(dtype).contiguous()
+    first, second = (cast(part, dtype).weight for part in factors_of(kernel, cut.scheme, left, right))
+    return laid_out_as(first, kernel.weight), laid_out_as(second, kernel.weight)
+
+
+def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Two stock layers that compute ``left @ right`` in place of the weight of ``module``.
+
+    The second takes over the very bias parameter of the layer.
+
+    Args:
+        module: a Linear, ConvNd or Embedding of an exact type.
+        left: ``(g, m, r)``, in float64; see ``fxexpand.lowrank.cuts``.
+        right: ``(g, r, n)``.
+    """
+    old = module._parameters["weight"]
+    assert old is not None
+    kernel = kernel_like(module, old.detach())
+    one, two = factor_weights(module, kernel, cut, left, right)
+    if isinstance(module, nn.Embedding):
+        padding, grows = module.padding_idx, module.scale_grad_by_freq
+        if padding is not None:
+            one[padding] = 0.0  # what is zero up to rounding only would grow a gradient-free row
+        first: nn.Module = nn.Embedding(
+            one.shape[0], one.shape[1], padding, scale_grad_by_freq=grows, _weight=one
+        )
+        second: nn.Module = nn.Linear(two.shape[1], two.shape[0], bias=False, device="meta")
+        second.weight = nn.Parameter(two)
+    else:
+        plan = factors_of(kernel, cut.scheme, left.to(one.dtype), right.to(one.dtype))
+        first, second = (
+            to_module(replace(part, weight=weight)) for part, weight in zip(plan, (one, two), strict=True)
+        )
+    for part in (first, second):
+        part.requires_grad_(old.requires_grad)
+        part.train(module.training)
+    if not isinstance(module, nn.Embedding):
+        second._parameters["bias"] = module._parameters["bias"]
+    return first, second
+
+
+def tied_factors(
+    module: nn.Module, cut: Cut, left: Tensor, right: Tensor, like: tuple[nn.Module, nn.Module]
+) -> tuple[nn.Module, nn.Module]:
+    """``factors`` for another owner of the same weight, with the parameters of the first owner's."""
+    first, second = factors(module, cut, left, right)
+    table = isinstance(like[0], nn.Embedding)
+    if isinstance(module, nn.Embedding) == table:
+        first._parameters["weight"] = like[0]._parameters["weight"]
+        second._parameters["weight"] = like[1]._parameters["weight"]
+    elif table:  # Linear (in, out) = (d, tokens): the table's rows are its second factor
+        raise AssertionError("the Linear of a tied group comes first")
+    else:
+        # stored (r, d), what the Linear's first factor is
+        first._parameters["weight"] = like[1]._parameters["weight"]
+        shared = like[0]._parameters["weight"]
+        assert isinstance(shared, nn.Parameter)
+        second = Rows(shared).train(module.training)
+    return first, second
+
+
+def factorize_layer(module: nn.Module, first: nn.Module, second: nn.Module, cut: Cut) -> None:
+    """Turn a layer of an exact type in ``FACTORIZED`` into its factored subclass, in place; cannot fail."""
+    module.__class__ = FACTORIZED[type(module)]
+    for name in module._parameters:
+        module._parameters[name] = None
+    module._modules.update({"0": first, "1": second})
+    module.__dict__["cut"] = cut

@@ -24,9 +24,9 @@ from torch import nn
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.zoo_names import QUICK
 from fxexpand import expand, fuse
+from fxexpand.latency.timing import peak_bytes
 from fxexpand.outputs import tensors_of
 from fxexpand.table import short, table
-from fxexpand.timing import peak_bytes
 
 T = TypeVar("T")
 RESNETS = ("resnet50", "resnet101", "resnet152")

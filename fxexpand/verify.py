@@ -96,7 +96,7 @@ def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Seque
     )
     with evaluating(before), evaluating(after), torch.no_grad():
         try:
-            expected = in_float64(before, Scratch())(probe)
+            expected = in_float64(before, Scratch())(probe.clone())  # which may be written into
         except RuntimeError as error:
             if "shape" in str(error) or "size" in str(error):
                 return None

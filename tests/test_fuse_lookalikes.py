@@ -224,3 +224,23 @@ def test_flags_count_together_and_names_count_too(kind: type[nn.Module], argumen
         assert_same(fused(x), model(x), EXACT)
         assert_same(fused(x, **arguments), model(x, **arguments), EXACT)
         assert not fxexpand.report(fused).changed
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_shift_in_place_before_a_layer(inplace: bool) -> None:
+    """What the check feeds to the network before must not be written into before it gets to the one after."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat((x, x), 1)
+            result: Tensor = self.layer(y.add_(3.0) if inplace else y + 3.0)
+            return result
+
+    model, x = Shifted().double().eval(), torch.randn(5, 2, dtype=torch.float64)
+    fused = fxexpand.fuse(model, (x,))
+    assert_same(fused(x), model(x), rel=1e-12)
+    assert len(fxexpand.report(fused).changed) == 1

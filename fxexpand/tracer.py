@@ -65,7 +65,11 @@ class RegionTracer(fx.Tracer):
         tensors = chain(root.named_buffers(), root.named_parameters())
         self._names = {id(tensor): name for name, tensor in tensors}
         self._gradients = torch.is_grad_enabled()
-        return super().trace(root, concrete_args)
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # which torch 2.9 writes into the code, and cannot pickle
+                node.type = None
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module is one node of the graph."""

@@ -38,7 +38,7 @@ SPREAD = (
     *(f"timm:{name}" for name in QUICK["timm"]),
     *("torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5", "torchvision:squeezenet1_1"),
     *("torchvision:regnet_y_400mf", "torchvision:resnet18", "torchvision:swin_t", "torchvision:vit_b_16"),
-    *("torchvision:vgg11", "torchvision:densenet121", "torchvision:convnext_tiny"),
+    *("torchvision:alexnet", "torchvision:vgg11", "torchvision:densenet121", "torchvision:convnext_tiny"),
 )
 
 
@@ -212,7 +212,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         resnets.append(resnet_row(name, rounds, batch=8, size=size))
     networks = []
-    for spec in SPREAD[-10:-7] if options.quick else SPREAD:
+    for spec in SPREAD[-11:-8] if options.quick else SPREAD:
         print(f"{spec} ...", file=sys.stderr, flush=True)
         networks.append(network_row(spec, rounds=1 if options.quick else 3))
     about, text = machine(), tables(resnets, chains, networks)

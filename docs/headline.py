@@ -78,18 +78,47 @@ def roundtrip_table() -> str:
     )
 
 
+def zoo_table() -> str:
+    """How much of each library survives everything."""
+    lines = [json.loads(line) for line in (RESULTS / "zoo.jsonl").read_text(encoding="utf-8").splitlines()]
+    about = next(line for line in lines if "benchmark" in line)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if "name" in line:
+            rows.setdefault(line["name"].partition(":")[0], []).append(line)
+    libraries = sorted(rows)
+    whole = [[row for row in rows[name] if "covered" in row] for name in libraries]
+    cells = {
+        "architectures measured": [str(len(rows[name])) for name in libraries],
+        "where all holds": [str(sum(not row["failures"] for row in rows[name])) for name in libraries],
+        "weights expanded": [
+            f"{sum(row['covered'] for row in found)} of {sum(row['weights'] for row in found)}"
+            for found in whole
+        ],
+    }
+    head = [
+        f"| expand, train, fold back, fuse | {' | '.join(libraries)} |",
+        "|---|" + "---|" * len(libraries),
+    ]
+    body = [f"| {what} | {' | '.join(values)} |" for what, values in cells.items()]
+    return "\n".join([*head, *body, "", "`python -m benchmarks.zoo`, " + _told(about["machine"])])
+
+
 def _equal(rows: Iterable[dict[str, Any]]) -> int:
     return sum(row["flops"] == row["flops_fused"] for row in rows)
 
 
 def _when(name: str) -> str:
-    about = read(name)["machine"]
+    return _told(read(name)["machine"])
+
+
+def _told(about: dict[str, Any]) -> str:
     return f"{about['date']}, {about['processor']}, {about['cores']} cores, torch {about['torch']}."
 
 
 def tables() -> dict[str, str]:
     """The tables by the name of their markers."""
-    return {"fusing": fusing_table(), "roundtrip": roundtrip_table()}
+    return {"fusing": fusing_table(), "roundtrip": roundtrip_table(), "zoo": zoo_table()}
 
 
 def filled(page: str) -> str:

@@ -148,7 +148,11 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=4.0, help="GB that a row may take")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds on the clock for a row")
     parser.add_argument("--fresh", action="store_true", help="measure again what has a row")
-    parser.add_argument("--failed", action="store_true", help="measure again what has a row that failed")
+    parser.add_argument(
+        "--failed",
+        action="store_true",
+        help="measure again what has a row that failed; without a name all of them",
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/zoo[-quick].jsonl")
     return parser.parse_args(given)
 
@@ -159,11 +163,12 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # advice on configurations, of every process
     out = options.out or (OUT.with_stem("zoo-quick") if options.quick else OUT)
     out.parent.mkdir(parents=True, exist_ok=True)
-    entries = quick() if options.quick else chosen(options.names)
     if options.quick:
         for path in (out, journal_of(out)):
             path.unlink(missing_ok=True)
     rows = known(out)[1]
+    names = options.names or [name for name, row in rows.items() if options.failed and row["failures"]]
+    entries = quick() if options.quick else chosen(names)
     done = set() if options.fresh else {name for name, row in rows.items() if not row["failures"]}
     if not options.fresh and not options.failed:
         done = set(rows)

@@ -212,7 +212,8 @@ def test_a_killed_sweep_goes_on(
     assert asked == ["timm:test_vit", "timm:test_resnet", "timm:test_convnext"]
     assert zoo.main(["test_vit", *options]) == 0 and len(asked) == 3
     zoo.main(["test_vit", "test_resnet", "--failed", *options])
-    assert asked[3:] == ["timm:test_resnet"]
+    assert zoo.main(["--failed", *options]) == 1  # all that failed
+    assert asked[3:] == ["timm:test_resnet", "timm:test_resnet"]
     about, written = zoo.read(out)
     assert about["version"] == 1 and about["machine"]["torch"] == str(torch.__version__)
     assert sorted(written) == ["timm:test_convnext", "timm:test_resnet", "timm:test_vit"]

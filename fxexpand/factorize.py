@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxexpand.compression.costs import Target, unfit
 from fxexpand.compression.criteria import Method, Ranks
@@ -91,7 +92,7 @@ def factorize(
 
     Raises:
         SelectionError: not exactly one way to choose ranks, an option out of range, a budget that cannot be
-            met, or a pattern that matches nothing.
+            met, a pattern that matches nothing, or a calibration without batches or with NaN or Inf.
         RefusedError: ``strict=True`` and a site is refused.
         UnusableWeightError: a weight holds NaN or Inf.
 
@@ -106,7 +107,7 @@ def factorize(
     bar = progress_bar("factorize", progress)
     decisions, counted = decide(result, targets, criterion, approach, example_inputs, calibration, bar)
     found = {decision.target.name: decision for decision in decisions}
-    require_matched(criterion, found)
+    require_matched(criterion, targets)
     table = [found[name].row if row is None else row for name, row in rows.items()]
     require_lenient(table, strict)
     steps = [step for decision in decisions if decision.cut is not None for step in _steps(decision)]
@@ -117,13 +118,21 @@ def factorize(
         report = summed(table, decisions, count, totals(result), counted)
         if example_inputs is not None:
             after = outputs_of(result, example_inputs)
-            lost = sum(
-                float((a - b).to(torch.float64).square().sum()) for a, b in zip(after, before, strict=True)
-            )
-            whole = sum(float(b.to(torch.float64).square().sum()) for b in before)
-            report = replace(report, output_error=(lost / whole) ** 0.5 if whole else 0.0)
+            report = replace(report, output_error=_output_error(after, before))
         result.__dict__[REPORT] = report
     return result
+
+
+def _output_error(after: Sequence[Tensor], before: Sequence[Tensor]) -> float:
+    """``|a - b| / |b|`` over all outputs; NaN or Inf that was there before (a masked score) is no error."""
+    lost = whole = 0.0
+    for one, other in zip(after, before, strict=True):
+        wide = torch.complex128 if other.is_complex() else torch.float64
+        a, b = one.to(wide), other.to(wide)
+        same = (a == b) | (a.isnan() & b.isnan())
+        lost += float((a - b)[~same].abs().square().sum())
+        whole += float(b[b.isfinite()].abs().square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def cuts(model: nn.Module) -> dict[str, Cut]:
@@ -138,12 +147,15 @@ def _targets(
     inside = {
         part for module in model.modules() if isinstance(module, Factorized) for part in module.children()
     }
+    paths: dict[nn.Module, tuple[str, ...]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[module] = (*paths.get(module, ()), path)
     rows: dict[str, FactorRow | None] = {}
     targets: list[Target] = []
     for site in sites:
         if site.module in inside:
             continue
-        count = 0 if site.weight is None else site.weight.numel()
+        count = 0 if site.weight is None or is_lazy(site.weight) else site.weight.numel()
         row = FactorRow(site.name, site.kind, "left", site.reason, params_before=count, params_after=count)
         if selection.recipe_for(site.name, site.module) is None:
             rows[site.name] = replace(row, reason="not selected")
@@ -156,7 +168,8 @@ def _targets(
                 assert site.weight is not None
                 modules = [owner.module for owner in site.owners]
                 modules.sort(key=lambda module: isinstance(module, nn.Embedding))
-                targets.append(Target(site.name, site.kind, tuple(modules), site.weight))
+                known = tuple(path for module in modules for path in paths[module])
+                targets.append(Target(site.name, site.kind, tuple(modules), site.weight, known))
     selection.require_used(rows)
     return rows, targets
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
 from fxexpand.table import short, table
 
 _WRAPPER = "_orig_mod"  # what torch.compile calls the model it wraps
@@ -119,41 +120,42 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopReport:
     """Count the FLOPs of ``model`` in evaluation mode for ``example_inputs``.
 
     Runs the model once, without gradients, on the device it is on (the meta device costs nothing), and leaves
-    no trace: training flags, buffers and the random state are as before.
+    no trace: training flags, buffers, inputs and the random state are as before.
 
     Args:
         model: any module, in any mode; a compiled one is counted as if it were not.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_recurrent_and_vector_operators())
+    given = copy_inputs(example_inputs)  # which the model may write to
+    counter = FlopCounterMode(display=False, custom_mapping=_more_operators())
+    tracked: Any = counter
+    tracked.mod_tracker = _Untracked()
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(_without_gradients(model))
         stack.enter_context(_counted_kernels(model))
         stack.enter_context(counter)
         own = stack.enter_context(_attributed(model, counter))
-        call(model, example_inputs)
+        call(model, given)
     counts = counter.get_flop_counts().get("Global", {})
     by_operator = {str(name): int(flops) for name, flops in counts.items()}
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
     return FlopReport(sum(own.values()), own, by_operator, parameters)
 
 
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients.
+class _Untracked:
+    """In place of the counter's own tracker of modules, which follows gradients through their inputs.
 
-    The counter follows the inputs of modules back through the graph; a parameter that is one (a class
-    token), read under ``no_grad``, has none, and the counter would fail.
+    It fails where there are none (a parameter read under ``no_grad``), or where the model takes gradients
+    itself (forces of an energy); modules are followed by ``_attributed``.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Nothing to start."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to stop."""
 
 
 @contextmanager
@@ -216,7 +218,7 @@ def _counted_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _recurrent_and_vector_operators() -> dict[Any, Callable[..., int]]:
+def _more_operators() -> dict[Any, Callable[..., int]]:
     """FLOP formulas, from shapes, of operators that torch's counter passes over."""
     aten = torch.ops.aten
     Shape: TypeAlias = Sequence[int]
@@ -226,6 +228,12 @@ def _recurrent_and_vector_operators() -> dict[Any, Callable[..., int]]:
 
     def added_matrix_vector(added: Shape, matrix: Shape, vector: Shape, **_: Any) -> int:
         return 2 * prod(matrix)
+
+    def added_batch(added: Shape, batch: Shape, other: Shape, **_: Any) -> int:
+        return 2 * prod(batch) * other[-1]
+
+    def time_first(x: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+        return 2 * prod(out_shape) * prod(weight[:2])  # (k, in, out)
 
     def dot(a: Shape, b: Shape, **_: Any) -> int:
         return 2 * prod(a)
@@ -245,6 +253,9 @@ def _recurrent_and_vector_operators() -> dict[Any, Callable[..., int]]:
         aten.mv: matrix_vector,
         aten.addmv: added_matrix_vector,
         aten.dot: dot,
+        aten.vdot: dot,
+        aten.addbmm: added_batch,
+        aten.conv_tbc: time_first,
         aten.mkldnn_rnn_layer: fused_layer,
         aten._cudnn_rnn: fused_stack,
     }

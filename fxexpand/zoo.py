@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.closest import closest
+from fxexpand.copying import copied
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
 from fxexpand.evaluating import evaluating
-from fxexpand.inputs import ExampleInputs, call, tensors
+from fxexpand.inputs import ExampleInputs, call, copy, tensors
 
 _INPUT = re.compile(r"(?P<shape>\d+(?:[,x]\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -79,6 +80,7 @@ def default_inputs(name: str, model: nn.Module) -> ExampleInputs | None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a checkpoint strictly: safetensors, or a state dict that ``torch.save`` wrote.
 
+    A tensor that the model has under several names needs one of them in the file: safetensors keep no more.
     Nothing is unpickled: torch reads the second kind with ``weights_only=True``.
 
     Raises:
@@ -90,7 +92,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UnusableWeightError(f"{path}: {key!r} holds NaN or Inf. Take an earlier checkpoint.")
-    wanted = model.state_dict()
+    wanted = model.state_dict(keep_vars=True)  # which are the model's own, the same one under all its names
+    held = {id(tensor): state[key] for key, tensor in wanted.items() if key in state}
+    state |= {
+        key: held[id(tensor)] for key, tensor in wanted.items() if id(tensor) in held and key not in state
+    }
     missing = [key for key in wanted if key not in state]
     extra = [key for key in state if key not in wanted]
     if missing or extra:
@@ -137,7 +143,7 @@ def require_accepts(model: nn.Module, inputs: ExampleInputs) -> None:
     shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(inputs))
     try:
         with evaluating(model):
-            call(model, inputs)
+            call(model, copy(inputs))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         raise SelectionError(
             f"{type(model).__name__} does not take an input of {shapes}: {_last_line(error)}"
@@ -215,7 +221,7 @@ def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
             raise SelectionError(f"{module} has no {part!r}.{closest(part, dir(found))}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
-        return found
+        return copied(found)  # a command loads a model twice, and changes one of them
     if not callable(found):
         raise SelectionError(f"{module}:{attribute} is a {type(found).__name__}; name a factory or a module.")
     try:
@@ -233,7 +239,7 @@ def _built(factory: Any, name: str, meta: bool) -> nn.Module:
         try:
             with torch.device("meta"):
                 model = factory()
-        except (RuntimeError, NotImplementedError):  # a constructor that reads values
+        except Exception:  # a constructor that reads values; any other error is raised again here
             model = factory()
     else:
         model = factory()

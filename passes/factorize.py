@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
@@ -100,7 +99,7 @@ class Factorize:
             changed, targets, criterion, approach, self.example_inputs, self.calibration
         )
         found = {decision.target.name: decision for decision in decisions}
-        require_matched(criterion, found)
+        require_matched(criterion, targets)
         table = [found[name].row if row is None else row for name, row in rows.items()]
         require_lenient(table, self.strict)
         blocks = {name: _block(decision) for name, decision in found.items() if decision.cut is not None}
@@ -113,14 +112,16 @@ class Factorize:
         return Result(changed if blocks else graph_module, bool(blocks), report)
 
 
-def require_matched(criterion: Criterion, found: Any) -> None:
+def require_matched(criterion: Criterion, targets: Sequence[Target]) -> None:
     """Raises: SelectionError: a mapping of ranks names a layer that is not there."""
-    named = criterion.rank if isinstance(criterion.rank, dict) else {}
-    missing = [name for name in named if name not in found]
+    named = criterion.rank if isinstance(criterion.rank, Mapping) else {}
+    known = {name for target in targets for name in (target.name, *target.paths)}
+    missing = [name for name in named if name not in known]
     if missing:
+        some = ", ".join(target.name for target in targets[:8])
         raise SelectionError(
             f"rank: {', '.join(missing)}: no layer of that name can be factored. "
-            f"There are: {', '.join(list(found)[:8])}{', ...' if len(found) > 8 else ''}."
+            f"There are: {some}{', ...' if len(targets) > 8 else ''}."
         )
 
 

@@ -233,3 +233,67 @@ def test_a_parameter_that_is_the_input_of_a_module() -> None:
     model.layer[0].bias.requires_grad_(False)
     assert count_flops(model, torch.rand(5, 4)).total == 2 * 4 * 3 * 6
     assert [p.requires_grad for p in model.parameters()] == [True, True, False]
+
+
+def test_inputs_are_as_before() -> None:
+    """A model that starts with an operator in place writes to what it is given."""
+    x = torch.randn(4, 6)
+    before = x.clone()
+    count_flops(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 2)), x)
+    assert torch.equal(x, before)
+
+
+class Applied(nn.Module):
+    """A function of a weight (8, 6) and an input."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.weight, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "flops"),
+    [
+        (lambda w, x: torch.addbmm(torch.zeros(4, 6), x, w.expand(3, 8, 6)), (3, 4, 8), 2 * 3 * 4 * 8 * 6),
+        (lambda w, x: torch.vdot(w[0], x), (6,), 2 * 6),
+        (
+            lambda w, x: torch.conv_tbc(x, w.reshape(2, 4, 6), torch.zeros(6)),
+            (5, 3, 4),
+            2 * 4 * 3 * 6 * 2 * 4,
+        ),
+    ],
+    ids=["addbmm", "vdot", "conv_tbc"],
+)
+def test_products_that_the_counter_passes_over(
+    function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], flops: int
+) -> None:
+    assert count_flops(Applied(function), torch.randn(shape)).total == flops
+
+
+def test_a_model_that_takes_gradients_itself() -> None:
+    """A force is the gradient of an energy: one product there, and one back."""
+
+    class Force(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                places = x.detach().requires_grad_()
+                [force] = torch.autograd.grad(self.energy(places).sum(), places)
+            return force
+
+    model = Force()
+    assert count_flops(model, torch.randn(5, 8)).by_module == {"": 480, "energy": 240}
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_parameters_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(8, 3)
+    assert count_flops(model, torch.randn(5, 8)).total == 240
+    assert model.weight.requires_grad

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from fxexpand import expand
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.rank import RankReport, rank_report
+from fxexpand.rank import RankReport, RankTracker, rank_report
 from fxexpand.rank.features import kernel_rank
 from fxexpand.rank.plots import plot_report
 from fxexpand.rank.spectra import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
-from fxexpand.recipes import Chain
+from fxexpand.recipes import Chain, RepVGG
 
 
 class Net(nn.Module):
@@ -146,3 +147,51 @@ def test_plots_that_cannot_be(tmp_path: Path) -> None:
         plot_report(RankReport(()), tmp_path / "a.svg")
     with pytest.raises(SelectionError, match=r"\.svg"):
         plot_report(rank_report(Net()), tmp_path / "a.jpeg")
+
+
+def test_a_sketch_leaves_the_random_state_and_inputs_stay_as_they_were() -> None:
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.linear(x.mul_(2.0))
+            return result
+
+    model, x = Writer(), torch.randn(3, 64)
+    before, state = x.clone(), torch.get_rng_state()
+    found = rank_report(model, x, sketched=8)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, before)
+    assert found == rank_report(model, x, sketched=8)
+
+
+def test_a_lazy_layer_is_named() -> None:
+    with pytest.raises(UnusableWeightError, match=r"0\.weight \(LazyLinear\): is not initialised yet"):
+        rank_report(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_weights_are_read_in_evaluation_mode() -> None:
+    """In training mode a BatchNorm leaves no single weight, and a spectral norm changes as it is read."""
+    plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(9, 9))
+    nn.utils.parametrizations.spectral_norm(plain[2])
+    model: Any = expand(plain, RepVGG(), select="0").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = rank_report(model)
+    tracker = RankTracker(model, every=1)
+    tracker()
+    assert [row.name for row in found.rows] == list(tracker.ranks()) == ["0.weight", "2.weight"]
+    assert tracker.ranks()["0.weight"] == [found.rows[0].effective_rank] * 2
+    assert found.rows[0].effective_rank == float(effective_rank(model.eval()[0].weight.detach()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_expanding_adds_no_rows_for_what_was_not_reported() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 5))
+    rows = [row.name for row in rank_report(model).rows]
+    assert rows == [row.name for row in rank_report(expand(model)).rows] == ["0.weight"]
+
+
+def test_a_tracker_is_pickled() -> None:
+    tracker = RankTracker(nn.Sequential(nn.Linear(4, 4)))
+    assert pickle.loads(pickle.dumps(tracker)).records == tracker.records

@@ -219,3 +219,32 @@ def test_every_process_ends_with_the_same_bits(tmp_path: Path) -> None:
     multiprocessing.spawn(_train, args=(2, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.LBFGS])
+def test_gradients_that_a_closure_makes_get_the_subgradient(make: Any, by_keyword: bool) -> None:
+    """Lightning passes a closure to every step, which zeroes the gradients and makes them."""
+    model: Any = nn.Sequential(nn.Linear(6, 5)).double()
+    weight, x = model[0].weight, torch.randn(8, 6, dtype=torch.float64)
+    optimizer = make(model.parameters(), lr=0.1)
+    trp = TrainedRankPruning(model, energy=0.8, nuclear=0.5, exclude=()).attach(optimizer)
+    projected = weight.detach().clone()
+    _, sign, _ = truncated_of(projected, 1.0 - 1e-9)
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(x).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        seen.append(weight.grad.clone())
+        return loss
+
+    _ = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+    if make is torch.optim.SGD:
+        assert len(seen) == 1
+        assert_same(weight.detach(), projected - 0.1 * (seen[0] + 0.5 * sign), 1e-6)
+    else:
+        assert len(seen) > 1  # and each time it is there
+        assert_same(weight.grad, seen[-1] + 0.5 * sign, 1e-6)
+    assert trp.steps == 1

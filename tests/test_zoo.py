@@ -175,3 +175,41 @@ def test_inputs_a_model_does_not_take_are_one_line() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(SelectionError, match="2 positional arguments but 3 were given"):
         require_accepts(model, (torch.randn(2, 1, 8, 8), torch.ones(1)))
+
+
+def test_a_tensor_of_several_names_needs_one_of_them(tmp_path: Path) -> None:
+    """safetensors keep no tensor twice: what transformers save has each tied weight under one name."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+            self.head.weight = self.table.weight
+
+    first, second = Tied(), Tied()
+    path = tmp_path / "tied.safetensors"
+    for name in ("table.weight", "head.weight"):
+        save_file({name: first.table.weight.detach(), "head.bias": first.head.bias.detach()}, path)
+        load_weights(second, path)
+        assert torch.equal(second.table.weight, first.table.weight)
+        assert second.head.weight is second.table.weight
+    save_file({"head.bias": first.head.bias.detach()}, path)
+    with pytest.raises(SelectionError, match=r"lacks 'table.weight' \(1 more"):
+        load_weights(second, path)
+
+
+def test_a_network_in_a_module_is_its_own_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command loads a model twice: ``inspect`` expands one, ``rank --before`` gives one other weights."""
+    (tmp_path / "mine_for_the_next_test.py").write_text(
+        "import torch\nfrom torch import nn\nnet = nn.Sequential(nn.Linear(4, 4))\n"
+        "class Numbers(nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(4, 4)\n"
+        "        self.rates = torch.linspace(0, 1, 4).numpy()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    one, two = (load_model("mine_for_the_next_test:net") for _ in range(2))
+    assert one is not two and one[0].weight is not two[0].weight  # type: ignore[index]
+    # A constructor that reads values as numpy's fails on the meta device with an error of another type.
+    assert not load_model("mine_for_the_next_test:Numbers", meta=True).weight.is_meta

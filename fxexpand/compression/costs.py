@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxexpand.compression.watching import Seen
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
 from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
 from fxexpand.lowrank.factored import FACTORIZED, factors, kernel_like
 from fxexpand.lowrank.projection import Spectrum, rank_of_share
@@ -22,12 +24,17 @@ TIMED_RANKS = 6  # per scheme and layer, for a budget of latency
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A weight that can be factored: all the modules that hold it, the layers among them first."""
+    """A weight that can be factored: all the modules that hold it, the layers among them first.
+
+    Attributes:
+        paths: of these modules; a mapping of ranks may have any of them in place of ``name``.
+    """
 
     name: str
     kind: str
     modules: tuple[nn.Module, ...]
     weight: Tensor
+    paths: tuple[str, ...] = ()
 
     @property
     def table(self) -> bool:
@@ -63,7 +70,7 @@ class Costs:
     """
 
     def __init__(self, target: Target, seen: Mapping[nn.Module, Seen], measured: bool) -> None:
-        self._target = target
+        self._target, self._measured = target, measured
         self._kernels = [kernel_like(module, target.weight.detach()) for module in target.modules]
         self._extents = [self._extent(i, seen, measured) for i in range(len(target.modules))]
         self.params = target.weight.numel()
@@ -82,6 +89,11 @@ class Costs:
         if self._target.table or self.flops == 0:
             return self.params_of(cut) < self.params
         return self.flops_of(cut) < self.flops
+
+    def guessed(self, cut: Cut) -> bool:
+        """Whether it depends on sizes, which are not known, if the cut saves FLOPs."""
+        tables = sum(isinstance(module, nn.Embedding) for module in self._target.modules)
+        return not self._measured and (cut.scheme == "spatial" or 0 < tables < len(self._target.modules))
 
     def _extent(self, i: int, seen: Mapping[nn.Module, Seen], measured: bool) -> Extent:
         module = self._target.modules[i]
@@ -106,13 +118,15 @@ def whole_cost(
 ) -> float:
     """What the whole model costs, in the units of a budget."""
     if name == "params":
-        return float(sum({id(p): p.numel() for p in model.parameters()}.values()))
+        known = (p for p in model.parameters() if not is_lazy(p))
+        return float(sum({id(p): p.numel() for p in known}.values()))
     if name == "flops":
         assert total is not None
         return total
     assert example_inputs is not None
+    given = copy_inputs(example_inputs)  # once: a copy in each call would be timed
     with evaluating(model):
-        return _seconds(lambda: call(model, example_inputs))
+        return _seconds(lambda: call(model, given))
 
 
 def timed_cuts(
@@ -123,8 +137,8 @@ def timed_cuts(
     if module not in seen or target.table or len(target.modules) > 1:
         return 0.0, []
     weight = target.weight
-    x = torch.randn(seen[module].shape, dtype=weight.dtype, device=weight.device)
-    with evaluating(module):
+    with evaluating(module):  # which restores the random state, too
+        x = torch.randn(seen[module].shape, dtype=weight.dtype, device=weight.device)
         before = _seconds(lambda: type(module).forward(module, x))
     timed: list[tuple[Cut, float]] = []
     for scheme, each in found.items():

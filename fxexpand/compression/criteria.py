@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, get_args
 
 from fxexpand.errors import SelectionError
 from fxexpand.lowrank.cuts import SCHEMES, Cut, Scheme
@@ -35,19 +36,33 @@ class Criterion:
             names = ", ".join(f.name for f in fields(self))
             raise SelectionError(f"factorize: give exactly one of {names}; got {', '.join(given) or 'none'}.")
         name, value = given[0], getattr(self, given[0])
+        if _whole(value):
+            value = int(value)  # of numpy too: what is no int would be taken as a share
+            object.__setattr__(self, name, value)
         if name == "rank":
-            if isinstance(value, str) and value != "effective":
-                raise SelectionError(f"rank={value!r}: choose an int, a share, a mapping or 'effective'.")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                rank_of_share(value, 1) if isinstance(value, float) else _require(value >= 1, "rank", value)
-        elif name == "energy":
+            self._require_ranks(value)
+            return
+        _require(isinstance(value, Real) and not isinstance(value, bool), name, value)
+        if name == "energy":
             _require(0.0 < value <= 1.0, name, value)
         elif name == "threshold":
             _require(value >= 0.0, name, value)
         elif name == "latency":
             _require(0.0 < value < 1.0, name, value)
-        else:
-            _require(value > 0, name, value)
+        else:  # a float is a share: half of a count of FLOPs, written as a float, would cut nothing
+            _require(value > 0 and (isinstance(value, int) or value <= 1), name, value)
+
+    @staticmethod
+    def _require_ranks(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for layer, each in value.items():
+                cut_of(layer, each)
+        elif isinstance(value, bool) or not (value == "effective" or isinstance(value, int | float)):
+            raise SelectionError(f"rank={value!r}: choose an int, a share, a mapping or 'effective'.")
+        elif isinstance(value, float):
+            rank_of_share(value, 1)
+        elif isinstance(value, int):
+            _require(value >= 1, "rank", value)
 
     @property
     def budget(self) -> str | None:
@@ -73,14 +88,39 @@ class Approach:
             )
 
 
+def _whole(value: object) -> bool:
+    """Whether it is an int, numpy's too; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def cut_of(layer: str, value: Any) -> int | Cut:
+    """What a mapping of ranks says of one layer: a rank, or a cut.
+
+    Raises: SelectionError: it is neither, or the rank is below 1.
+    """
+    found: int | Cut | None = None
+    if _whole(value):
+        found = int(value)
+    elif isinstance(value, Cut):
+        found = value
+    elif isinstance(value, tuple | list) and len(value) == 2 and value[0] in SCHEMES:
+        rank = cut_of(layer, value[1])
+        found = Cut(value[0], rank) if isinstance(rank, int) else None
+    if found is None or (found if isinstance(found, int) else found.rank) < 1:
+        raise SelectionError(
+            f"rank: {layer}: {value!r}: give a rank of 1 or more, or a scheme and a rank: ('channel', 8)."
+        )
+    return found
+
+
 def _require(holds: bool, name: str, value: object) -> None:
     if not holds:
         ranges = {
             "rank": "1 or more",
             "energy": "a share in (0, 1]",
             "threshold": "a singular value, 0 or more",
-            "flops": "a share of the model's FLOPs, or an int",
-            "params": "a share of the model's parameters, or an int",
+            "flops": "a share of the model's FLOPs, in (0, 1], or a number of them, an int",
+            "params": "a share of the model's parameters, in (0, 1], or a number of them, an int",
             "latency": "a share of the model's latency, in (0, 1)",
         }
         raise SelectionError(f"{name}={value}: give {ranges[name]}.")

@@ -9,10 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxexpand.compression.allocation import Option, allocate
 from fxexpand.compression.costs import Costs, Target, timed_cuts, whole_cost
-from fxexpand.compression.criteria import Approach, Criterion
+from fxexpand.compression.criteria import Approach, Criterion, Ranks, cut_of
 from fxexpand.compression.report import FactorRow
 from fxexpand.compression.watching import Moment, Seen, Tokens, sizes, watch_moments
 from fxexpand.errors import SelectionError
@@ -56,7 +57,8 @@ class Decision:
 
 def totals(model: nn.Module) -> int:
     """The number of parameters, shared ones once."""
-    return sum({id(parameter): parameter.numel() for parameter in model.parameters()}.values())
+    known = (parameter for parameter in model.parameters() if not is_lazy(parameter))
+    return sum({id(parameter): parameter.numel() for parameter in known}.values())
 
 
 def decide(
@@ -158,13 +160,15 @@ def _judged(target: Target, costs: Costs, found: Found, criterion: Criterion) ->
     """One layer by itself: the cheapest of the cuts that the criterion asks for."""
     if isinstance(found, str):
         return Decision(target, _row(target, costs, "refused", found))
-    cuts = _asked(target.name, found, criterion)
+    cuts = _asked(target, found, criterion)
     if cuts is None:
         return Decision(target, _row(target, costs, "left", "no rank is given for it"))
     if not cuts:
         raise SelectionError(f"rank: {target.name} ({target.kind}) has no cut {criterion.rank!r}.")
     best = min(cuts, key=lambda cut: (costs.flops_of(cut), costs.params_of(cut)))
-    if not costs.saves(best):
+    # A cut that was named with its scheme is that of a factored model: guessed sizes cannot overrule it.
+    named = isinstance(_named(target, criterion.rank), Cut)
+    if not costs.saves(best) and not (named and costs.guessed(best)):
         by, before, after = "FLOPs", costs.flops, costs.flops_of(best)
         if target.table or not costs.flops:
             by, before, after = "parameters", costs.params, float(costs.params_of(best))
@@ -178,18 +182,30 @@ def _judged(target: Target, costs: Costs, found: Found, criterion: Criterion) ->
     return _decision(target, costs, found, best)
 
 
-def _asked(name: str, found: dict[Scheme, Spectrum], criterion: Criterion) -> list[Cut] | None:
+def _asked(target: Target, found: dict[Scheme, Spectrum], criterion: Criterion) -> list[Cut] | None:
     """The cuts that a criterion asks for, one per scheme; None where it names others."""
-    rank = criterion.rank
-    if isinstance(rank, Mapping):
-        given = rank.get(name)
+    if isinstance(criterion.rank, Mapping):
+        given = _named(target, criterion.rank)
         if given is None:
             return None
         if isinstance(given, int):
             return [Cut(scheme, min(given, spectrum.full)) for scheme, spectrum in found.items()]
-        cut = given if isinstance(given, Cut) else Cut(*given)
-        return [cut] if cut.scheme in found and 1 <= cut.rank <= found[cut.scheme].full else []
+        return [given] if given.scheme in found and given.rank <= found[given.scheme].full else []
     return [Cut(scheme, _rank(spectrum, criterion)) for scheme, spectrum in found.items()]
+
+
+def _named(target: Target, rank: Ranks | None) -> int | Cut | None:
+    """What a mapping of ranks says of a target, under its own name or the path of one of its modules.
+
+    Raises: SelectionError: two names of one weight have different ranks.
+    """
+    if not isinstance(rank, Mapping):
+        return None
+    given = {name: cut_of(name, rank[name]) for name in (target.name, *target.paths) if name in rank}
+    if len(set(given.values())) > 1:
+        each = ", ".join(f"{name}: {value}" for name, value in given.items())
+        raise SelectionError(f"rank: {each}: they are one weight. Give it one rank.")
+    return next(iter(given.values()), None)
 
 
 def _rank(found: Spectrum, criterion: Criterion) -> int:

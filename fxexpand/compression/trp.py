@@ -56,7 +56,8 @@ class TrainedRankPruning:
 
     Args:
         model: its Linear layers and convolutions are looked at; frozen, expanded or factored ones are not,
-            and of several that share a weight only the first.
+            nor those whose weight is no parameter (``weight_norm``, ``prune``), and of several that share a
+            weight only the first.
         every: steps from one projection to the next.
         energy: the share of the squared norm that a projection keeps.
         nuclear: lam, the weight of the nuclear norm; 0 leaves it out.
@@ -115,8 +116,22 @@ class TrainedRankPruning:
         if self._handles:
             raise SelectionError("TRP: is attached already. Call finish first.")
 
-        def before(*_: Any) -> None:
-            self.add_subgradients()
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = args[1] if len(args) > 1 else kwargs.get("closure")
+            if given is None:
+                self.add_subgradients()
+                return None
+            kept = self._subgradients
+
+            def closure() -> Any:  # which makes the gradients only now, as Lightning's do; LBFGS asks often
+                loss = given()
+                self._subgradients = kept
+                self.add_subgradients()
+                return loss
+
+            if len(args) > 1:
+                return (args[0], closure, *args[2:]), kwargs
+            return args, {**kwargs, "closure": closure}
 
         def after(*_: Any) -> None:
             self.steps += 1
@@ -211,15 +226,17 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
     selection.require_used(selected)
     layers: dict[str, nn.Module] = {}
     for i, (name, module) in enumerate(matrices):
+        parameter = module._parameters.get("weight")
+        if parameter is None:
+            continue  # computed by a hook before each forward
         convolution = isinstance(module, nn.modules.conv._ConvNd)
-        kernel = kernel_like(module, module.get_parameter("weight").detach())
+        kernel = kernel_like(module, parameter.detach())
         tests: dict[Excluded, bool] = {
             "first": i == 0,
             "last": i == len(matrices) - 1,
             "pointwise": convolution and all(k == 1 for k in kernel.kernel_size),
             "strided": convolution and any(s > 1 for s in kernel.stride),
         }
-        parameter = module.get_parameter("weight")
         taken = any(parameter is layer.get_parameter("weight") for layer in layers.values())
         if selected[name] and parameter.requires_grad and not taken and not any(tests[x] for x in exclude):
             layers[name] = module

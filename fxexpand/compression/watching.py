@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxexpand.errors import SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
@@ -85,6 +86,8 @@ class Moment:
     def add(self, x: Tensor) -> None:
         """Take in the inputs of one call."""
         reads, groups = self._reads, self.kernel.groups
+        if not x.numel():
+            return  # an empty batch says nothing
         y = apply(reads, x.to(reads.weight.dtype))
         channels = -1 if self.kernel.rank == 0 else y.ndim - 1 - self.kernel.rank
         rows = y.movedim(channels, 0).reshape(groups, -1, y.numel() // y.shape[channels])
@@ -111,15 +114,32 @@ def watch_moments(
     calibration: Iterable[ExampleInputs],
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Run ``model`` on every batch of ``calibration``; each layer's moments take in its inputs."""
+    """Run ``model`` on every batch of ``calibration``; each layer's moments take in its inputs.
+
+    Raises: SelectionError: there is no batch (an iterator that was used up), or a layer's inputs hold NaN or
+        Inf.
+    """
 
     def take(layer: nn.Module, x: Tensor, _: Tensor) -> None:
         for taker in takers[layer]:
             taker.add(x)
 
     with evaluating(model), _watched(takers, take):
+        batches = 0
         for example_inputs in progress(calibration):
             call(model, copy_inputs(example_inputs))
+            batches += 1
+    if not batches:
+        raise SelectionError(
+            "calibration: no batches. Give a list of them, or leave it out to go by weights."
+        )
+    for name, module in model.named_modules():
+        for taker in takers.get(module, ()):
+            if isinstance(taker, Moment) and not bool(torch.isfinite(taker.sum).all()):
+                raise SelectionError(
+                    f"calibration: the inputs of {name or type(module).__name__} hold NaN or Inf. Leave the "
+                    "batches that make them out."
+                )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxexpand.errors import SelectionError
-from fxexpand.inputs import ExampleInputs, as_call, batch_size
+from fxexpand.inputs import ExampleInputs, as_call, batch_size, tensors
 
 # Names of the dimensions after batch and channels, by rank.
 SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -55,6 +55,25 @@ def dynamic_shapes(
     if spatial and not any(name != "batch" for name, _ in known):
         raise SelectionError("example_inputs: no tensor with spatial dimensions. Use dynamic_spatial=False.")
     return shapes
+
+
+def axis_names(
+    model: nn.Module, example_inputs: ExampleInputs, shapes: dict[str, Any]
+) -> list[dict[int, str]]:
+    """For each tensor of the inputs, in their order, the names of its free dimensions in ``shapes``.
+
+    torch.onnx names them by itself, but only where all arguments are tensors.
+    """
+    found: dict[int, dict[int, str]] = {}
+
+    def note(leaf: Any, free: Any) -> None:
+        if isinstance(leaf, Tensor):
+            found[id(leaf)] = {i: dimension.__name__ for i, dimension in (free or {}).items()}
+
+    args, kwargs = as_call(example_inputs)
+    for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
+        tree_map(note, value, shapes[name])
+    return [found.get(id(tensor), {}) for tensor in tensors(example_inputs)]
 
 
 def larger(example_inputs: ExampleInputs) -> ExampleInputs:

@@ -7,11 +7,13 @@ when everything holds, so a failure leaves neither a broken file nor a changed o
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -26,10 +28,11 @@ from fxexpand import pipeline
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
 from fxexpand.evaluating import evaluating
 from fxexpand.export.files import count_operators, dimensions, fingerprint, move_together
+from fxexpand.export.free_sizes import axis_names, larger
 from fxexpand.export.free_sizes import dynamic_shapes as free_sizes
-from fxexpand.export.free_sizes import larger
 from fxexpand.export.sessions import feeds, open_session, required
 from fxexpand.inputs import ExampleInputs, as_call, batch_size, call, move, resize_batch, tensors
+from fxexpand.inputs import copy as copy_inputs
 from fxexpand.outputs import tensors_of, worst_error
 from fxexpand.table import short, table
 
@@ -154,7 +157,8 @@ def export_onnx(
 
     Raises:
         RefusedError: the model, or a module in it, is in training mode.
-        SelectionError: no such dimension to leave free, or no folder to write to.
+        SelectionError: no such dimension to leave free, no folder to write to, or an opset that torch cannot
+            write the model in.
         VerificationError: the file computes something else, or its batch dimension is fixed.
         FxExpandError: torch cannot export the model, or onnx, onnxscript or (to verify) onnxruntime is not
             installed.
@@ -165,6 +169,8 @@ def export_onnx(
     if verify:
         required("onnxruntime")
     _refuse_training(model)
+    if target.is_dir():
+        raise SelectionError(f"{target}: is a folder. Name a file in it.")
     if not target.parent.is_dir():
         raise SelectionError(f"{target}: the folder {target.parent} does not exist. Create it first.")
     batch = batch_size(example_inputs)
@@ -175,6 +181,7 @@ def export_onnx(
             2,
         )  # torch.export takes a length of 1 as fixed
     free = dynamic_shapes or free_sizes(model, example_inputs, batch=free_batch, spatial=dynamic_spatial)
+    names = axis_names(model, example_inputs, free) if free and dynamic_shapes is None else []
     if tolerance is None:
         tolerance = TOLERANCES[_dtype(model, example_inputs)]
     written = pipeline.fuse(model, example_inputs) if fuse else model
@@ -182,7 +189,7 @@ def export_onnx(
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         draft = Path(folder) / "new" / target.name
-        _write(written, draft, example_inputs, free, opset, external_data, entries, translations)
+        _write(written, draft, example_inputs, free, opset, external_data, entries, translations, names)
         before = None
         if compare_with is not None:
             other = Path(folder) / "original" / target.name
@@ -190,6 +197,11 @@ def export_onnx(
             before = count_operators(onnx.load(str(other), load_external_data=False))
         _check(draft)
         program = onnx.load(str(draft), load_external_data=False)
+        written_as = next(e.version for e in program.opset_import if e.domain in ("", "ai.onnx"))
+        if opset not in (None, written_as):  # torch only logs that
+            raise SelectionError(
+                f"opset={opset}: torch can write this model as {written_as}, but not as that."
+            )
         if free_batch:
             _require_free_batch(program)
         sizes = tuple(sorted({1, batch, batch + 1})) if free_batch and batch else ()
@@ -204,7 +216,7 @@ def export_onnx(
     return OnnxReport(
         path=target,
         size=size,
-        opset=next(entry.version for entry in program.opset_import if entry.domain in ("", "ai.onnx")),
+        opset=written_as,
         inputs={value.name: dimensions(value) for value in program.graph.input},
         outputs={value.name: dimensions(value) for value in program.graph.output},
         operators=count_operators(program),
@@ -255,13 +267,14 @@ def _write(
     external_data: bool | None,
     metadata: Mapping[str, str],
     translations: Mapping[Callable[..., Any], Callable[..., Any]] | None,
+    names: Sequence[Mapping[int, str]] = (),
 ) -> None:
     """Write the file, and one for the weights if asked for or needed, into a folder of their own."""
     path.parent.mkdir()
     weights = sum(
         tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())
     )
-    args, kwargs = as_call(example_inputs)
+    args, kwargs = _as_torch_reads(model, *as_call(example_inputs))
     try:
         with evaluating(model), _quiet():
             program = torch.onnx.export(
@@ -275,12 +288,38 @@ def _write(
                 verbose=False,
             )
             assert program is not None
+            if names:
+                _rename(program, names)
             program.model.metadata_props.update(metadata)
             program.save(
                 path, external_data=weights > SINGLE_FILE_BYTES if external_data is None else external_data
             )
     except torch.onnx.OnnxExporterError as error:
         raise FxExpandError(_advice(type(model).__name__, error, dynamic is not None)) from error
+
+
+def _rename(program: torch.onnx.ONNXProgram, names: Sequence[Mapping[int, str]]) -> None:
+    """Give the free dimensions their names, by tensor and axis; torch calls them s97 where it has none."""
+    rename: Any = getattr(program, "rename_axes", None)  # not every torch that we take has it
+    known = {name for wanted in names for name in wanted.values()}
+    renamed: dict[str, str] = {}
+    for value, wanted in zip(program.model.graph.inputs, names, strict=False):
+        for axis, name in wanted.items():
+            length = getattr(value.shape[axis], "value", None) if value.shape is not None else None
+            if isinstance(length, str) and length.isidentifier() and length not in known:
+                renamed.setdefault(length, name)
+    if renamed and rename is not None:
+        rename(renamed)
+
+
+def _as_torch_reads(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call: torch.onnx would take a dict that is the last of the arguments for the keywords."""
+    if kwargs or not args or not isinstance(args[-1], dict):
+        return args, kwargs
+    name, value = list(inspect.signature(model.forward).bind(*args).arguments.items())[-1]
+    return (args[:-1], {name: value}) if value is args[-1] else (args, kwargs)
 
 
 def _advice(name: str, error: BaseException, dynamic: bool) -> str:
@@ -316,10 +355,18 @@ def _check(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings that torch.onnx and the libraries under it raise about themselves."""
+    """Silence the warnings that torch.onnx and the libraries under it raise, or log, about themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _require_free_batch(program: onnx.ModelProto) -> None:
@@ -342,7 +389,8 @@ def _verified(
         with evaluating(reference):
             given = feeds(session, inputs)
             try:
-                expected = tensors_of(call(reference, inputs))
+                # A copy: what the model writes to its inputs must reach neither the user nor the session.
+                expected = tensors_of(call(reference, copy_inputs(inputs)))
             except (RuntimeError, ValueError, IndexError, AssertionError) as problem:
                 raise VerificationError(
                     f"{path.name}: the model does not take {shapes}. {_FIXED}"

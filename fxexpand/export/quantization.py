@@ -26,7 +26,7 @@ from fxexpand.errors import SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.export.onnx import export_onnx
 from fxexpand.export.sessions import feeds, open_session, required
-from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import ExampleInputs, call, copy
 from fxexpand.outputs import tensors_of
 from fxexpand.table import short, table
 
@@ -186,7 +186,7 @@ def check_int8(
             whole, small = Path(folder) / f"{i}.onnx", Path(folder) / f"{i}-int8.onnx"
             export_onnx(model, whole, calibration[0], verify=False)
             with evaluating(model):
-                expected = [tensors_of(call(model, each))[0].detach().cpu() for each in given]
+                expected = [tensors_of(call(model, copy(each)))[0].detach().cpu() for each in given]
             _quantise(whole, small, calibration, per_channel)
             plain, rounded = (_first_outputs(open_session(path), given) for path in (whole, small))
             results.append(

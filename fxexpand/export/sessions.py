@@ -36,7 +36,8 @@ def open_session(
         threads: on the CPU; None leaves the choice to onnxruntime.
         tensorrt: the TensorRT provider, before the CUDA provider.
 
-    Raises: FxExpandError: onnxruntime is not installed, was built without the provider, or cannot load it.
+    Raises: FxExpandError: onnxruntime is not installed, was built without the provider, or cannot load it, or
+        cannot run the file (it has no kernels for an operator in that dtype).
     """
     runtime = required("onnxruntime")
     device = torch.device(device)
@@ -56,7 +57,14 @@ def open_session(
             kind = name.removesuffix("ExecutionProvider")
             raise FxExpandError(f"onnxruntime: built without {kind}. Run pip install onnxruntime-gpu.")
     providers: list[Any] = [(name, {"device_id": device.index or 0}) for name in wanted]
-    session = runtime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common
+        reason = str(error).partition("\n")[0]
+        raise FxExpandError(
+            f"{path.name}: onnxruntime cannot run it: {reason}. Try another dtype or opset, or export "
+            "without a comparison: verify=False."
+        ) from error
     if wanted and session.get_providers()[0] != wanted[0]:  # it only logs that, and runs on the CPU
         raise FxExpandError(f"onnxruntime: cannot load {wanted[0]}. Install the CUDA and cuDNN it needs.")
     return session

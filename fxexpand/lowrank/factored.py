@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxexpand.kernel import Kernel, cast, compose
@@ -73,6 +74,18 @@ class Factorized(nn.Module):
     weight: Any = property(_effective_weight, doc="The product of the factors, as in the original layer.")
     bias: Any = property(_effective_bias, doc="That of the second factor.")
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses what would never be read, as it is for assignments too.
+
+        Raises: AttributeError: a ``weight`` or ``bias`` beside those of the factors.
+        """
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is that of the factors, which a new one would not change. "
+                "Load a state dict with the original names, or assign to the factors (0 and 1)."
+            )
+        super().register_parameter(name, param)
+
     def reset_parameters(self) -> None:
         """Random factors, as torch draws them for layers of their sizes."""
         for part in self._modules.values():
@@ -101,6 +114,9 @@ class Factorized(nn.Module):
                     f"size mismatch for {prefix}weight: copying a param with shape {given.shape} from "
                     f"checkpoint, the shape in current model is {shape}."
                 )
+                return
+            if not bool(torch.isfinite(given).all()):
+                error_msgs.append(f"{prefix}weight holds NaN or Inf: it cannot be factored.")
                 return
             first, second = self.get_submodule("0"), self.get_submodule("1")
             kernel = kernel_like(self, given.detach())

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxexpand import inputs as arguments
 from fxexpand.errors import SelectionError, UnusableWeightError
@@ -204,7 +206,7 @@ def rank_report(
 
 
 def _weight_rows(model: nn.Module, unfolding: Unfolding, sketched: int | None) -> Iterator[WeightRank]:
-    with torch.no_grad():
+    with evaluating(model):
         for name, kind, weight, groups in layer_weights(model):
             try:
                 yield _weight_row(name, kind, weight, groups, unfolding, sketched)
@@ -219,7 +221,8 @@ def _weight_row(
     matrices = unfold(weight, unfolding, groups=groups)
     full = groups * min(matrices.shape[1:])
     if sketched is not None and groups == 1 and full > 2 * sketched:
-        found = sketch(matrices[0], sketched)
+        directions = torch.Generator(weight.device).manual_seed(0)  # the user's random state is not ours
+        found = sketch(matrices[0], sketched, generator=directions)
         spectrum = torch.tensor(found.values, dtype=torch.float64)
         scale = torch.tensor(found.scale, dtype=torch.float64)
         interval = found.effective_rank()
@@ -271,7 +274,7 @@ def _feature_rows(model: nn.Module, inputs: ExampleInputs, centered: bool) -> li
             order.append(name)
             handles.append(watch(name, module))
         with evaluating(model):
-            arguments.call(model, inputs)
+            arguments.call(model, arguments.copy(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -312,7 +315,13 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
-    """(name, kind, weight (out, in/groups, *k), groups) of each weight; factors of a weight are left out."""
+    """(name, kind, weight (out, in/groups, *k), groups) of each weight; factors of a weight are left out.
+
+    To be read while ``evaluating``: in training mode reading is a step of a power iteration (spectral norm),
+    and an expansion with a BatchNorm has no single weight.
+
+    Raises: UnusableWeightError: a lazy layer that has not run.
+    """
     for path, module in _layers(model):
         kind = type(module).__name__.removeprefix("Parametrized")
         prefix = f"{path}." if path else ""
@@ -330,6 +339,10 @@ def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
         else:
             whole = module.weight
             assert isinstance(whole, Tensor)
+            if is_lazy(whole):
+                raise UnusableWeightError(
+                    f"{prefix}weight ({kind}): is not initialised yet (lazy). Run the model once first."
+                )
             weight = whole
             groups = getattr(module, "groups", 1)
             groups = groups if isinstance(groups, int) else 1
@@ -343,7 +356,8 @@ def _has_one_weight(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
         return True
     # An expanded layer need not be a subclass of the layer it replaces: its weight is computed by a property.
-    if not isinstance(getattr(type(module), "weight", None), property):
+    # So is a parametrized one, of a layer that is not reported as it is.
+    if is_parametrized(module) or not isinstance(getattr(type(module), "weight", None), property):
         return False
     weight = module.weight
     return isinstance(weight, Tensor) and weight.ndim >= 2

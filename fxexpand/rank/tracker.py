@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
+from fxexpand.evaluating import evaluating
 from fxexpand.files import write_whole
 from fxexpand.rank.plots import plot_ranks, plot_spectra
 from fxexpand.rank.report import layer_weights
@@ -58,7 +59,7 @@ class RankTracker:
         model: nn.Module,
         every: int = 100,
         *,
-        select: Callable[[str], bool] = lambda name: True,
+        select: Callable[[str], bool] = bool,
         max_records: int = 200,
         max_values: int = 64,
     ) -> None:
@@ -91,7 +92,7 @@ class RankTracker:
         if self.records and self.records[-1][0] == self.step:
             return
         found: dict[str, LayerSpectrum] = {}
-        with torch.no_grad():
+        with evaluating(self.model):
             for name, kind, weight, groups in layer_weights(self.model):
                 if self.select(name):
                     try:

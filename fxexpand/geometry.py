@@ -250,7 +250,7 @@ def _nearest(geometry: Geometry, dim: int, padding: int) -> int:
     """How near outside the border a tap ``s n + d a − padding`` comes (n ≥ 0); 0 where none is outside."""
     stride, dilation = geometry.stride[dim], geometry.dilation[dim]
     outside = [dilation * tap - padding for tap in range(geometry.kernel_size[dim])]
-    return min((stride - at % stride for at in outside if at < 0), default=0)
+    return min([stride - at % stride for at in outside if at < 0] or [0])
 
 
 def association(geometries: tuple[Geometry, ...]) -> Tree | str:

@@ -32,6 +32,8 @@ class Layer:
     transposed: bool = False
 
 
+UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
+
 LAYERS: dict[type[nn.Module], Layer] = {
     nn.Linear: Layer(0),
     nn.Conv1d: Layer(1),
@@ -73,7 +75,7 @@ def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype 
     kind = type(module)
     layer = LAYERS.get(kind) or NORMS.get(kind) or (Layer(2) if frozen_norm(module) else None)
     stored = (*module._parameters.values(), *module._buffers.values())
-    if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in stored):
+    if any(type(tensor) in UNINITIALIZED for tensor in stored):  # not isinstance: torch 2.9 cannot compile it
         raise InexactError("its parameters are not initialised yet. Run the model once first.")
     if layer is None:
         raise InexactError(_type_reason(module))

@@ -189,7 +189,7 @@ def _silence(block: nn.Sequential, column: int) -> None:
     Raises: InexactError: the block cannot keep it zero.
     """
     with torch.no_grad():
-        next(leaves(block)).get_parameter("weight")[:, column] = 0.0
+        leaves(block)[0].get_parameter("weight")[:, column] = 0.0
         if not next(block.parameters()).is_meta and bool(fold(block).weight[:, column].any()):
             raise InexactError("the row of padding_idx would not be zero with this recipe. Use Chain")
 

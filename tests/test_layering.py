@@ -138,6 +138,7 @@ def imported(source: str) -> list[tuple[int, str]]:
             names = [
                 f"{node.module}.{alias.name}" if alias.name in modules else node.module
                 for alias in node.names
+                if alias.name != "__version__"  # which is there before anything is imported
             ]
         else:
             continue

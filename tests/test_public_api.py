@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import subprocess
 import sys
@@ -75,3 +76,8 @@ def test_the_import_loads_nothing_heavy() -> None:
         "assert not new, new"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    """The library reads its own, so that a checkout that is not installed works too."""
+    assert fxexpand.__version__ == importlib.metadata.version("fxexpand")

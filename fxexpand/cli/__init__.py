@@ -77,9 +77,9 @@ app = typer.Typer(
 
 def _version(shown: bool) -> None:
     if shown:
-        from importlib.metadata import version
+        from fxexpand import __version__
 
-        typer.echo(f"fxexpand {version('fxexpand')}")
+        typer.echo(f"fxexpand {__version__}")
         raise typer.Exit
 
 

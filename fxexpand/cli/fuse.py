@@ -39,9 +39,7 @@ def fuse(
     require_safetensors(out)
     place = device_of(device)
     with stdout_kept():
-        from importlib.metadata import version
-
-        from fxexpand import pipeline
+        from fxexpand import __version__, pipeline
         from fxexpand.files import write_whole
         from fxexpand.zoo import default_inputs, load_model
 
@@ -52,7 +50,7 @@ def fuse(
         # pipeline checks the scope before it does anything
         fused = pipeline.fuse(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
         report = pipeline.report(fused)
-        data = weights_of(fused, {"fxexpand": version("fxexpand"), "model": model, "scope": scope})
+        data = weights_of(fused, {"fxexpand": __version__, "model": model, "scope": scope})
         write_whole(out, data)
     grown = scope == "expanded" and set(fused.state_dict()) != set(load_model(model, meta=True).state_dict())
     loading = _loading(model, recipe, scope, given, grown, out)

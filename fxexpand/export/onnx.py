@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxexpand import pipeline
+from fxexpand import __version__, pipeline
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
 from fxexpand.evaluating import evaluating
 from fxexpand.export.files import count_operators, dimensions, fingerprint, move_together
@@ -245,7 +244,7 @@ def _dtype(model: nn.Module, example_inputs: ExampleInputs) -> torch.dtype:
 def _metadata(source: nn.Module, written: nn.Module) -> dict[str, str]:
     """Where the weights come from, and what was done to them."""
     entries = {
-        "fxexpand.version": version("fxexpand"),
+        "fxexpand.version": __version__,
         "torch.version": str(torch.__version__),
         "fxexpand.source": f"{type(source).__module__}.{type(source).__qualname__}",
         "fxexpand.source_sha256": fingerprint(source),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -109,13 +109,12 @@ def has_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
-def leaves(module: nn.Module) -> Iterator[nn.Module]:
+def leaves(module: nn.Module) -> list[nn.Module]:
     """The layers, in the order they run: what ``kernel_of`` knows; no Scale, nothing fixed."""
-    if isinstance(module, nn.Sequential | Branches):
-        for part in module:
-            yield from leaves(part)
-    elif not isinstance(module, Scale | Fixed):
-        yield module
+    # Tuples of types, and lists: the compiler of torch 2.9 knows neither unions nor generators.
+    if isinstance(module, (nn.Sequential, Branches)):
+        return [leaf for part in module for leaf in leaves(part)]
+    return [] if isinstance(module, (Scale, Fixed)) else [module]
 
 
 def telling_weight(module: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from string import digits
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,8 @@ def shorten(model: nn.Module, keep: int) -> tuple[int, int]:
         if not isinstance(module, nn.Sequential | nn.ModuleList):
             continue
         names = list(module._modules)
-        if names != [str(i) for i in range(len(names))]:
-            continue  # names that mean something
+        if len({name.rstrip(digits) for name in names}) > 1:
+            continue  # names that mean something; those of torchvision's blocks only count them
         blocks: list[nn.Module] = []
         for key, run in groupby(module, _key):
             equal = list(run)
@@ -28,7 +29,7 @@ def shorten(model: nn.Module, keep: int) -> tuple[int, int]:
             if key[1] and len(equal) > keep:
                 kept, total = kept + keep, total + len(equal)
         module._modules.clear()
-        module._modules.update({str(i): block for i, block in enumerate(blocks)})
+        module._modules.update(zip(names, blocks, strict=False))
     return kept, total
 
 

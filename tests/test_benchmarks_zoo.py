@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ def test_shortening_cuts_runs_of_equal_blocks_only() -> None:
     assert len(model) == 7 and model[-1] is head and list(model._modules) == [str(i) for i in range(7)]
     assert model(torch.randn(3, 4)).shape == (3, 2)
     assert shorten(nn.ModuleList([block(4), block(5), block(4)]), 1) == (0, 0)
+    counted = nn.Sequential(OrderedDict((f"block_{i}", block(4)) for i in range(1, 5)))
+    assert shorten(counted, 2) == (2, 4) and list(counted._modules) == ["block_1", "block_2"]
+    named = nn.Sequential(OrderedDict(inner=block(4), outer=block(4)))
+    assert shorten(named, 1) == (0, 0)
 
 
 def test_large_networks_are_short_and_small_ones_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -116,7 +117,8 @@ def test_a_share_is_at_most_1_and_a_number_may_be_numpys(name: str) -> None:
 def test_inputs_and_random_state_are_as_before(options: dict[str, float]) -> None:
     model, x = nn.Sequential(Writer(), nn.Linear(64, 2048)), torch.randn(64, 64)
     before, state = x.clone(), torch.get_rng_state()
-    factorize(model, x, **options)
+    with suppress(SelectionError):  # so small a model may miss a budget of time
+        factorize(model, x, **options)
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), state)
 

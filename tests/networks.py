@@ -119,3 +119,15 @@ class StandardisedConv2d(nn.Conv2d):
         flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
         result: Tensor = self._conv_forward(x, flat.reshape(self.weight.shape), self.bias)
         return result
+
+
+class Writer(nn.Module):
+    """Writes to its input before it reads it: whoever shares that memory sees another one."""
+
+    def __init__(self, inner: int = 64, outer: int = 64) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inner, outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x.mul_(2.0))
+        return result

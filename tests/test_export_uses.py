@@ -12,22 +12,11 @@ from torch import Tensor, nn
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.export import check_int8, export_onnx
 from tests.compare import assert_same
+from tests.networks import Writer
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-
-class Writer(nn.Module):
-    """Writes to its input, so that what reads the same memory after it sees another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear(x.mul_(2.0))
-        return result
 
 
 class Batch(nn.Module):
@@ -54,9 +43,9 @@ def test_a_model_that_writes_to_its_input_is_compared_on_what_was_given(
     """The session reads the memory of the example inputs: a model must not write there before it."""
     x = torch.randn(2, 8)
     before = x.clone()
-    found = export_onnx(Writer().eval(), tmp_path / "model.onnx", x, dynamic_batch=dynamic)
+    found = export_onnx(Writer(8, 4).eval(), tmp_path / "model.onnx", x, dynamic_batch=dynamic)
     assert found.error is not None and found.error < 1e-5
-    [result] = check_int8({"writer": Writer().eval()}, [x]).results
+    [result] = check_int8({"writer": Writer(8, 4).eval()}, [x]).results
     assert result.float_error < 1e-5
     assert torch.equal(x, before)
 

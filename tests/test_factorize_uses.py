@@ -17,7 +17,7 @@ from fxexpand import SelectionError, TrainedRankPruning, count_flops, cuts
 from fxexpand.lowrank.cuts import Cut
 from tests.compare import assert_same
 from tests.factored import rows_of
-from tests.networks import Language
+from tests.networks import Language, Writer
 
 factorize: Any = fxexpand.factorize  # its options of the wrong types are what is tested, too
 
@@ -32,18 +32,6 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.second(self.first(x).relu())
-        return result
-
-
-class Writer(nn.Module):
-    """Writes to its input before it reads it: each call that shares it sees another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.linear(x.mul_(2.0))
         return result
 
 

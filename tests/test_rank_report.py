@@ -18,6 +18,7 @@ from fxexpand.rank.features import kernel_rank
 from fxexpand.rank.plots import plot_report
 from fxexpand.rank.spectra import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
 from fxexpand.recipes import Chain, RepVGG
+from tests.networks import Writer
 
 
 class Net(nn.Module):
@@ -150,15 +151,6 @@ def test_plots_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_sketch_leaves_the_random_state_and_inputs_stay_as_they_were() -> None:
-    class Writer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(64, 64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.linear(x.mul_(2.0))
-            return result
-
     model, x = Writer(), torch.randn(3, 64)
     before, state = x.clone(), torch.get_rng_state()
     found = rank_report(model, x, sketched=8)

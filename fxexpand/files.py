@@ -10,12 +10,14 @@ from pathlib import Path
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path``; a reader, or an interrupted run, sees the old file or the new one.
 
+    What a link points to is replaced, not the link.
+
     Raises: OSError: the folder does not exist or cannot be written to, or the disk is full; the error names
         ``path``, and nothing is left behind.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
-        _write(path, data)
+        _write(Path(os.path.realpath(path)), data)
     except OSError as error:  # which names the draft, or nothing
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 

@@ -126,7 +126,7 @@ class Held:
         self.batches = batches
         self._factors = factors
         self._first = list(factors())
-        self._states = [_state(factor) for factor in self._first]
+        self._states = [state(factor) for factor in self._first]
         self._pairs: dict[Any, tuple[Tensor, Tensor]] = {}
         self._open = [True]  # a list: what hooks on the stand-ins share, without a cycle through this object
 
@@ -160,7 +160,7 @@ class Held:
 
         Raises: FxExpandError: the factors are no longer those that the products were made of.
         """
-        if self._exchanged() or [_state(factor) for factor in self._first] != self._states:
+        if self._exchanged() or [state(factor) for factor in self._first] != self._states:
             raise FxExpandError(
                 "accumulate: the factors changed inside the block, so the products are out of date. Step the "
                 "optimizer after the block, and open a new one for the next step."
@@ -191,9 +191,10 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _state(factor: Tensor) -> tuple[int | None, int]:
+def state(factor: Tensor) -> tuple[int | None, int | None]:
     """Changes when the values do, in place or by another ``.data``; inference tensors do not count."""
-    return None if factor.is_inference() else factor._version, factor.untyped_storage()._cdata
+    storage = factor.untyped_storage()._cdata if torch._C._has_storage(factor) else None  # vmap's have none
+    return None if factor.is_inference() else factor._version, storage
 
 
 def _require_open(still: list[bool], gradient: Tensor) -> None:

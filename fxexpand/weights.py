@@ -25,7 +25,7 @@ from fxexpand.finite import require_finite
 from fxexpand.kernel import Kernel
 from fxexpand.layers import exact_products, size_mismatch
 from fxexpand.lower import laid_out_as
-from fxexpand.products import Held, matrix_chain, unhooked
+from fxexpand.products import Held, matrix_chain, state, unhooked
 from fxexpand.recipes import Recipe, fold
 
 _ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
@@ -103,8 +103,8 @@ class WeightExpansion(nn.Module):
             return self.held.leaf("weight", partial(self._formed, *factors))
         if torch.compiler.is_compiling() or self not in _READING.products:
             return self._formed(*factors)
-        versions = [(id(factor), None if factor.is_inference() else factor._version) for factor in factors]
-        made_of = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions
+        states = [(id(factor), *state(factor)) for factor in factors]
+        made_of = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *states
         kept = _READING.products[self]
         if kept is None or kept[0] != made_of:
             _READING.products[self] = kept = made_of, factors, self._formed(*factors)

@@ -230,7 +230,8 @@ def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
         raise SelectionError(
             f"{module}:{attribute} needs arguments ({error}). Name a factory without any."
         ) from error
-    return _built(found, f"{module}:{attribute}", meta)
+    model = _built(found, f"{module}:{attribute}", meta)
+    return copied(model) if hasattr(found, "cache_clear") else model  # functools.cache gives the same again
 
 
 def _built(factory: Any, name: str, meta: bool) -> nn.Module:

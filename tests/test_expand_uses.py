@@ -175,6 +175,41 @@ def test_factors_that_change_within_a_forward() -> None:
     assert_same(big(X), X @ before.T * (1 + 2**depth), rel=1e-12)
 
 
+def test_another_data_within_a_forward_is_another_weight() -> None:
+    class Swaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = nn.functional.linear(x, self.kernel)
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.data = parameter * 2
+            return first + nn.functional.linear(x, self.kernel)
+
+    big = expand(Swaps().double())
+    before = big.kernel.detach()
+    assert_same(big(X), X @ before.T * (1 + 2 ** len(list(big.parameters()))), rel=1e-12)
+
+
+def test_factors_under_vmap() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.kernel) + self.kernel.sum()
+
+    models = [expand(Reads().double()) for _ in range(3)]
+    states = [dict(model.named_parameters()) for model in models]
+    stacked = {name: torch.stack([state[name] for state in states]).detach() for name in states[0]}
+    found = torch.func.vmap(lambda held: torch.func.functional_call(models[0], held, (X,)))(stacked)
+    for one, model in zip(found, models, strict=True):
+        assert_same(one, model(X), rel=1e-12)
+
+
 def test_backward_after_the_block_of_accumulate_is_an_error() -> None:
     big = linear()
     with accumulate(big):

@@ -84,6 +84,22 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         export_onnx(nn.Linear(8, 4).eval(), tmp_path, torch.randn(2, 8))
 
 
+def test_an_empty_batch_is_refused(tmp_path: Path) -> None:
+    for dynamic in (True, False):
+        with pytest.raises(SelectionError, match="an empty batch"):
+            export_onnx(nn.Linear(3, 2).eval(), tmp_path / "m.onnx", torch.randn(0, 3), dynamic_batch=dynamic)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    link, real = tmp_path / "link.onnx", tmp_path / "data" / "real.onnx"
+    link.symlink_to(real)
+    report = export_onnx(nn.Linear(3, 2).eval(), link, torch.randn(2, 3), external_data=True)
+    assert link.is_symlink() and report.path == real
+    assert {file.name for file in real.parent.iterdir()} == {"real.onnx", "real.onnx.data"}
+
+
 def test_a_path_with_a_space_and_letters_of_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "größe 1"
     folder.mkdir()

@@ -43,3 +43,13 @@ def test_others_may_read_the_file_as_the_umask_says(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    link, real = tmp_path / "link.txt", tmp_path / "data" / "real.txt"
+    link.symlink_to(real)
+    for text in ("one", "two"):
+        write_whole(link, text)
+        assert link.is_symlink() and real.read_text() == text
+    assert list(real.parent.iterdir()) == [real]

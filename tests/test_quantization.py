@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxexpand import fuse
-from fxexpand.errors import SelectionError
+from fxexpand import Chain, expand, factorize, fuse
+from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.export.quantization import check_int8, weight_ranges
 from tests.networks import perturb
 
@@ -93,3 +93,35 @@ def test_no_inputs_is_an_error() -> None:
         check_int8({"a": network()}, [])
     with pytest.raises(SelectionError, match="no inputs"):
         check_int8({"a": network()}, [torch.randn(1, 3, 5, 5)], samples=[])
+
+
+def test_an_expanded_layer_counts_by_its_effective_weight_and_a_factored_one_by_its_factors() -> None:
+    model = network()
+    expanded = expand(model, Chain(depth=2, batch_norm=True)).train()
+    assert list(weight_ranges(expanded).rows) == ["0", "4"] and expanded.training
+    for name, (before, _) in weight_ranges(model).rows.items():
+        after = weight_ranges(expand(model)).rows[name][0]
+        assert before is not None and after is not None
+        assert after.largest == pytest.approx(before.largest, rel=1e-5)
+    assert list(weight_ranges(factorize(model, rank=2)).rows) == ["0.0", "0.1", "4.0", "4.1"]
+    assert list(weight_ranges(expand(nn.Linear(3, 2))).rows) == [""]
+
+
+def test_a_weight_without_a_range_is_named() -> None:
+    model = network()
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    with pytest.raises(UnusableWeightError, match=r"4\.weight \(Linear\): holds NaN"):
+        weight_ranges(model)
+    with pytest.raises(UnusableWeightError, match=r"0\.weight \(Conv2d\): is on the meta device"):
+        weight_ranges(network().to("meta"))
+
+
+@pytest.mark.slow
+def test_outputs_that_are_all_zero_have_an_error() -> None:
+    pytest.importorskip("onnxruntime")
+    layer = nn.Linear(4, 3, bias=False).eval()
+    nn.init.zeros_(layer.weight)
+    found = check_int8({"zero": layer}, [torch.randn(2, 4)])
+    assert found.results[0].error == found.results[0].float_error == 0.0
+    assert "nan" not in str(found)

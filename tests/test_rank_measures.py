@@ -84,6 +84,15 @@ def test_known_spectrum() -> None:
     assert singular_values(matrix).tolist() == pytest.approx([4.0, 3.0, 0.5, 1e-9, 0.0], abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 512), (300, 260), (8, 4096)])
+def test_what_rounding_to_half_precision_adds_is_no_rank(dtype: torch.dtype, rows: int, columns: int) -> None:
+    low = (gaussian(1, rows, 5) @ gaussian(2, 5, columns)).to(dtype)
+    assert int(numerical_rank(low)) == 5 < int(numerical_rank(low, 0.0))
+    if rows < columns / 4:  # the smallest singular value is far from zero
+        assert int(numerical_rank(gaussian(3, rows, columns).to(dtype))) == rows
+
+
 def test_both_unfoldings_of_a_kernel() -> None:
     kernel = gaussian(0, 6, 2, 3, 4)
     stored: Any = kernel.numpy()

@@ -87,6 +87,15 @@ def test_errors() -> None:
         tracker()
 
 
+def test_a_layer_that_is_taken_out_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    tracker = RankTracker(model, every=1)
+    model.pop(1)
+    with pytest.raises(SelectionError, match=r"step 1: 1\.weight is no longer in the model"):
+        tracker()
+    assert len(tracker.ranks()["1.weight"]) == 1  # what was recorded can still be written
+
+
 def test_a_zero_weight_is_recorded() -> None:
     model = net()
     nn.init.zeros_(weight(model, 0))

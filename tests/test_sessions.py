@@ -17,15 +17,21 @@ def runtime(available: list[str], loaded: list[str]) -> tuple[types.ModuleType, 
     """A stand-in for onnxruntime that has some providers, and loads some of them."""
     asked: list[list[Any]] = []
 
+    class Options(types.SimpleNamespace):
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            self.entries = {**getattr(self, "entries", {}), key: value}
+
     class Session:
         def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
             asked.append(providers)
+            # Sessions that run in turns would otherwise take the cores from each other.
+            assert options.entries["session.force_spinning_stop"] == "1"
 
         def get_providers(self) -> list[str]:
             return loaded
 
     module: Any = types.ModuleType("onnxruntime")
-    module.SessionOptions = types.SimpleNamespace
+    module.SessionOptions = Options
     module.get_available_providers = lambda: available
     module.InferenceSession = Session
     return module, asked

@@ -156,13 +156,15 @@ def export_onnx(
 
     Raises:
         RefusedError: the model, or a module in it, is in training mode.
-        SelectionError: no such dimension to leave free, no folder to write to, or an opset that torch cannot
-            write the model in.
+        SelectionError: an empty batch, no such dimension to leave free, no folder to write to, or an opset
+            that torch cannot write the model in.
         VerificationError: the file computes something else, or its batch dimension is fixed.
         FxExpandError: torch cannot export the model, or onnx, onnxscript or (to verify) onnxruntime is not
             installed.
     """
     target = Path(path)
+    if target.is_symlink():  # what it points to is written, and the weights beside that
+        target = Path(os.path.realpath(target))
     onnx = required("onnx")
     required("onnxscript")
     if verify:
@@ -174,11 +176,10 @@ def export_onnx(
         raise SelectionError(f"{target}: the folder {target.parent} does not exist. Create it first.")
     batch = batch_size(example_inputs)
     free_batch = dynamic_batch and dynamic_shapes is None
-    if free_batch and batch == 1:
-        example_inputs, batch = (
-            resize_batch(example_inputs, 2),
-            2,
-        )  # torch.export takes a length of 1 as fixed
+    if batch == 0:
+        raise SelectionError("example inputs: an empty batch: there is nothing to compare. Give one input.")
+    if free_batch and batch == 1:  # torch.export takes a length of 1 as fixed
+        example_inputs, batch = resize_batch(example_inputs, 2), 2
     free = dynamic_shapes or free_sizes(model, example_inputs, batch=free_batch, spatial=dynamic_spatial)
     names = axis_names(model, example_inputs, free) if free and dynamic_shapes is None else []
     if tolerance is None:

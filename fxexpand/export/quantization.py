@@ -22,11 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fxexpand.errors import SelectionError
+from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.evaluating import evaluating
 from fxexpand.export.onnx import export_onnx
 from fxexpand.export.sessions import feeds, open_session, required
+from fxexpand.finite import require_finite
 from fxexpand.inputs import ExampleInputs, call, copy
+from fxexpand.layers import Expanded, original_class
+from fxexpand.lowrank.factored import Factorized
 from fxexpand.outputs import tensors_of
 from fxexpand.table import short, table
 
@@ -97,9 +100,13 @@ class RangeReport:
 def weight_ranges(model: nn.Module, fused: nn.Module | None = None) -> RangeReport:
     """The ranges of the weights of every Linear and convolution, by the name of the layer.
 
+    An expanded layer counts by its effective weight, a factored one by the two factors that run.
+
     Args:
         model: before fusing.
         fused: after; a fused branch has the name of its largest layer, which pairs it with that one.
+
+    Raises: UnusableWeightError: a weight holds NaN or Inf, or has no values (meta device).
     """
     before = dict(_ranges(model))
     after = {} if fused is None else dict(_ranges(fused))
@@ -203,10 +210,24 @@ def check_int8(
 
 
 def _ranges(model: nn.Module) -> Iterator[tuple[str, WeightRange]]:
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | _ConvNd):
+        if inside and name.startswith(inside):
             continue
-        weight = module.weight.detach().double()
+        if isinstance(module, Expanded):
+            inside = (*inside, f"{name}." if name else "")
+        if not isinstance(module, nn.Linear | _ConvNd) or isinstance(module, Factorized):
+            continue
+        with evaluating(module):  # spectral norm would take a step, a chain with norms has no weight
+            weight = module.weight.detach()
+        where = (f"{name}.weight" if name else "weight", original_class(module).__name__)
+        if weight.is_meta:
+            raise UnusableWeightError(
+                f"{where[0]} ({where[1]}): is on the meta device and has no values. "
+                "Materialise the model first."
+            )
+        require_finite(weight, *where)
+        weight = weight.double()
         if isinstance(module, _ConvTransposeNd):  # (in, out / groups, *k)
             grouped = weight.reshape(module.groups, -1, *weight.shape[1:]).transpose(1, 2)
             weight = grouped.flatten(0, 1)
@@ -275,7 +296,8 @@ def _first_outputs(session: onnxruntime.InferenceSession, given: Sequence[Exampl
 
 def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     a, b = (torch.cat([each.double().flatten() for each in side]) for side in (actual, expected))
-    return float((a - b).norm() / b.norm())
+    lost, norm = float((a - b).norm()), float(b.norm())
+    return lost / norm if norm else (float("inf") if lost else 0.0)
 
 
 def _agreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

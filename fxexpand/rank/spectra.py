@@ -95,7 +95,9 @@ def numerical_rank(
 
     Args:
         tolerance: by default ``max(rows, columns)`` times the rounding unit of the matrix's own dtype: what
-            rounding its entries can make of a zero singular value.
+            rounding its entries can make of a zero singular value. Of a half-precision dtype one unit: that
+            bound would exceed the largest singular value of a wide layer, and rounding errors that are
+            independent make at most 0.6 units of a zero, whatever the shape.
 
     Source: G. Golub and C. Van Loan, "Matrix Computations", section 5.4.1.
     """
@@ -237,4 +239,8 @@ def rounding_unit(matrices: Tensor) -> float:
     """The default tolerance of ``numerical_rank`` for ``(*batch, rows, columns)``."""
     floating = matrices.is_floating_point() or matrices.is_complex()
     unit = torch.finfo(matrices.dtype).eps if floating else torch.finfo(torch.float64).eps
+    if unit > torch.finfo(torch.float32).eps:
+        # Independent errors, uniform within half a unit of each entry: a matrix of norm up to
+        # (√m + √n) u rms / √12, and s_1 is at least √max(m, n) rms.
+        return unit
     return min(max(matrices.shape[-2:]) * unit, math.nextafter(1.0, 0.0))

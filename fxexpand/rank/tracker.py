@@ -87,7 +87,9 @@ class RankTracker:
     def record(self) -> None:
         """Record now, unless this step has been recorded.
 
-        Raises: UnusableWeightError: a weight holds NaN or Inf; the message names the weight and the step.
+        Raises:
+            UnusableWeightError: a weight holds NaN or Inf; the message names the weight and the step.
+            SelectionError: a weight that was recorded is no longer in the model.
         """
         if self.records and self.records[-1][0] == self.step:
             return
@@ -99,6 +101,12 @@ class RankTracker:
                         found[name] = self._spectrum(weight, groups)
                     except UnusableWeightError as error:
                         raise UnusableWeightError(f"step {self.step}: {name} ({kind}): {error}") from None
+        gone = [name for name in self.records[0][1] if name not in found] if self.records else []
+        if gone:
+            raise SelectionError(
+                f"RankTracker: step {self.step}: {gone[0]} is no longer in the model. "
+                "Make a new tracker when layers are taken out."
+            )
         self.records.append((self.step, found))
         if len(self.records) > self.max_records:
             self.records = self.records[::2]

@@ -109,8 +109,7 @@ def test_an_expanded_layer_counts_by_its_effective_weight_and_a_factored_one_by_
 
 def test_a_weight_without_a_range_is_named() -> None:
     model = network()
-    with torch.no_grad():
-        model[4].weight[0, 0] = float("nan")
+    nn.init.constant_(model.get_parameter("4.weight"), float("nan"))
     with pytest.raises(UnusableWeightError, match=r"4\.weight \(Linear\): holds NaN"):
         weight_ranges(model)
     with pytest.raises(UnusableWeightError, match=r"0\.weight \(Conv2d\): is on the meta device"):

@@ -15,6 +15,12 @@ from fxexpand.files import write_whole
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER / "README.md"
+ALL_OF_MKL = "FXEXPAND_ALL_OF_MKL"  # set by benchmarks.mkl
+
+
+def variant() -> str:
+    """The end of the name of what is published and saved: ``benchmarks.mkl`` has figures of its own."""
+    return "-mkl" if ALL_OF_MKL in os.environ else ""
 
 
 def machine() -> dict[str, Any]:
@@ -27,15 +33,16 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **({"mkl": "all kernels"} if variant() else {}),
     }
 
 
 def headline(about: dict[str, Any]) -> str:
     """The machine in one line."""
-    gpu = about["gpu"] or "no GPU"
+    gpu, mkl = about["gpu"] or "no GPU", ", all kernels of MKL" if about.get("mkl") else ""
     return (
         f"{about['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} threads, {gpu}, "
-        f"Python {about['python']}, torch {about['torch']}"
+        f"Python {about['python']}, torch {about['torch']}{mkl}"
     )
 
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from benchmarks.evidence import FOLDER, headline, machine, publish, save
+from benchmarks.evidence import FOLDER, headline, machine, publish, save, variant
 from benchmarks.floor import extra_macs, matmul_rate
 from benchmarks.models import Network
 from benchmarks.training_steps import (
@@ -303,7 +303,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if options.only:
         cases = [case for case in cases if options.only in f"{case}-"]
     partly = options.quick or options.only or options.targets
-    name = f"training_cost-{options.device}{'-quick' if partly else ''}.json"
+    name = f"training_cost-{options.device}{variant()}{'-quick' if partly else ''}.json"
     out = options.out or FOLDER / "results" / name
     journal = out.with_suffix(".jsonl")
     if options.fresh or options.quick:
@@ -329,7 +329,7 @@ def main(given: Sequence[str] | None = None) -> int:
     journal.unlink(missing_ok=True)
     if partly or options.out is not None:
         return 0
-    marker = "training_cost_cuda" if setting == CUDA else "training_cost"
+    marker = "training_cost_cuda" if setting == CUDA else f"training_cost{variant()}"
     publish(marker, f"{headline(about)}.\n\n```\n{text}\n```")
     return int(bool(misses(rows)))
 

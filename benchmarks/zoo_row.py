@@ -18,7 +18,6 @@ import numpy
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.journey import elsewhere, settled, train, training_state
 from benchmarks.operators import operators
@@ -30,7 +29,7 @@ from fxexpand.inputs import ExampleInputs, move
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.outputs import tensors_of, worst_error
 from fxexpand.tracing import regions
-from fxexpand.verify import outputs_of, tolerance
+from fxexpand.verify import outputs_of, rounded_to, tolerance
 
 RECIPE = Chain(depth=2, width=1)
 LIMIT = 1e-10  # of relative errors in float64
@@ -96,7 +95,7 @@ def measure(entry: Entry) -> dict[str, Any]:
     row["flops"] = [flops, count_flops(fused, inputs).total]
     row["seconds"] = round(time.process_time() - started, 1)
     row["failures"] = failures(row, tolerance(dtype, row["sites"]))
-    if any("error" in failure for failure in row["failures"]) and _narrows(fresh, inputs):
+    if any("error" in failure for failure in row["failures"]) and rounded_to(fresh, inputs):
         row["narrows"] = True
         row["failures"] = failures(row, torch.finfo(torch.float32).eps)
     return row
@@ -128,28 +127,6 @@ def failures(row: dict[str, Any], limit: float = LIMIT) -> list[str]:
     if not error <= max(limit, 10 * noise):
         errors["training mode after expand"] = error
     return found + [f"{what}: error {error:.0e}" for what, error in errors.items() if not error <= limit]
-
-
-class _Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether an operator turns float64 into float32."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        if isinstance(out, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
-            self.found |= (args[0].dtype, out.dtype) == (torch.float64, torch.float32)
-        return out
-
-
-def _narrows(model: nn.Module, inputs: ExampleInputs) -> bool:
-    """Whether a network in float64 computes in float32 in between, where a last bit may fall either way."""
-    narrowing = _Narrowing()
-    with narrowing:
-        outputs_of(model, inputs)
-    return narrowing.found
 
 
 def _noise(model: nn.Module, inputs: ExampleInputs, expected: list[torch.Tensor]) -> float:

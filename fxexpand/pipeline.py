@@ -244,9 +244,7 @@ def _fused(
         if strict and found.refusals:
             raise RefusedError(found.refusals[0].message)
         if before and example_inputs is not None and found.changed:
-            after = outputs_of(result, example_inputs)
-            weights = result.parameters()
-            require_same_outputs(before, after, len(found.changed), found.title, weights)
+            require_same_outputs(before, result, example_inputs, len(found.changed), found.title)
     result.__dict__[REPORT] = found
     return cast(Model, result)
 
@@ -283,8 +281,7 @@ def _carry_out(
     with restoring([*plan.modules, target]):
         commit(plan)
         if example_inputs is not None and plan.steps:
-            after = outputs_of(target, example_inputs)
-            require_same_outputs(before, after, len(plan.steps), plan.report.title, target.parameters())
+            require_same_outputs(before, target, example_inputs, len(plan.steps), plan.report.title)
         target.__dict__[REPORT] = plan.report
 
 

@@ -18,8 +18,8 @@ import fxexpand
 from fxexpand import Chain
 from fxexpand.errors import VerificationError
 from fxexpand.tracing import UntraceableError, trace
-from fxexpand.verify import outputs_of, require_same_outputs
-from tests.compare import assert_same
+from fxexpand.verify import outputs_of, require_same_outputs, rounded_to
+from tests.compare import assert_same, relative_error
 from tests.journeys import EXACT, journey, outputs, same
 from tests.networks import perturb
 
@@ -315,16 +315,58 @@ class Masked(nn.Module):
         return scores + hidden
 
 
+class Returns(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
 def test_hidden_scores_do_not_hide_the_others() -> None:
     model, x = Masked().double(), torch.randn(3, 4).double()
     big = fxexpand.expand(model, Chain(depth=3, width=1), example_inputs=x)
     assert len(fxexpand.report(big).changed) == 2
     before = outputs_of(model, x)
     for place in (0, 2, 3):  # a wrong number, and one where there was none
-        after = [before[0].clone()]
-        after[0][1, place] = 0.5
+        after = before[0].clone()
+        after[1, place] = 0.5
         with pytest.raises(VerificationError):
-            require_same_outputs(before, after, 1, "test")
+            require_same_outputs(before, Returns(after), x, 1, "test")
+
+
+class InFloat32(nn.Module):
+    """A norm that computes in float32 whatever it is given, as that of many language models, and autocast."""
+
+    def __init__(self, cast: bool) -> None:
+        super().__init__()
+        self.cast, self.body, self.head = cast, nn.Linear(64, 64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.cast):
+            hidden = self.body(x)
+        hidden = hidden.float()
+        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        return self.head(hidden.to(x.dtype))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_model_that_rounds_on_its_way_is_not_held_to_more(cast: bool) -> None:
+    model = InFloat32(cast).to(torch.float32 if cast else torch.float64)
+    if cast:
+        x = torch.randn(99, 64)
+    else:  # halfway between two numbers of float32, where the last bit of a double decides
+        x = 1 + (2 * torch.randint(0, 2**20, (99, 64)) + 1).double() / 2**24
+        nn.init.eye_(model.body.weight)
+        nn.init.zeros_(model.body.bias)
+    big = fxexpand.expand(model, example_inputs=x)
+    error = relative_error(big(x), model(x))
+    assert error > (1e-4 if cast else 1e-10)  # which would be too much for a model of one precision
+    assert rounded_to(big, x) == {torch.bfloat16 if cast else torch.float32}
+    off = model(x).detach() * 1.5
+    with pytest.raises(VerificationError, match="changed by a relative"):
+        require_same_outputs([off], model, x, 1, "test")
 
 
 def test_the_report_says_how_the_model_was_read() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import evidence, roundtrip, surgery_cost
+from benchmarks import evidence, mkl, roundtrip, surgery_cost, training_table
 from benchmarks.models import Network, timm_networks, torchvision_networks
 from benchmarks.settle import settle
 from fxexpand import expand, fuse
@@ -133,14 +136,36 @@ def test_tables_are_published_between_their_markers(tmp_path: Path) -> None:
         evidence.publish("speed", "new", page)
 
 
-@pytest.mark.parametrize("name", ["roundtrip", "surgery_cost"])
+def test_figures_with_all_of_mkl_have_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], dict[str, Any]]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        asked.append((command, options))
+        return types.SimpleNamespace(returncode=3)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", run)
+        assert mkl.main(["training_cost", "--only", "x"]) == 3
+    (compiler, given), (command, options) = asked
+    assert given["input"] == mkl.SOURCE and given["check"]
+    assert command == [sys.executable, "-m", "benchmarks.training_cost", "--only", "x"]
+    assert options["env"]["LD_PRELOAD"] == compiler[-1]
+    assert evidence.variant() == "" and "MKL" not in evidence.headline(evidence.machine())
+    monkeypatch.setenv(evidence.ALL_OF_MKL, options["env"][evidence.ALL_OF_MKL])
+    assert evidence.variant() == "-mkl"
+    assert evidence.headline(evidence.machine()).endswith("all kernels of MKL")
+
+
+@pytest.mark.parametrize("name", ["roundtrip", "surgery_cost", "surgery_cost-mkl", "training_cost-cpu-mkl"])
 def test_the_published_table_is_that_of_the_saved_results(name: str) -> None:
     path = evidence.FOLDER / "results" / f"{name}.json"
-    assert path.exists(), f"run python -m benchmarks.{name} and commit its results"
+    assert path.exists(), "run the benchmark and commit its results"
     saved = json.loads(path.read_text(encoding="utf-8"))
     page = evidence.README.read_text(encoding="utf-8")
     if name == "roundtrip":
         text = roundtrip.summary(saved["rows"])
+    elif name.startswith("training_cost"):
+        text = training_table.summary(saved["rows"])
     else:
         text = surgery_cost.tables(saved["resnets"], saved["chains"], saved["networks"])
     assert text in page

@@ -14,6 +14,7 @@ from benchmarks import expand_then_compress, factorize, lp_low_rank, trp
 from benchmarks.evidence import save
 from fxexpand import report
 from fxexpand.training.data import Data, digits
+from tests.images import write_cifar
 
 
 @pytest.fixture
@@ -98,6 +99,23 @@ def test_trp(few: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "TRP+Nu - plain" in capsys.readouterr().out
     assert trp.resnet20()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert 0.26e6 < sum(p.numel() for p in trp.resnet20().parameters()) < 0.28e6
+
+
+@pytest.mark.slow
+def test_trp_on_cifar_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cifar(tmp_path, monkeypatch)
+    monkeypatch.setattr(trp, "SHARES", (0.5,))
+    out = tmp_path / "t.json"
+    arguments = ["--cifar", str(tmp_path), "--epochs", "1", "--seeds", "2", "--batch", "10"]
+    assert trp.main([*arguments, "--out", str(out)]) == 0
+    written = read(out)
+    assert len(written["runs"]) == len(trp.ARMS) * 2 * 2 and "unfinished" not in written
+    for row in written["runs"]:
+        assert [point["share"] for point in row["points"]] == [0.5] and row["points"][0]["flops"] <= 0.5
+        assert len(row["ranks"]) == (0 if row["arm"] == "plain" else 18)
+    assert "spatial-wise" in capsys.readouterr().out
 
 
 def test_lp_low_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

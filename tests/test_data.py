@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fxexpand.errors import SelectionError
 from fxexpand.training.data import CIFAR10, Data, batches, cifar, digits, image_folders
 from tests.compare import assert_same
+from tests.images import write_cifar
 
 
 def tensors(dataset: object) -> tuple[Tensor, ...]:
@@ -72,30 +72,6 @@ def test_batches_hold_every_image_once_and_a_seed_fixes_the_order_of_each_epoch(
     assert all(x == y for x, y in plain)
     with pytest.raises(SelectionError, match="batch size 0"):
         batches(dataset, 0)
-
-
-def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray[Any, Any]:
-    """A CIFAR-10 with four images a file; torchvision is told their MD5 sums, as it knows the real ones."""
-    from torchvision.datasets import CIFAR10 as Reader
-
-    folder = root / Reader.base_folder
-    folder.mkdir()
-    images = np.random.randint(0, 256, (24, 3072), dtype=np.uint8)
-    sums = {}
-    for i in range(6):
-        name = f"data_batch_{i + 1}" if i < 5 else "test_batch"
-        content = {"data": images[4 * i : 4 * i + 4], "labels": [i, 1, 2, 3]}
-        (folder / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    meta = pickle.dumps({"label_names": [str(i) for i in range(10)]})
-    (folder / "batches.meta").write_bytes(meta)
-    monkeypatch.setattr(
-        Reader, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
-    )
-    monkeypatch.setattr(Reader, "test_list", [["test_batch", sums["test_batch"]]])
-    known = {"filename": "batches.meta", "key": "label_names", "md5": hashlib.md5(meta).hexdigest()}
-    monkeypatch.setattr(Reader, "meta", known)
-    return images
 
 
 def test_cifar_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,6 +376,8 @@ def test_degenerate_weights() -> None:
         ({"flops": 0.5}, "give example_inputs"),
         ({"latency": 1.5}, "latency=1.5"),
         ({"rank": 2, "method": "qr"}, "method='qr'"),
+        ({"rank": 2, "p": 1.5}, "p=1.5, body='lewis': are those of l_p, but method='svd'"),
+        ({"rank": 2, "method": "trp", "body": "lowner"}, "Give method='lp'"),
         ({"rank": 2, "scheme": "depth"}, "scheme='depth'"),
         ({"rank": 2, "method": "lp", "p": 3.0}, "p=3.0"),
         ({"rank": {"9": 2}}, "no layer of that name"),

@@ -163,6 +163,12 @@ def test_a_lazy_layer_is_named() -> None:
         rank_report(nn.Sequential(nn.LazyLinear(4)))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_an_empty_layer_is_named() -> None:
+    with pytest.raises(SelectionError, match=r"1\.weight \(Linear\): effective rank of an empty tensor"):
+        rank_report(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0)))
+
+
 def test_weights_are_read_in_evaluation_mode() -> None:
     """In training mode a BatchNorm leaves no single weight, and a spectral norm changes as it is read."""
     plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(9, 9))

@@ -82,6 +82,11 @@ class Approach:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise SelectionError(f"method={self.method!r}: choose from {', '.join(METHODS)}.")
+        if self.method != "lp" and (self.p, self.body) != (Approach.p, Approach.body):
+            raise SelectionError(
+                f"p={self.p}, body={self.body!r}: are those of l_p, but method={self.method!r}. "
+                "Give method='lp'."
+            )
         if self.scheme is not None and self.scheme not in SCHEMES:
             raise SelectionError(
                 f"scheme={self.scheme!r}: choose from {', '.join(SCHEMES)}, or None for both."

@@ -210,8 +210,8 @@ def _weight_rows(model: nn.Module, unfolding: Unfolding, sketched: int | None) -
         for name, kind, weight, groups in layer_weights(model):
             try:
                 yield _weight_row(name, kind, weight, groups, unfolding, sketched)
-            except UnusableWeightError as error:
-                raise UnusableWeightError(f"{name} ({kind}): {error}") from None
+            except (UnusableWeightError, SelectionError) as error:  # the latter for a layer without a number
+                raise type(error)(f"{name} ({kind}): {error}") from None
 
 
 def _weight_row(

@@ -22,7 +22,8 @@ What a model takes is known for models of the libraries; `--input 1,3,224,224` s
 once per argument, with a dtype where it is not float32: `--input 1,16:int64`.
 
 Results go to stdout, everything else to stderr; `--json` prints JSON and nothing else on stdout.
-Tables have no colours, and fit 80 columns. Files are written whole or not at all.
+Tables have no colours, and fit 80 columns, but for that of `rank`. Files are written whole or not
+at all.
 
 | Exit code | |
 |---|---|

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,6 +74,28 @@ class Parts:
         self._model = model
         self._example_inputs = example_inputs
         self._parts: dict[nn.Module, dict[str, Any]] | None = None
+        self._inside: dict[nn.Module, set[int]] = {}
+        self._holders: dict[nn.Module, set[int]] = {}  # by their children: a copy without hooks has the same
+        for module in model.modules():
+            for child in module._modules.values():
+                if child is not None:
+                    self._holders.setdefault(child, set()).add(id(module._modules))
+
+    def shared(self, root: nn.Module, owner: str, paths: Iterable[str]) -> bool:
+        """Whether something else than ``owner`` holds one of the modules at ``paths``, which are inside it.
+
+        Code elsewhere may then call that module, so that it must go on computing what it does.
+        """
+        top = root.get_submodule(owner)
+        if top not in self._inside:  # found once: many layers have the same owner
+            self._inside[top] = {id(module._modules) for module in top.modules()}
+        inside = self._inside[top]
+        for path in paths:
+            while path and path != owner:
+                if not self._holders.get(root.get_submodule(path), inside) <= inside:
+                    return True
+                path = path.rpartition(".")[0]
+        return False
 
     def traced(self, module: nn.Module) -> fx.GraphModule:
         """The graph of a part, checked on its inputs where they are known.

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# What an exported program's module checks its inputs by: of no use to a network that is rewritten.
+CHECKS = ("shape_env", "range_constraints", "validate_inputs")
 
 
 def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
@@ -29,10 +32,32 @@ def _copied(model: Model, shared: Iterable[Tensor]) -> Model:
             else tensor.detach().clone(),
         )
     new = copy.deepcopy(model, memo)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            _complete(module, memo)
     for old, parameter in zip(model.parameters(), new.parameters(), strict=True):
         if not parameter.is_leaf:  # what torch makes of the parameters of scripted modules
             parameter.detach_().requires_grad_(old.requires_grad)
     return new
+
+
+def _complete(old: fx.GraphModule, memo: dict[int, Any]) -> None:
+    """Give the copy of a graph module what torch's own deepcopy of one drops: plain attributes and hooks.
+
+    The checks of an exported program stay behind, its ``train`` and ``eval`` among them, which raise.
+    """
+    copied_to = memo.get(id(old))
+    if copied_to is None:  # a deepcopy of their own around it, without the memo
+        return
+    new = vars(copied_to)
+    for name, value in vars(old).items():
+        hooks = name.startswith(("_forward_", "_backward_", "_is_full_backward_"))
+        if hooks or (name not in (*new, *CHECKS) and not hasattr(type(old), name)):
+            new[name] = copy.deepcopy(value, memo)
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for key, hook in list(new[name].items()):
+            if getattr(hook, "__module__", "") == "torch.export._unlift":
+                del new[name][key]
 
 
 def _uncopyable(model: nn.Module) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     exported program refuses it. Buffers are restored in place: a module that counts its calls sees nothing.
     """
     modules = list({module: None for model in models for module in model.modules()})
-    flags = [(module, module.training) for module in modules]
+    flags = [(module, module.training) for module in modules if hasattr(module, "training")]  # not if frozen
     buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
     held = {
         id(tensor): (tensor, tensor.detach().clone(), _version(tensor))
@@ -28,15 +28,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.no_grad(), torch.random.fork_rng(sorted(d.index or 0 for d in devices)):
-            for module in modules:
+            for module, _ in flags:
                 module.training = False
             yield
     finally:
         for module, training in flags:
             module.training = training
         for module, named in buffers:
-            module._buffers.clear()
-            module._buffers.update(named)
+            if not isinstance(module, torch.jit.ScriptModule):  # which cannot lose names
+                module._buffers.clear()
+            for name, tensor in named.items():
+                module._buffers[name] = tensor
         with torch.no_grad():
             for tensor, saved, version in held.values():
                 if version is None or _version(tensor) != version:

@@ -35,12 +35,26 @@ AUGMENTED = frozenset(
 
 
 class Census:
-    """What a graph module holds under which names: what can be replaced without anyone noticing."""
+    """What a graph module holds under which names: what can be replaced without anyone noticing.
+
+    Attributes:
+        calls: of each module, by its id.
+        around: the modules that the graph calls as a whole, and of which it calls a part by itself too.
+    """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.calls: dict[int, list[fx.Node]] = {}
+        called: dict[nn.Module, None] = {}
         for node in graph_module.graph.find_nodes(op="call_module"):
-            self.calls.setdefault(id(graph_module.get_submodule(node.target)), []).append(node)
+            module = graph_module.get_submodule(node.target)
+            self.calls.setdefault(id(module), []).append(node)
+            called[module] = None
+        self.around: set[nn.Module] = set()
+        self._inside: set[nn.Module] = set()
+        for module in called:
+            parts = [part for part in module.modules() if part is not module and part in called]
+            self._inside.update(parts)
+            self.around.update([module] if parts else [])
         self._tensors: dict[int, list[str]] = {}
         for name, tensor in chain(
             graph_module.named_parameters(remove_duplicate=False),
@@ -53,6 +67,8 @@ class Census:
         """Why replacing ``module`` would change more than its calls; None where it would not."""
         if hooked(module) and not weight_by_hooks(module):
             return "it has hooks or a forward of its own, which its replacement would not have"
+        if module in self._inside:
+            return "it is also part of a module that the graph calls as a whole"
         for tensor in chain(module.parameters(), module.buffers()):
             held = self._tensors[id(tensor)]
             if len(held) > 1:

@@ -25,7 +25,7 @@ from fxexpand.lower import is_channels_last, laid_out_as
 from fxexpand.ops import LAYERS, kernel_of, stock_layer
 from fxexpand.products import Held, MatrixChain, Segment, Way, matrix_chain, surely_below
 from fxexpand.recipes import Recipe, fold, has_norm
-from fxexpand.recipes.structure import chain_macs, fold_cost, telling_weight
+from fxexpand.recipes.structure import chain_macs, fold_cost, leaves, telling_weight
 from fxexpand.sharding import placed_as, sharded_part
 
 Form: TypeAlias = Literal["auto", "chain", "collapsed"]
@@ -70,7 +70,9 @@ class Expanded(nn.Module):
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
         """Effective weight, laid out as in the original layer, and bias."""
-        own = self._parameters["bias"]
+        own, lent = self._parameters["bias"], self._parameters["weight"]
+        if lent is not None:  # by torch.func.functional_call, under the original name
+            return lent, own
         if not self.normed:
             return self._product(WHOLE if self.chain is None else self.chain.whole), own
         weight, bias = self._folded()
@@ -110,11 +112,20 @@ class Expanded(nn.Module):
         return self.effective()[0]
 
     def _effective_bias(self) -> Tensor | None:
-        return self.effective()[1] if self.normed else self._parameters["bias"]
+        own = self._parameters["bias"]
+        if not self.normed or hasattr(own, "device_mesh"):  # a shard: fully_shard looks for the parameter
+            return own
+        try:
+            return self.effective()[1]
+        except InexactError:  # torch reads the attribute of every name in a state dict, in training too
+            return own
 
     # Any: they take the place of what are attributes in the layers below.
     weight: Any = property(_effective_weight, doc="The effective weight, laid out as in the original layer.")
-    bias: Any = property(_effective_bias, doc="The layer's own bias, plus what a BatchNorm inside adds.")
+    bias: Any = property(
+        _effective_bias,
+        doc="The layer's own bias, plus what a BatchNorm inside adds if no batch decides that.",
+    )
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the original layer; extra arguments are those of a transposed convolution (``output_size``)."""
@@ -129,9 +140,12 @@ class Expanded(nn.Module):
     def _way(self, x: Tensor) -> Way | None:
         """Which factors to multiply before they meet ``x``; None runs the block as it is."""
         whole = (WHOLE if self.chain is None else self.chain.whole,)
+        if self._parameters["weight"] is not None:  # lent: see ``effective``
+            return whole
         if self.form != "auto":
             return whole if self.form == "collapsed" else None
-        if (self.normed and self.training) or any(_is_hooked(layer) for layer in self.expansion):
+        factors = self.expansion if self.chain is not None else leaves(self.expansion)
+        if (self.normed and self.training) or any(_is_hooked(layer) for layer in factors):
             return None
         positions = _positions(self, x) * (1 if self.held is None else self.held.batches)
         if self.chain is not None:
@@ -189,6 +203,9 @@ class Expanded(nn.Module):
                 own.uniform_(-bound, bound)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and (value is None or isinstance(value, nn.Parameter)):
+            self._parameters["bias"] = value  # nn.Module would ask for the effective one first
+            return
         if name != "weight" or not isinstance(value, Tensor):
             super().__setattr__(name, value)
             return
@@ -210,6 +227,8 @@ class Expanded(nn.Module):
                 "weight: is the product of the factors in expansion, and stays. Fuse the layer first, or "
                 "parametrize its factors."
             )
+        if name == "bias":
+            raise AttributeError("bias: is part of an expanded layer, and stays. Fuse the layer first.")
         super().__delattr__(name)
 
     def _load_from_state_dict(
@@ -324,8 +343,9 @@ def _is_changed(layer: nn.Module) -> bool:
 
 
 def _is_hooked(layer: nn.Module) -> bool:
-    """Whether a hook computes a factor's weight at each call, as weight_norm and prune do."""
-    return type(layer) in LAYERS and layer._parameters.get("weight") is None
+    """Whether a factor's weight is computed at each call, as by weight_norm, prune and parametrize."""
+    layers = type(layer) in LAYERS or "parametrizations" in layer._modules
+    return layers and layer._parameters.get("weight") is None
 
 
 def original_class(module: nn.Module) -> Any:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from itertools import chain
 from types import MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.nn.utils import parametrize
 
 from fxexpand.errors import FxExpandError
@@ -45,6 +48,16 @@ def hooked(module: nn.Module) -> bool:
     return "forward" in held or any(held.get(name) for name in names)
 
 
+def calls_more(module: nn.Module) -> bool:
+    """Whether its class has a ``__call__`` of its own, around the forward that a graph is made of.
+
+    That of transformers is about checkpoints in training, and that of a graph module about error messages.
+    """
+    call: Any = type(module).__call__
+    theirs = isinstance(module, fx.GraphModule) or str(call.__module__).startswith("transformers.")
+    return call is not nn.Module.__call__ and not theirs
+
+
 class RegionTracer(fx.Tracer):
     """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time."""
 
@@ -58,13 +71,13 @@ class RegionTracer(fx.Tracer):
         self._fixed = fixed or {}
         self._faithful = faithful
         self._names: dict[int, str] = {}
-        self._gradients = True
+        self._gradients, self._autocasts = True, 0
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See ``fx.Tracer.trace``."""
         tensors = chain(root.named_buffers(), root.named_parameters())
         self._names = {id(tensor): name for name, tensor in tensors}
-        self._gradients = torch.is_grad_enabled()
+        self._gradients, self._autocasts = torch.is_grad_enabled(), _open_autocasts()
         graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if isinstance(node.type, str):  # which torch 2.9 writes into the code, and cannot pickle
@@ -95,12 +108,37 @@ class RegionTracer(fx.Tracer):
         """See ``fx.Tracer.create_arg``."""
         if isinstance(a, Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            return self._mapping(a)
         return super().create_arg(a)
+
+    def _mapping(self, given: dict[str, Any]) -> Any:
+        """A dict of another class, of which fx would make a plain one."""
+        kind: type = type(given)
+        plain = super().create_arg(dict(given))
+        if kind is OrderedDict:
+            node = self.create_node("call_function", kind, (plain,), {})
+        elif is_dataclass(kind):
+            node = self.create_node("call_function", kind, (), plain)
+        elif self._faithful:
+            raise RuntimeError(f"it makes a {kind.__name__}, which a graph would make a plain dict")
+        else:
+            return plain
+        node.meta["is_wrapped"] = True  # a node again when a pickled graph is read
+        return node
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """See ``fx.Tracer.call_module``."""
+        if self._faithful and calls_more(m):
+            raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
+        return super().call_module(m, forward, args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """See ``fx.Tracer.create_node``."""
         if self._faithful and torch.is_grad_enabled() != self._gradients:
             raise RuntimeError("it switches gradients on or off, which a graph does not record")
+        if self._faithful and _open_autocasts() != self._autocasts:
+            raise RuntimeError("it switches autocast on or off, which a graph does not record")
         return super().create_node(*args, **kwargs)
 
     def create_args_for_root(
@@ -171,6 +209,12 @@ def fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> d
 def signature_of(model: nn.Module) -> inspect.Signature:
     """That of the class' forward, without ``self``."""
     return inspect.signature(MethodType(type(model).forward, model))
+
+
+def _open_autocasts() -> int:
+    """How many contexts of autocast are open, those that switch it off among them."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _library_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:

@@ -24,7 +24,7 @@ from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, as_call, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.tracer import Leaf, RegionTracer, fixed_arguments, require_argument, signature_of
+from fxexpand.tracer import Leaf, RegionTracer, calls_more, fixed_arguments, require_argument, signature_of
 from fxexpand.tracer import UntraceableError as UntraceableError
 from fxexpand.tracer import hooked as hooked
 
@@ -83,7 +83,8 @@ def trace(
         A graph that holds in both modes or, where ``mode_of`` says so, one that raises in the other mode.
 
     Raises: UntraceableError: control flow on values, a hook on the model itself, random numbers drawn outside
-        the graph, a gradient mode switched inside, or a trace that computes something else than the model.
+        the graph, a gradient mode or autocast switched inside, a mapping of an unknown class, a ``__call__``
+        of its own, or a trace that computes something else than the model.
     """
     modes = (record(model, leaf, example_inputs, training=flag) for flag in (True, False))
     graph_module, evaluation = modes
@@ -215,6 +216,9 @@ def record(
     if faithful and hooked(model):
         reason = "it has hooks, which a graph would drop"
         raise _untraceable(model, reason, "Remove them, or trace the modules inside it.")
+    if faithful and calls_more(model):
+        reason = "its class has a __call__ of its own, which a graph of its forward would drop"
+        raise _untraceable(model, reason, "Move what it does into the forward.")
     with _undisturbed(model):
         if training is not None:
             for module in model.modules():
@@ -259,6 +263,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     fx stores constants on the model it traces, and a forward may keep what it computes (a cache).
     """
     saved: list[tuple[Any, Any]] = []
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    modes = [(module, module.training) for module in scripted if hasattr(module, "training")]  # not if frozen
     for module in model.modules():
         held = vars(module)
         saved.append((held, dict(held)))
@@ -270,6 +276,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             container.clear()
             extend = container.extend if isinstance(container, list) else container.update
             extend(content)
+        for module, training in modes:  # which is no Python attribute
+            module.training = training
 
 
 def _same_graph(one: fx.GraphModule, two: fx.GraphModule, model: nn.Module) -> bool:

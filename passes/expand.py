@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from fxexpand.copying import copied
 from fxexpand.errors import InexactError
 from fxexpand.finite import require_finite
 from fxexpand.graph import Census, expand_calls, finish, operand, site_of
@@ -54,7 +54,7 @@ class Expand:
             VerificationError: a block computes something else than its layer.
         """
         require_graph_module(graph_module, "Expand")
-        changed = graph_module if self.inplace else copy.deepcopy(graph_module)
+        changed = graph_module if self.inplace else copied(graph_module)
         blocks, report = self._plan(changed)
         if not blocks:
             return Result(graph_module, False, report)

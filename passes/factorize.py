@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from fxexpand.compression.costs import Target, unfit
 from fxexpand.compression.criteria import TRP_THRESHOLD, Approach, Criterion, Method, Ranks
 from fxexpand.compression.decisions import Decision, decide, totals
 from fxexpand.compression.report import FactorizeReport, FactorRow
+from fxexpand.copying import copied
 from fxexpand.errors import RefusedError, SelectionError
 from fxexpand.graph import Census, expand_calls, finish, operand, site_of
 from fxexpand.inputs import ExampleInputs
@@ -93,7 +93,7 @@ class Factorize:
         """
         require_graph_module(graph_module, "Factorize")
         criterion, approach = self.criterion, self.approach
-        changed = graph_module if self.inplace else copy.deepcopy(graph_module)
+        changed = graph_module if self.inplace else copied(graph_module)
         rows, targets = _targets(changed, Selection(self.select, Chain()))
         decisions, flops = decide(
             changed, targets, criterion, approach, self.example_inputs, self.calibration

@@ -198,7 +198,8 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     form = next(iter(values.values()))
     nodes = walk.in_order(form)
     parts = walk.kernels(form)
-    for node in parts:
+    reading = [node for node in nodes if node in parts or walk.reader.read(node)]  # ATen's BatchNorm too
+    for node in reading:
         _require_finite(walk, node)
     assert form.layer is not None and form.map.shape is not None
     layers = [node for node in parts if walk.weighs(node)]
@@ -214,7 +215,7 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     weight, bias = module.get_parameter("weight"), module._parameters["bias"]
     weight.requires_grad_(any(_weight(walk, layer).requires_grad for layer in layers))
     if bias is not None:
-        given = [tensor for node in parts for tensor in walk.reader.tensors(node)
+        given = [tensor for node in reading for tensor in walk.reader.tensors(node)
                  if isinstance(tensor, nn.Parameter) and _is_bias(walk, node, tensor)]  # fmt: skip
         bias.requires_grad_(any(t.requires_grad for t in given) if given else weight.requires_grad)
     error = None
@@ -222,9 +223,9 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
         error = _error(walk, form, module, kernel)
         if error is not None:
             require_small(error, weight.dtype, name)
-    held = {id(tensor): tensor for node in parts for tensor in walk.reader.tensors(node)}
+    held = {id(tensor): tensor for node in reading for tensor in walk.reader.tensors(node)}
     targets = [str(node.target) for node in parts if node.op == "call_module"]
-    read = [name for node in parts for name in walk.reader.read(node)]
+    read = [name for node in reading for name in walk.reader.read(node)]
     described = dict.fromkeys([shown(target) for target in targets] + [node.name for node in parts
                               if node.op != "call_module" and node.target is not operator.add])  # fmt: skip
     row = Row(

@@ -36,7 +36,8 @@ BLOCKS = (Skip, Branches, Scale, Fixed)
 def passes_on(module: nn.Module) -> bool:
     """Whether a module returns what it gets: Identity, and dropout of any kind while it drops nothing."""
     kind = type(module)
-    if kind.forward is nn.Identity.forward or (kind in DROPOUTS and vars(module)["p"] == 0.0):
+    forward = getattr(kind, "forward", None)  # the class of scripted modules has none
+    if forward is nn.Identity.forward or (kind in DROPOUTS and vars(module)["p"] == 0.0):
         return True
     drops = kind in DROPOUTS or (kind.__name__ in DROP_PATHS and _returns_input(module))
     return drops and not module.training

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.calls import Parts
-from fxexpand.graph import works_in_place, written
+from fxexpand.graph import Census, works_in_place, written
 from fxexpand.inputs import ExampleInputs
 from fxexpand.lowrank.factored import Factorized
 from fxexpand.ops import LAYERS, describe
@@ -31,6 +32,7 @@ from fxexpand.report import Row
 from fxexpand.tracing import UntraceableError, alternatives, fixes_arguments, hooked, trace
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
+SHARED = "another module holds a part of it, and may call that alone"
 
 
 @dataclass
@@ -115,13 +117,13 @@ def _visit(
                 _visit(inner, child, calls, verify, edits, seen)
         return
     edits.graphs += 1
-    parts = dict(module.named_modules())
+    parts, around = dict(module.named_modules()), Census(graph_module).around
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
         whole = type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.Sequential)
-        if part is not None and part._modules and not whole:
+        if part is not None and part._modules and not whole and part not in around:
             _visit(f"{name}.{node.target}" if name else str(node.target), part, calls, verify, edits, seen)
-    seen.update(parts.values())
+    seen.update(set(parts.values()) - {inner for part in around for inner in part.modules()})
     _fuse_graph(name, module, graph_module, calls, verify, edits)
 
 
@@ -132,12 +134,14 @@ def _fuse_graph(
         walk = Walk(graph_module)
         groups = grouped(walk)
         tree = _Tree(walk, module, groups, part=bool(name))
+        tree.apart = {group.name for group in groups if tree.shared(group, calls)}
         graphs = tree.graphs()
         conflicts = _conflicts(module, graph_module, tree, calls)
         fusions = []
         for group in groups:
             where = tree.places[group.name]
             reason = NO_PLACE if group.name in tree.unplaced else conflicts.get(group.name)
+            reason = SHARED if group.name in tree.apart else reason
             if reason is not None:
                 forms = group.values.values()
                 walk.notes |= {node: (True, reason) for form in forms for node in walk.kernels(form)}
@@ -193,14 +197,24 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     bare = copy.copy(module)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         vars(bare)[name] = OrderedDict()
+    vars(bare)["_modules"] = module._modules  # a graph module copies the modules that hold others
     return bare
 
 
-def _keep_attributes(graph_module: nn.Module, old: nn.Module) -> None:
-    """Plain attributes of a module that became a graph: code around it may read them."""
-    for name, value in vars(old).items():
-        if name not in vars(graph_module) and not name.startswith("_"):
-            vars(graph_module)[name] = value
+def _keep_attributes(graph_module: fx.GraphModule, old: nn.Module) -> None:
+    """Plain attributes of a module that became a graph: code around it may read them.
+
+    They are also put where torch's deepcopy of a graph module, which drops all others, looks for attributes.
+    """
+    kept = {
+        name: value
+        for name, value in vars(old).items()
+        if name not in vars(graph_module) and not name.startswith("_")
+    }
+    vars(graph_module).update(kept)
+    settable = {name: value for name, value in kept.items() if not hasattr(fx.GraphModule, name)}
+    if settable:
+        graph_module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = settable
 
 
 class _Tree:
@@ -209,6 +223,7 @@ class _Tree:
     Attributes:
         places: by the name of a group, the modules to put in place of others by their paths, None for the new
             layer; None where that alone does not do it.
+        apart: the names of the groups that are not to be carried out.
     """
 
     def __init__(self, walk: Walk, root: nn.Module, groups: Sequence[Group], part: bool) -> None:
@@ -235,12 +250,17 @@ class _Tree:
         self._shared = Counter(node for nodes in self._nodes for node in nodes)
         self._graphs: dict[str, fx.GraphModule | None] = {}
         self.unplaced: set[str] = set()
+        self.apart: set[str] = set()
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
     def calls_any(self, paths: Iterable[str]) -> bool:
         """Whether one of these modules is called in the graph."""
         called = {str(node.target) for node in self._walk.order if node.op == "call_module"}
         return any(path in self._calls or path in called for path in paths)
+
+    def shared(self, group: Group, calls: Parts) -> bool:
+        """Whether a module that is to be replaced is held by another one as well."""
+        return calls.shared(self._root, self._owner(group), self.places[group.name] or ())
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """The modules that become graphs, by their paths, with those graphs: none inside another.
@@ -251,7 +271,8 @@ class _Tree:
             [
                 group
                 for group in self._groups
-                if self.places[group.name] is not None or not self._slight(group)
+                if (self.places[group.name] is not None or not self._slight(group))
+                and group.name not in self.apart
             ]
         )
         placed = [group for group in groups if self.places[group.name] is not None]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fxexpand import fuse, measure_latency
+from fxexpand import fuse, measure_latency, report
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
 from fxexpand.latency import candidates
 from fxexpand.latency.backends import prepare
 from fxexpand.latency.candidates import Conditions, ready
+from fxexpand.latency.page import latency_page
+from fxexpand.latency.plots import latency_bars
 from fxexpand.latency.timing import peak_bytes
 from tests.networks import perturb
 
@@ -54,6 +58,10 @@ def test_every_batch_size_has_its_rows(models: dict[str, nn.Module]) -> None:
     text = str(report)
     assert "eager, batch 8: fused takes" in text and "batches 1, 8 of (2x3x7x5)" in text and "peak" in text
     assert json.loads(json.dumps(report.to_dict()))["measurements"][3]["batch"] == 8
+    one = measure_latency(models, torch.randn(2, 3, 7, 5), batch_sizes=[8], **QUICK)  # type: ignore[arg-type]
+    assert "batch 8 of (2x3x7x5)" in str(one) and {m.batch for m in one.measurements} == {8}
+    same = measure_latency(models, torch.randn(2, 3, 7, 5), **QUICK)  # type: ignore[arg-type]
+    assert "batch 2 (2x3x7x5)" in str(same)
     for sizes in ([], [0]):
         with pytest.raises(SelectionError, match="1 or more"):
             measure_latency(models, torch.randn(2, 3, 7, 5), batch_sizes=sizes)
@@ -125,6 +133,24 @@ def test_what_is_not_available_is_a_row(
     options["backends"] = ["cudagraphs"]
     with pytest.raises(FxExpandError, match="latency: cudagraphs, plain: not available"):
         measure_latency(models, x, skip_unavailable=True, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def test_a_backend_for_some_of_the_models_has_a_page(
+    models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partly(name: str, model: nn.Module, backend: str, *rest: Any) -> Any:
+        if (name, backend) == ("fused", "compile"):
+            raise FxExpandError("compile: no such operator")
+        return replace(prepare(name, model, "eager", *rest), backend=backend)
+
+    monkeypatch.setattr(candidates, "prepare", partly)
+    options = {**QUICK, "backends": ["eager", "compile"], "skip_unavailable": True}
+    found = measure_latency(models, torch.randn(2, 3, 7, 5), **options)  # type: ignore[arg-type]
+    assert [(m.model, m.backend) for m in found.measurements][2:] == [("plain", "compile")]
+    page = latency_page("m", found, report(models["fused"]))
+    assert "compile, fused: not available: no such operator" in page
+    figure = latency_bars(found)
+    assert [len(panel.patches) for panel in figure.axes] == [2, 1]
 
 
 def test_a_wrong_model_is_an_error_even_where_backends_may_be_missing(

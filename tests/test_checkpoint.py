@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import state_dict_saver
 
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.pipeline import expand
+from fxexpand.recipes import RepVGG
 from fxexpand.training import checkpoint
 from fxexpand.training.checkpoint import latest, load, restore, save, states, values_of, whole_state
 from tests.networks import ConvNet, Language, train_steps
@@ -147,6 +148,32 @@ def test_a_model_and_its_optimizer_go_on_from_where_they_were(
     ours, theirs = whole_state(twin), whole_state(model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads(json.dumps(list(ours))) == list(model.state_dict())
+
+
+def test_a_layer_with_a_bias_and_batch_norms_inside_goes_on_in_training_mode(tmp_path: Path) -> None:
+    """It has no effective bias then, and torch reads the attribute of every name in a state dict."""
+
+    def built() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = expand(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), RepVGG()).train()
+        model[0].bias = nn.Parameter(torch.ones(4))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    x = torch.randn(4, 3, 5, 5)
+    model, stepper = built()
+    model(x).square().mean().backward()
+    stepper.step()
+    found = states(model, stepper)
+    assert torch.equal(found["model.0.bias"], model[0]._parameters["bias"])  # type: ignore[index]
+    path = save(tmp_path, 1, found, {})
+    twin, other = built()
+    tensors = states(twin, other)
+    load(path, tensors)
+    restore(tensors, twin, other)
+    assert torch.equal(twin(x), model(x)) and list(whole_state(twin)) == list(model.state_dict())
+    twin.eval()
+    model.eval()
+    assert torch.equal(twin[0].bias, model[0].bias)  # type: ignore[index]  # with what the BatchNorms add
+    assert not torch.equal(model[0].bias, model[0]._parameters["bias"])  # type: ignore[index]
 
 
 def test_a_shared_weight_is_written_once_and_stays_shared(tmp_path: Path) -> None:

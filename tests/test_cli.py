@@ -10,6 +10,7 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -193,6 +194,20 @@ def test_fuse_saves_what_loads_as_it_says(tmp_path: Path, scope: str, recipe: st
         assert json.loads(file.metadata()["model"]) == DIGITS
     if scope == "expanded" and "batch_norm" not in recipe:
         load_model(DIGITS).load_state_dict(load_file(out))
+
+
+def doubled() -> nn.Module:
+    return settled().double()
+
+
+def test_the_program_that_loads_gives_the_inputs_their_dtype(tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    result = run("fuse", f"{__name__}:doubled", "--input", "1,1,8,8:float64", "--out", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    scopes: dict[str, Any] = {}
+    exec(json.loads(result.stdout)["load"], scopes)
+    images = torch.randn(2, 1, 8, 8).double()
+    torch.testing.assert_close(scopes["model"](images), doubled().eval()(images), rtol=1e-9, atol=1e-10)
 
 
 def test_export_writes_what_it_says(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from fxexpand import Chain, expand, factorize, fuse
+from fxexpand import DBB, Chain, DOConv, ExpandNetCL, RepVGG, expand, factorize, fuse
 from fxexpand.accumulation import accumulate
 from fxexpand.errors import FxExpandError, InexactError
 from tests.compare import assert_same
@@ -267,6 +267,55 @@ def test_a_parametrization_on_top_of_an_expanded_parameter_is_not_lost() -> None
     parametrize.register_parametrization(big, "kernel", Double())
     with pytest.raises(InexactError, match=r"kernel \(Chain.*Double was registered on top"):
         fuse(big)
+
+
+@pytest.mark.parametrize("recipe", [Chain(), RepVGG(), DBB(), DOConv(), ExpandNetCL()], ids=str)
+@pytest.mark.parametrize("form", ["auto", "collapsed"])
+def test_torch_func_on_every_recipe(recipe: Any, form: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(72, 5)).double()
+    big, x = expand(model, recipe, form=form).eval(), torch.randn(4, 3, 4, 3, dtype=torch.float64)
+    named = dict(big.named_parameters())
+
+    def loss(parameters: Any, inputs: Tensor) -> Any:
+        outputs: Tensor = torch.func.functional_call(big, parameters, (inputs,))
+        return outputs.square().sum()
+
+    found = torch.func.grad(loss)(named, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(named, x[:, None])
+    loss(named, x).backward()
+    for name, parameter in named.items():
+        assert parameter.grad is not None
+        assert_same(found[name], parameter.grad, rel=1e-10)
+        assert_same(each[name].sum(0), parameter.grad, rel=1e-10)
+
+
+@pytest.mark.parametrize("recipe", [Chain(), RepVGG()], ids=str)
+@pytest.mark.parametrize("form", ["auto", "chain"])
+def test_weights_lent_under_their_original_names_are_used(recipe: Any, form: Any) -> None:
+    layers = nn.Conv2d(3, 6, 3, bias=False), nn.Tanh(), nn.Conv2d(6, 6, 1)
+    model, x = nn.Sequential(*layers).double(), torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    big = expand(model, recipe, form=form)
+    before, lent = big(x), {name: value.detach() * 2 for name, value in model.named_parameters()}
+    expected = torch.func.functional_call(model, lent, (x,))
+    assert_same(torch.func.functional_call(big, lent, (x,)), expected, rel=1e-12)
+    assert_same(big(x), before, rel=1e-12)
+
+
+def test_torch_s_parametrize_on_a_factor_and_on_a_bias() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)).double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)  # so many positions that a product would pay off
+    big: Any = expand(model)
+    assert len(big[0]._way(x)) == 1
+    parametrize.register_parametrization(big[0].expansion[0], "weight", Double())
+    bias = model[0].bias.view(-1, 1, 1)
+    assert_same(big(x) - bias, 2 * (model(x) - bias), rel=1e-12)
+    with pytest.raises(AttributeError, match=r"^bias: .*Fuse the layer first"):
+        parametrize.register_parametrization(big[0], "bias", Double())
+    assert_same(big(x) - bias, 2 * (model(x) - bias), rel=1e-12)
 
 
 @pytest.mark.parametrize("form", ["auto", "chain", "collapsed"])

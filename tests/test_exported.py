@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fxexpand
 from fxexpand import Chain
+from fxexpand.errors import UnusableWeightError
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -88,6 +89,18 @@ def test_an_exported_program_is_fused(decompose: bool) -> None:
     assert_same(fused(tokens)["logits"], model(tokens)["logits"], EXACT)
     assert fxexpand.report(fused).changed
     assert decompose or "norm.weight" not in fused.state_dict()
+
+
+def test_the_tensors_of_a_decomposed_batch_norm_are_checked_and_go_with_it() -> None:
+    model: Any = perturb(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double().eval())
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    fused = fxexpand.fuse(torch.export.export(model, (x,)).run_decompositions(), x)
+    assert_same(fused(x), model(x), EXACT)
+    assert len(list(fused.parameters())) == 2 and "1.running_var" not in fused.state_dict()
+    with torch.no_grad():
+        model[1].weight[0] = float("nan")
+    with pytest.raises(UnusableWeightError, match=r"^1\.weight"):
+        fxexpand.fuse(torch.export.export(model, (x,)).run_decompositions())
 
 
 def test_a_weight_held_by_a_graph_itself_is_refused() -> None:

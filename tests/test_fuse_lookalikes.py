@@ -244,3 +244,20 @@ def test_a_shift_in_place_before_a_layer(inplace: bool) -> None:
     fused = fxexpand.fuse(model, (x,))
     assert_same(fused(x), model(x), rel=1e-12)
     assert len(fxexpand.report(fused).changed) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_around_scripted_parts_is_fused(frozen: bool) -> None:
+    part: Any = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).double().eval())
+    part = torch.jit.freeze(part) if frozen else part
+    norm: Any = nn.BatchNorm1d(5)
+    nn.init.normal_(norm.running_mean)
+    model = nn.Sequential(nn.Linear(6, 5), norm, part, nn.ReLU()).double().eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    small = fxexpand.fuse(model, x)
+    assert_same(small(x).detach(), model(x).detach(), rel=1e-10)
+    assert [row.site for row in fxexpand.report(small).changed] == ["0"]
+    assert not any(module.training for module in small.modules() if hasattr(module, "training"))
+    model.train()  # a frozen part has no mode any more
+    assert all(module.training for module in fxexpand.expand(model).modules() if hasattr(module, "training"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxexpand
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
 from fxexpand.latency import Difference, LatencyReport, measure_latency
 from fxexpand.latency.backends import Candidate
@@ -164,6 +165,19 @@ def test_a_model_that_writes_to_its_input_disturbs_nobody() -> None:
     )
     assert isinstance(report, LatencyReport)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_models_are_measured_and_left_as_they_are() -> None:
+    plain = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train()
+    scripted = torch.jit.script(plain)
+    frozen = torch.jit.freeze(torch.jit.script(fxexpand.fuse(plain.eval())))  # has no mode any more
+    plain.train()
+    models = {"plain": plain, "scripted": scripted, "frozen": frozen}
+    report = measure_latency(models, torch.randn(3, 6), backends=["eager"], rounds=9, round_ms=0.01)
+    assert all(row.error is not None and row.error < 1e-5 for row in report.measurements)
+    assert plain.training and scripted.training and int(plain[1].num_batches_tracked) == 0  # type: ignore
+    assert [name for name, _ in scripted.named_buffers()] == [name for name, _ in plain.named_buffers()]
 
 
 def test_wrong_use_is_an_error_before_any_timing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
+from fxexpand import expand, fuse
 from fxexpand.tracer import RegionTracer
 from fxexpand.tracing import UntraceableError, mode_of, regions, trace
 from tests.compare import assert_same
@@ -177,11 +181,64 @@ def test_modules_in_different_modes_are_kept_so() -> None:
     assert [module.training for module in model] == [False, True, True]
 
 
+class Around(nn.Module):
+    """Does more than its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.conv(x))
+        return result
+
+
+@pytest.mark.parametrize("model", [Around(), nn.Sequential(Around(), Around())])
+def test_a_call_of_its_own_is_not_dropped(model: nn.Module) -> None:
+    model.eval()
+    with pytest.raises(UntraceableError, match="__call__ of its own"):
+        trace(model)
+    assert_same(fuse(model)(X), model(X), 1e-6)
+    assert_same(fuse(expand(model))(X), model(X), 1e-5)
+
+
+@dataclass
+class Outputs(OrderedDict[str, Any]):
+    """As transformers' ModelOutput: a dict and a dataclass."""
+
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self["logits"] = self.logits
+
+
+@pytest.mark.parametrize("make", [OrderedDict, lambda held: Outputs(**held)])
+def test_mappings_of_other_classes_stay_what_they_are(make: Callable[..., Any]) -> None:
+    class Named(Module):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return make({"logits": self.conv(x)})
+
+    named = Named(lambda module, x: x)
+    graph_module = trace(named, example_inputs=X)
+    for graph in (graph_module, copy.deepcopy(graph_module), pickle.loads(pickle.dumps(graph_module))):
+        found = graph(X)
+        assert type(found) is type(named(X))
+        assert_same(found["logits"], named(X)["logits"], 1e-6)
+    make = partial(defaultdict, list)
+    with pytest.raises(UntraceableError, match="makes a defaultdict"):
+        trace(named)
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "control flow": (lambda module, x: x if x.sum() > 0 else -x, "control flow"),
     "constant noise": (lambda module, x: x + torch.randn(5), "random"),
     "a buffer assigned": (lambda module, x: module.__setattr__("scale", x.mean()), "buffer scale"),
     "no gradients": (lambda module, x: torch.no_grad()(torch.relu)(x) + x, "gradients"),
+    "autocast": (lambda module, x: torch.autocast("cpu", torch.bfloat16)(module.conv)(x), "autocast"),
+    "no autocast": (lambda module, x: torch.autocast("cpu", enabled=False)(module.conv)(x), "autocast"),
     "an error of its own": (lambda module, x: module.missing(x), "missing"),
 }
 

@@ -21,12 +21,14 @@ from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.evaluating import evaluating
 from fxexpand.pipeline import expand
 from fxexpand.rank import rank_report
-from fxexpand.recipes import Chain
+from fxexpand.recipes import Chain, MobileOne, Recipe, RepVGG
 from fxexpand.training import train as job
 from fxexpand.training.data import Data, Order, loader
 from fxexpand.training.runs import LOG, WEIGHTS, Epoch, Outcome, Settings
+from fxexpand.zoo import load_weights
 from tests.compare import assert_same
-from tests.test_data import write_cifar, write_folders
+from tests.images import write_cifar
+from tests.test_data import write_folders
 
 QUICK = ("--epochs", "1", "--batch-size", "300", "--recipe", "Chain(depth=2, width=1)")
 
@@ -138,6 +140,47 @@ def test_options(options: list[str], tmp_path: Path) -> None:
     assert set(state) == set(Digits().state_dict()) or "RepVGG" in options
 
 
+@pytest.mark.parametrize("recipe", [RepVGG(), MobileOne(), Chain(2, 1, batch_norm=True)], ids=str)
+def test_layers_with_biases_and_batch_norms_inside(recipe: Recipe, tmp_path: Path) -> None:
+    labels = torch.arange(12) % 5
+    images = TensorDataset(torch.randn(12, 3, 5, 5), labels)
+    settings = Settings("m", "d", select=("conv",), epochs=2, batch_size=4, save_every=1, ema=0.5)
+    data = Data("d", images, images, 5)
+    found = job.train(Tiny(5), data, recipe, settings, tmp_path)
+    assert found.fused_error < 1e-5 and [epoch.step for epoch in found.epochs] == [0, 3, 6]
+    assert job.train(Tiny(5), data, recipe, settings, tmp_path, resume=True).resumed == 6
+    Tiny(5).load_state_dict(load_file(tmp_path / WEIGHTS))
+
+
+class Looked(Tiny):
+    """With a table of places and a mask, as windows of attention have them."""
+
+    places: Tensor
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.register_buffer("places", torch.arange(40).flip(0))
+        self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+        self.table = nn.Parameter(torch.zeros(40, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x) + self.table[self.places][:4].sum(0)
+        return logits @ torch.softmax(self.mask, -1)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_an_average_leaves_places_and_masks_as_they_are(decay: float, tmp_path: Path) -> None:
+    labels = torch.arange(12) % 4
+    images = TensorDataset(torch.randn(12, 3, 5, 5), labels)
+    settings = Settings("m", "d", epochs=2, batch_size=3, ema=decay)
+    found = job.train(Looked(), Data("d", images, images, 4), None, settings, tmp_path)
+    state, fresh = load_file(tmp_path / WEIGHTS), Looked()
+    assert torch.equal(state["places"], fresh.places) and torch.equal(state["mask"], fresh.mask)
+    assert found.fused_error == 0
+    load_weights(fresh, tmp_path / WEIGHTS)
+
+
 def test_cifar_and_folders_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch)
     small = ("--epochs", "1", "--batch-size", "10", "--json")
@@ -183,6 +226,10 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["--fsdp"], 2, "--fsdp shards over processes: start them with torchrun"),
     (["--lr", "1e30", *QUICK[:4]], 1, "Lower --lr 1e+30."),
     (["--device", "gpu"], 2, "device 'gpu'"),
+    (["--out", "/dev/null/run"], 2, "--out /dev/null/run: /dev/null is a file. Name a folder."),
+    (["--out", "/proc/run"], 2, "the folder /proc cannot be written to"),  # at once, not after an epoch
+    ([f"{__name__}:frozen"], 2, "frozen: no parameter requires gradients. Nothing would train."),
+    ([f"{__name__}:Sided", *QUICK], 2, "Sided: gives tuple for 300 images in training mode; scikit-learn"),
 ]
 
 
@@ -227,6 +274,18 @@ def other() -> nn.Module:
     return Digits()
 
 
+def frozen() -> nn.Module:
+    return Digits().requires_grad_(False)
+
+
+class Sided(Digits):
+    """With a side branch in training, as GoogLeNet has two."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
 def test_the_checkpoint_of_a_network_that_has_changed_is_refused(tmp_path: Path) -> None:
     labels = torch.arange(12) % 5
     images = TensorDataset(torch.randn(12, 3, 5, 5), labels)
@@ -237,6 +296,33 @@ def test_the_checkpoint_of_a_network_that_has_changed_is_refused(tmp_path: Path)
         job.train(changed, Data("d", images, images, 5), Chain(2, 1), settings, tmp_path, resume=True)
     with pytest.raises(SelectionError, match=r"of another model: 'model.*' is \(5,.*\) there, and"):
         job.train(Tiny(6), Data("d", images, images, 6), Chain(2, 1), settings, tmp_path, resume=True)
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path: Path) -> None:
+    """With more images its steps would belong to other epochs, and the log would have one epoch twice."""
+
+    def data(count: int) -> Data:
+        images = TensorDataset(torch.randn(count, 3, 5, 5), torch.arange(count) % 5)
+        return Data("d", images, images, 5)
+
+    settings = Settings("m", "d", epochs=2, batch_size=4)
+    job.train(Tiny(5), data(12), None, settings, tmp_path)
+    with pytest.raises(SelectionError, match="was trained on 12 images and tested on 12, not 16 and 16"):
+        job.train(Tiny(5), data(16), None, settings, tmp_path, resume=True)
+    assert job.train(Tiny(5), data(12), None, settings, tmp_path, resume=True).resumed == 6
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(workers: int, tmp_path: Path) -> None:
+    write_folders(tmp_path, {"train": ["cat", "dog"], "val": ["cat", "dog"]})
+    bad = tmp_path / "train" / "dog" / "bad.png"
+    bad.write_bytes(b"not an image")
+    options = ("--data", "imagenet", "--root", tmp_path, "--out", tmp_path / "run", "--batch-size", "3")
+    result = run(f"{__name__}:two", *options, "--workers", str(workers))
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"fxexpand: {bad}: cannot be read as an image: cannot identify image file")
+    assert "Traceback" not in last
 
 
 def test_outputs_must_fit_the_classes(tmp_path: Path) -> None:

@@ -106,6 +106,19 @@ def test_a_run_moves_from_two_processes_to_one_and_to_four(fsdp: bool, tmp_path:
     assert logs[0][-1]["loss"] < logs[0][1]["loss"]
 
 
+def normed(_: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    settings = Settings("network", "noise", epochs=1, batch_size=16, ema=0.5, fsdp=True, select=("conv",))
+    found = job.train(Network().double(), data(), Chain(2, 1, batch_norm=True), settings, folder)
+    assert found.fused_error < 1e-9 and found.left == ()
+
+
+def test_a_layer_with_a_bias_and_batch_norms_inside_is_sharded(tmp_path: Path) -> None:
+    """Its bias is looked for as a parameter, in either mode, while it is more than that."""
+    ranks(2, normed, tmp_path)
+    Network().double().load_state_dict(load_file(tmp_path / WEIGHTS))
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_command(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

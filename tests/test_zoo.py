@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxexpand.demo import Digits
-from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
 from fxexpand.zoo import default_inputs, example_input, load_model, load_weights, require_accepts
 
 
@@ -176,6 +177,13 @@ def test_inputs_a_model_does_not_take_are_one_line() -> None:
     with pytest.raises(SelectionError, match="2 positional arguments but 3 were given"):
         require_accepts(model, (torch.randn(2, 1, 8, 8), torch.ones(1)))
 
+    class Two(nn.Module):
+        def forward(self, ids: torch.Tensor, pixels: torch.Tensor | None = None) -> int:
+            return ids.shape[0] + pixels.shape[0]  # type: ignore[union-attr]
+
+    with pytest.raises(SelectionError, match="Two does not take an input of 1x4: 'NoneType' object has no"):
+        require_accepts(Two(), (torch.ones(1, 4),))
+
 
 def test_a_tensor_of_several_names_needs_one_of_them(tmp_path: Path) -> None:
     """safetensors keep no tensor twice: what transformers save has each tied weight under one name."""
@@ -198,6 +206,23 @@ def test_a_tensor_of_several_names_needs_one_of_them(tmp_path: Path) -> None:
         load_weights(second, path)
 
 
+def test_a_mask_with_infinities_is_no_broken_checkpoint(tmp_path: Path) -> None:
+    class Masked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+
+    path, source = tmp_path / "masked.pt", Masked()
+    torch.save(source.state_dict(), path)
+    load_weights(model := Masked(), path)
+    assert torch.equal(model.weight, source.weight)
+    for key, broken in (("mask", -math.inf), ("mask", math.nan), ("weight", math.inf)):
+        state = {**source.state_dict(), key: torch.full((4, 4), broken)}
+        torch.save(state, path)
+        with pytest.raises(UnusableWeightError, match=f"'{key}' holds NaN or Inf"):
+            load_weights(Masked(), path)
+
+
 def test_a_network_in_a_module_is_its_own_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command loads a model twice: ``inspect`` expands one, ``rank --before`` gives one other weights."""
     (tmp_path / "mine_for_the_next_test.py").write_text(
@@ -206,10 +231,12 @@ def test_a_network_in_a_module_is_its_own_each_time(tmp_path: Path, monkeypatch:
         "    def __init__(self):\n"
         "        super().__init__(4, 4)\n"
         "        self.rates = torch.linspace(0, 1, 4).numpy()\n"
+        "def same():\n    return net\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    one, two = (load_model("mine_for_the_next_test:net") for _ in range(2))
-    assert one is not two and one[0].weight is not two[0].weight  # type: ignore[index]
+    for name in ("net", "same"):
+        one, two = (load_model(f"mine_for_the_next_test:{name}") for _ in range(2))
+        assert one is not two and one[0].weight is not two[0].weight  # type: ignore[index]
     # A constructor that reads values as numpy's fails on the meta device with an error of another type.
     assert not load_model("mine_for_the_next_test:Numbers", meta=True).weight.is_meta

@@ -14,7 +14,7 @@ _LONGEST = 400  # characters of an error that is not ours: torch's run to pages
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End the command with one line on stderr."""
-    typer.echo(f"fxexpand: {' '.join(message.split())}", err=True)
+    typer.echo(f"fxexpand: {' '.join(_of_worker(message).split())}", err=True)
     raise typer.Exit(code)
 
 
@@ -50,5 +50,14 @@ def first_cause(error: BaseException) -> str:
     """The first line of what an error was raised from in the end; its type where that has no text."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = _of_worker(str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0][:_LONGEST]
+
+
+def _of_worker(message: str) -> str:
+    """What went wrong in a process that reads images: torch passes its whole traceback on as the message."""
+    _, passed_on, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
+    if not passed_on:
+        return message
+    last = traceback.strip().splitlines()[-1]
+    return last.partition(": ")[2] or last

@@ -99,7 +99,7 @@ def _written(given: ExampleInputs) -> str:
     from fxexpand.inputs import as_call
 
     def zeros(tensor: Any) -> str:
-        dtype = "" if tensor.is_floating_point() else f", dtype={tensor.dtype}"
+        dtype = "" if str(tensor.dtype) == "torch.float32" else f", dtype={tensor.dtype}"
         return f"torch.zeros({', '.join(map(str, tensor.shape))}{dtype})"
 
     args, kwargs = as_call(given)

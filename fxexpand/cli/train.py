@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from fxexpand.cli.files import require_writable
 from fxexpand.cli.options import DEFAULT_RECIPE, Device, Json, RecipeText, Select, Weights
 from fxexpand.cli.output import note, show, show_json, stdout_kept
 
@@ -73,7 +74,7 @@ def train(
         from fxexpand.cli.options import device_of, recipe_of
         from fxexpand.errors import SelectionError
         from fxexpand.training import train as job
-        from fxexpand.training.runs import Settings
+        from fxexpand.training.runs import WEIGHTS, Settings
 
         chosen = None if recipe.lower() == "none" else recipe_of(recipe)
         settings = Settings(
@@ -101,8 +102,10 @@ def train(
             rank_every=rank_every,
             workers=workers,
         )
-        if out.exists() and not out.is_dir():
-            raise SelectionError(f"--out {out}: is a file. Name a folder.")
+        above = next(path for path in (out, *out.parents) if path.exists())
+        if not above.is_dir():
+            raise SelectionError(f"--out {out}: {f'{above} ' * (above != out)}is a file. Name a folder.")
+        require_writable(above / WEIGHTS)  # now, not after an epoch; the folder is made when there is one
         if fsdp and "WORLD_SIZE" not in os.environ:
             raise SelectionError(
                 "--fsdp shards over processes: start them with torchrun -m fxexpand train ..."

@@ -81,8 +81,8 @@ class Difference:
 class LatencyReport:
     """Latencies of models on backends, their differences, and the conditions they were measured under.
 
-    ``batch`` and ``shapes`` are those of the example inputs; where several batch sizes were asked for, each
-    row has its own.
+    ``batch`` and ``shapes`` are those of the example inputs; where batch sizes were asked for, each row has
+    its own.
     """
 
     measurements: tuple[Measurement, ...]
@@ -137,7 +137,7 @@ class LatencyReport:
     def _conditions(self, several: bool) -> str:
         shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in self.shapes)
         sizes = dict.fromkeys(row.batch for row in self.measurements)
-        batches = f"batches {', '.join(map(str, sizes))} of" if several else f"batch {self.batch}"
+        batches = f"batch{'es' * several} {', '.join(map(str, sizes))}{' of' * (set(sizes) != {self.batch})}"
         precision = f"{self.dtype}{' with TF32' * self.tf32}{', channels last' * self.channels_last}"
         return (
             f"{self.device}, {self.threads} threads, {precision}, {batches} ({shapes}), "

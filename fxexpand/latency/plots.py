@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def latency_bars(report: LatencyReport) -> Figure:
-    """Median latency with its interval, one panel per backend and batch size."""
+    """Median latency with its interval, one panel per backend and batch size; no bar where there is none."""
+    measured = {(row.model, row.backend, row.batch): row for row in report.measurements}
     places = list(dict.fromkeys((row.backend, row.batch) for row in report.measurements))
     several = len({batch for _, batch in places}) > 1
     networks = list(dict.fromkeys(row.model for row in report.measurements))[::-1]
@@ -22,7 +23,10 @@ def latency_bars(report: LatencyReport) -> Figure:
         panel.set_axis_off()
     for panel, (backend, batch) in zip(panels, places, strict=False):
         for place, network in enumerate(networks):
-            row = report.measurement(network, backend, batch)
+            row = measured.get((network, backend, batch))
+            if row is None:
+                panel.text(0, place, "  not available", va="center", ha="left", fontsize=9, color=GREY)
+                continue
             error = [[row.median - row.low], [row.high - row.median]]
             colour = COLOURS.get(network, GREY)
             panel.barh(place, row.median, 0.62, color=colour, xerr=error, ecolor="#111827", capsize=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,8 @@ def leaves(module: nn.Module) -> list[nn.Module]:
 
 def telling_weight(module: nn.Module) -> Tensor:
     """A weight whose memory format is that of all: the first that shows one, if any does."""
-    weights: list[Tensor] = [leaf.get_parameter("weight") for leaf in leaves(module)]
+    parts: list[Any] = leaves(module)
+    weights: list[Tensor] = [leaf.weight for leaf in parts]  # no Parameters under torch.func
     return next((weight for weight in weights if weight.shape[1:].numel() > 1), weights[0])
 
 

@@ -115,7 +115,7 @@ def image_folders(root: str | Path, size: int = 224) -> Data:
 
     Raises:
         SelectionError: a folder or an image is missing, or the two sides have different classes.
-        FxExpandError: torchvision is not installed.
+        FxExpandError: torchvision is not installed. Later, where an image cannot be read, its name.
     """
     vision = _torchvision()
     from torchvision import transforms as t
@@ -127,7 +127,7 @@ def image_folders(root: str | Path, size: int = 224) -> Data:
     }
     try:
         train, test = (
-            vision.datasets.ImageFolder(Path(root) / side, transform=t.Compose(head[side] + tail))
+            vision.datasets.ImageFolder(Path(root) / side, t.Compose(head[side] + tail), loader=_image)
             for side in ("train", "val")
         )
     except FileNotFoundError as error:
@@ -136,6 +136,16 @@ def image_folders(root: str | Path, size: int = 224) -> Data:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise SelectionError(f"{root}: train and val differ in classes; {odd!r} is on one side only.")
     return Data(Path(root).resolve().name, train, test, len(train.classes))
+
+
+def _image(path: str) -> Any:
+    """The image at ``path``; PIL's own errors do not always say which it was."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # PIL's have no class in common
+        raise FxExpandError(f"{path}: cannot be read as an image: {error}") from error
 
 
 def batches(

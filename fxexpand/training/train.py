@@ -77,7 +77,7 @@ def train(
 
     Raises:
         SelectionError: a setting out of range; outputs that do not fit the classes; a folder that holds a
-            run, without ``resume``, or one with other settings.
+            run, without ``resume``, or one with other settings or data.
         FxExpandError: the loss is NaN or Inf.
         OSError: a file cannot be written.
     """
@@ -125,6 +125,8 @@ class _Run:
             wrapped(self.average.module, group, shard=True)
         self.network: Any = torch.compile(network) if settings.compile else network
         groups = param_groups(model, settings.weight_decay, on=settings.decay_on)
+        if not groups:
+            raise SelectionError(f"{settings.model}: no parameter requires gradients. Nothing would train.")
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, settings.lr, momentum=0.9, nesterov=True)
             if settings.optimizer == "sgd"
@@ -194,7 +196,9 @@ class _Run:
             for i, (images, labels) in enumerate(micro_batches):
                 with self._reducing(last=i == count - 1):
                     with self._autocast():
-                        loss = cross_entropy(self.network(images), labels) / count
+                        logits = self.network(images)
+                        self._require_classes(logits, labels)
+                        loss = cross_entropy(logits, labels) / count
                     self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 self.total += loss.detach()
         if settings.clip:
@@ -298,8 +302,9 @@ class _Run:
         classes = self.data.classes
         if not isinstance(logits, Tensor) or logits.shape != (len(labels), classes):
             given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            mode = " in training mode" if self.model.training else ""
             raise SelectionError(
-                f"{self.settings.model}: gives {given} for {len(labels)} images; {self.data.name} has "
+                f"{self.settings.model}: gives {given} for {len(labels)} images{mode}; {self.data.name} has "
                 f"{classes} classes, so ({len(labels)}, {classes}) is needed."
             )
 
@@ -340,6 +345,7 @@ class _Run:
             self.group.agree(self.average)
         values = {
             "settings": asdict(self.settings),
+            "sizes": list(self.data.sizes),
             "step": self.step,
             "total": float(self.group.sum(self.total.clone())) / self.group.world,
             "seconds": self.seconds,
@@ -361,6 +367,12 @@ class _Run:
             return None
         values = checkpoint.values_of(newest)
         require_same(self.folder, self.settings, values["settings"])
+        sizes = list(self.data.sizes)
+        if values.get("sizes", sizes) != sizes:  # a step would belong to another epoch, of other images
+            raise SelectionError(
+                f"{self.folder}: was trained on {values['sizes'][0]} images and tested on "
+                f"{values['sizes'][1]}, not {sizes[0]} and {sizes[1]}. Resume it with the same data."
+            )
         tensors = self._tensors()
         read = checkpoint.load(newest, tensors, optional=("random.", "optimizer."))
         states = {n: t for n, t in tensors.items() if n.startswith(("model.", "optimizer."))}
@@ -416,4 +428,18 @@ def _averaged(model: nn.Module, decay: float) -> AveragedModel:
             if pairs:
                 average(*map(list, zip(*pairs, strict=True)), count)
 
-    return AveragedModel(model, multi_avg_fn=apart, use_buffers=True)
+    return _Average(model, multi_avg_fn=apart, use_buffers=True)
+
+
+class _Average(AveragedModel):
+    """What is no statistic is copied: numbers of places, of which torch would round each average down, again
+    at every step, and masks with infinities, whose difference is NaN.
+    """
+
+    def update_parameters(self, model: nn.Module) -> None:
+        if not hasattr(self, "copied"):
+            named = dict(model.named_buffers())
+            self.copied = [n for n, b in named.items() if not b.is_floating_point() or bool(b.isinf().any())]
+        super().update_parameters(model)
+        for name in self.copied:
+            self.module.get_buffer(name).copy_(model.get_buffer(name))

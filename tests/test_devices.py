@@ -170,9 +170,8 @@ def test_measures() -> None:
         assert len(ours[part]) == len(expected[part]) > 0
         for row, twin in zip(ours[part], expected[part], strict=True):
             for key, value in twin.items():
-                assert row[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (
-                    key
-                )
+                wanted = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
+                assert row[key] == wanted, key
 
 
 def test_trained_rank_pruning_and_weight_decay() -> None:

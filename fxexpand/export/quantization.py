@@ -28,9 +28,10 @@ from fxexpand.export.onnx import export_onnx
 from fxexpand.export.sessions import feeds, open_session, required
 from fxexpand.finite import require_finite
 from fxexpand.inputs import ExampleInputs, call, copy
-from fxexpand.layers import Expanded, original_class
+from fxexpand.layers import original_class
 from fxexpand.lowrank.factored import Factorized
 from fxexpand.outputs import tensors_of
+from fxexpand.sites import own_modules
 from fxexpand.table import short, table
 
 if TYPE_CHECKING:
@@ -210,12 +211,7 @@ def check_int8(
 
 
 def _ranges(model: nn.Module) -> Iterator[tuple[str, WeightRange]]:
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, Expanded):
-            inside = (*inside, f"{name}." if name else "")
+    for name, module in own_modules(model):
         if not isinstance(module, nn.Linear | _ConvNd) or isinstance(module, Factorized):
             continue
         with evaluating(module):  # spectral norm would take a step, a chain with norms has no weight

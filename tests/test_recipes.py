@@ -15,7 +15,7 @@ from fxexpand.errors import InexactError, SelectionError
 from fxexpand.kernel import apply
 from fxexpand.ops import kernel_of
 from fxexpand.recipes import Chain, Skip, fold
-from fxexpand.recipes.factors import balanced_factors
+from fxexpand.recipes.factors import balanced_factors, gram
 from tests.compare import assert_different, assert_same, relative_error
 
 LAYERS: dict[str, Callable[[], Any]] = {
@@ -87,6 +87,14 @@ def test_factors_are_balanced(shape: tuple[int, int, int], depth: int) -> None:
         assert_same(outer.mT @ outer, inner @ inner.mT, rel=1e-9)
     for factor in factors:
         assert bool((factor.abs() > 1e-12).all()), "every hidden unit takes part"
+
+
+@pytest.mark.parametrize("rows", [1, 255, 517, 1100])
+def test_gram_by_blocks_is_the_product_with_the_transpose(rows: int) -> None:
+    matrix = torch.randn(2, rows, 37, dtype=torch.float64)
+    result = gram(matrix)
+    assert_same(result, matrix @ matrix.mT, rel=1e-13)
+    assert_same(result, result.mT, rel=1e-15)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

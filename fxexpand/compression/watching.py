@@ -18,6 +18,7 @@ from fxexpand.inputs import copy as copy_inputs
 from fxexpand.kernel import Kernel, apply
 from fxexpand.lowrank.cuts import Extent, Scheme, factors_of, matrix_of
 from fxexpand.lowrank.projection import moment_side
+from fxexpand.recipes.factors import gram
 
 Hook = Callable[[nn.Module, Tensor, Tensor], None]
 
@@ -93,7 +94,7 @@ class Moment:
         rows = y.movedim(channels, 0).reshape(groups, -1, y.numel() // y.shape[channels])
         for block in torch.split(rows, 65536, -1):
             wide = block.to(torch.float64)
-            self.sum += wide @ wide.mT
+            self.sum += gram(wide)
         self.count += rows.shape[-1]
 
 

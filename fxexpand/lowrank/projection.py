@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxexpand.errors import SelectionError
+from fxexpand.recipes.factors import gram
 
 COLUMNS = 4096  # of a matrix that are held in float64 at a time
 ROUNDING = 1e-12  # of an energy, which is a sum of as many terms as there are singular values
@@ -111,16 +112,15 @@ def spectrum(matrix: Tensor, moment: Tensor | None = None) -> Spectrum:
     unit = largest or 1.0
     side: Literal["left", "right"] = "left" if rows <= columns else "right"
     if moment is None:
-        gram = _gram(matrix if side == "left" else matrix.mT, unit)
-        return _decomposed(matrix, gram, side, unit)
+        moment = _second_moment(matrix if side == "left" else matrix.mT, unit)
+        return _decomposed(matrix, moment, side, unit)
     if moment_side(matrix) == "outputs":
         return replace(_decomposed(matrix, moment / unit**2, "left", unit), by_data=True)
     # U = M S^1/2 v / s, which needs no (m, m) matrix where m > n.
     values, vectors = torch.linalg.eigh(moment)
     root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2) @ vectors.mT
     seen = _product(root, matrix.mT / unit).mT  # (g, m, n): outputs for whitened inputs
-    gram = seen.mT @ seen
-    found = _decomposed(matrix, gram, "right", unit)
+    found = _decomposed(matrix, gram(seen.mT), "right", unit)
     basis = torch.linalg.qr(seen @ found.basis).Q  # columns in the order of the eigenvalues
     return Spectrum(matrix, found.squares, basis, "left", found.scale, by_data=True)
 
@@ -129,8 +129,8 @@ def of_tokens(matrix: Tensor, counts: Tensor) -> Spectrum:
     """The best directions for the rows of a table ``(1, tokens, d)``, each as often as it is read."""
     unit = float(matrix.abs().max()) or 1.0
     rows = matrix[0].to(torch.float64) / unit
-    gram = (rows * counts.unsqueeze(1)).mT @ rows
-    return replace(_decomposed(matrix, gram.unsqueeze(0), "right", unit), by_data=True)
+    moment = (rows * counts.unsqueeze(1)).mT @ rows
+    return replace(_decomposed(matrix, moment.unsqueeze(0), "right", unit), by_data=True)
 
 
 def moment_side(matrix: Tensor) -> Literal["inputs", "outputs"]:
@@ -150,8 +150,8 @@ def rank_of_share(share: float, full: int) -> int:
     return max(1, min(full, ceil(share * full - 1e-9)))
 
 
-def _decomposed(matrix: Tensor, gram: Tensor, side: Literal["left", "right"], unit: float) -> Spectrum:
-    values, vectors = torch.linalg.eigh(gram)
+def _decomposed(matrix: Tensor, moment: Tensor, side: Literal["left", "right"], unit: float) -> Spectrum:
+    values, vectors = torch.linalg.eigh(moment)
     values, vectors = values.flip(-1).clamp(min=0.0), vectors.flip(-1)
     full = min(matrix.shape[-2:])
     total = float(values.sum())
@@ -159,13 +159,13 @@ def _decomposed(matrix: Tensor, gram: Tensor, side: Literal["left", "right"], un
     return Spectrum(matrix, squares[..., :full], vectors[..., :full], side, total**0.5 * unit)
 
 
-def _gram(matrix: Tensor, unit: float) -> Tensor:
+def _second_moment(matrix: Tensor, unit: float) -> Tensor:
     """``M M^T`` over ``unit**2``, in float64: huge and tiny values neither overflow nor vanish."""
-    gram = matrix.new_zeros((*matrix.shape[:-1], matrix.shape[-2]), dtype=torch.float64)
+    result = matrix.new_zeros((*matrix.shape[:-1], matrix.shape[-2]), dtype=torch.float64)
     for block in torch.split(matrix, COLUMNS, -1):
         wide = block.to(torch.float64) / unit
-        gram += wide @ wide.mT
-    return gram
+        result += gram(wide)
+    return result
 
 
 def _product(left: Tensor, matrix: Tensor) -> Tensor:

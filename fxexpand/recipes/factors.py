@@ -16,6 +16,7 @@ from fxexpand.errors import InexactError
 # Singular values below this share of the largest are spread unevenly over the factors; see balanced_factors.
 FLOOR = 1e-3
 MIRRORS = 16
+BLOCK = 256  # rows below which a product is not worth splitting
 
 
 def balanced_factors(
@@ -55,9 +56,9 @@ def balanced_factors(
     unit = wide if largest == 1.0 else wide / largest  # squares neither overflow nor vanish
     tall = out > inner
     side = unit.mT if tall else unit  # (groups, rank, longer)
-    basis = _eigenvectors(side @ side.mT).flip(-1)  # columns by falling value
+    basis = _eigenvectors(gram(side)).flip(-1)  # columns by falling value
     # Orthonormal to the last bit: a Newton-Schulz step.
-    basis = 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
+    basis = 1.5 * basis - 0.5 * basis @ gram(basis.mT)
     rest = basis.mT @ side
     values = torch.linalg.vector_norm(rest, dim=-1)
     top = float(values.amax())
@@ -84,6 +85,19 @@ def balanced_factors(
         last = turns[-1].on_columns(basis, share)
     middle = [after.around(share, before) for before, after in itertools.pairwise(turns)]
     return [factor.to(matrix.dtype) for factor in (first, *middle, last)]
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """``matrix @ matrix.mT`` for ``(groups, rows, columns)``, at about half the cost.
+
+    Of a symmetric result only the lower half is multiplied out, block by block, down to ``BLOCK`` rows.
+    """
+    rows = matrix.shape[1]
+    if rows <= BLOCK:
+        return matrix @ matrix.mT
+    upper, lower = matrix[:, : rows // 2], matrix[:, rows // 2 :]
+    corner = lower @ upper.mT
+    return torch.cat([torch.cat([gram(upper), corner.mT], -1), torch.cat([corner, gram(lower)], -1)], 1)
 
 
 def _eigenvectors(symmetric: Tensor) -> Tensor:

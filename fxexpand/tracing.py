@@ -93,6 +93,8 @@ def trace(
         _guard(graph_module)
     if example_inputs is not None:
         _check_with_shapes(graph_module, model, example_inputs)
+    elif isinstance(model, fx.GraphModule):
+        _keep_records(model.graph, graph_module.graph)
     return graph_module
 
 
@@ -323,6 +325,14 @@ def _mutable(value: Any) -> Any:
     if isinstance(value, immutable_dict):
         return {key: _mutable(item) for key, item in value.items()}
     return value
+
+
+def _keep_records(source: fx.Graph, trace: fx.Graph) -> None:
+    """The shapes and dtypes that an export or an earlier trace recorded, where the new one calls the same."""
+    old, new = ([n for n in g.nodes if n.op not in ("get_attr", "output")] for g in (source, trace))
+    if [(node.op, node.target) for node in old] == [(node.op, node.target) for node in new]:
+        for before, after in zip(old, new, strict=True):
+            after.meta |= {key: before.meta[key] for key in ("val", "tensor_meta") if key in before.meta}
 
 
 def _check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> None:

@@ -104,9 +104,9 @@ SYNONYMS = {
     **{"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"},
     **{"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg"},
     **{"concat": "cat", "concatenate": "cat", "view": "reshape", "view_as": "reshape_as"},
-    **{"swapaxes": "transpose", "split_with_sizes": "split"},
+    **{"swapaxes": "transpose", "split_with_sizes": "split", "_unsafe_view": "reshape", "mm": "matmul"},
 }
-PARAMETERS = {"self": "input", "x": "input", "axis": "dim", "split_size": "split_size_or_sections"}
+PARAMETERS = {"self": "input", "x": "input", "axis": "dim", "mat2": "other", "split_size": "split_size_or_sections"}
 HOMES = (torch, F, operator, torch.Tensor, torch._C._nn)
 
 

@@ -165,7 +165,7 @@ class Shapes:
         """Unknown sizes, as many as an example had, by ``trace(example_inputs=...)`` or an export."""
         if isinstance(node.meta.get(NDIM), int):
             return self._fresh(node, node.meta[NDIM])
-        shape = recorded(node)
+        shape = _noted(node)
         return None if shape is None else self._fresh(node, len(shape))
 
     def _fresh(self, node: fx.Node, ndim: int) -> Shape:
@@ -344,7 +344,8 @@ class Shapes:
         first = node.args[0] if node.args else None
         before = self._shapes.get(first) if isinstance(first, fx.Node) else None
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name == "size" and len(node.args) == 2 and isinstance(node.args[1], int) and before is not None:
+        reads = name in ("size", "sym_size.int") and len(node.args) == 2 and isinstance(node.args[1], int)
+        if reads and before is not None:
             self._sizes[node] = before[node.args[1]]
             return None
         if node.target is operator.floordiv:
@@ -392,11 +393,18 @@ class Shapes:
         return self._sizes.get(value) if isinstance(value, fx.Node) else None
 
 
-def recorded(node: fx.Node) -> torch.Size | None:
+def recorded(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of a value in the example, by ``trace(example_inputs=...)`` or an export."""
+    shape = _noted(node)
+    if shape is None:
+        return None
+    sizes = tuple(size if isinstance(size, int) else size.node.hint for size in shape)  # dynamic: the example
+    return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def _noted(node: fx.Node) -> Sequence[int | torch.SymInt] | None:
     value = node.meta.get("val")
-    shape = value.shape if isinstance(value, Tensor) else getattr(node.meta.get("tensor_meta"), "shape", None)
-    return shape if shape is not None and all(isinstance(size, int) for size in shape) else None
+    return value.shape if isinstance(value, Tensor) else getattr(node.meta.get("tensor_meta"), "shape", None)
 
 
 def place_after(before: Shape, after: Shape, dim: int) -> int | None:

@@ -91,6 +91,45 @@ def test_an_exported_program_is_fused(decompose: bool) -> None:
     assert decompose or "norm.weight" not in fused.state_dict()
 
 
+class Mixed(nn.Module):
+    """What needs the number of dimensions: a branch that is a norm alone, and a norm over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.mix = nn.Linear(4, 6, bias=False)
+        self.tokens = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        tokens = self.mix(F.relu(self.norm(x) + self.conv(x)).flatten(2).mT.flatten(0, 1))
+        return self.tokens(tokens).reshape(x.shape[0], -1, 6)
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_shapes_of_an_export_stand_in_for_example_inputs(dynamic: bool, decompose: bool) -> None:
+    model = perturb(Mixed().double().eval())
+    x, other = (torch.randn(batch, 4, 6, 5, dtype=torch.float64) for batch in (2, 3))
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    exported = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    fused = fxexpand.fuse(exported.run_decompositions() if decompose else exported)
+    layers = [m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 2 and "norm" not in fused.code, fused.code
+    for each in (x, other) if dynamic else (x,):
+        assert_same(fused(each), model(each), EXACT)
+
+
+def test_a_graph_module_keeps_the_shapes_of_its_trace() -> None:
+    model = perturb(Mixed().double().eval())
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    fused = fxexpand.fuse(fxexpand.tracing.trace(model, example_inputs=x))
+    layers = [m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 2 and not any("BatchNorm" in type(m).__name__ for m in fused.modules())
+    assert_same(fused(x), model(x), EXACT)
+
+
 def test_the_tensors_of_a_decomposed_batch_norm_are_checked_and_go_with_it() -> None:
     model: Any = perturb(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double().eval())
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64)

@@ -146,6 +146,15 @@ def test_tensors_are_found_in_any_structure() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_below_the_smallest_normal_number_nothing_differs(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    outputs = torch.tensor([0.5, -0.3, 0.1], dtype=dtype) * tiny
+    flushed = worst_error([torch.zeros_like(outputs)], [outputs])
+    assert flushed == (0.0 if dtype != torch.float16 else 1.0)  # which is computed in float32
+    assert worst_error([torch.zeros_like(outputs)], [outputs * 100]) == 1.0
+
+
 def test_the_worst_error_over_all_outputs_counts() -> None:
     a, b = torch.randn(5, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
     assert worst_error([a, b], [a, b]) == 0.0

@@ -106,7 +106,10 @@ SYNONYMS = {
     **{"concat": "cat", "concatenate": "cat", "view": "reshape", "view_as": "reshape_as"},
     **{"swapaxes": "transpose", "split_with_sizes": "split", "_unsafe_view": "reshape", "mm": "matmul"},
 }
-PARAMETERS = {"self": "input", "x": "input", "axis": "dim", "mat2": "other", "split_size": "split_size_or_sections"}
+PARAMETERS = {
+    **{"self": "input", "x": "input", "axis": "dim", "mat2": "other"},
+    "split_size": "split_size_or_sections",
+}
 HOMES = (torch, F, operator, torch.Tensor, torch._C._nn)
 
 

@@ -147,6 +147,14 @@ def read_what_is_written(graph_module: fx.GraphModule) -> None:
                     user.replace_input_with(target, node)
 
 
+def drop_unread_items(graph_module: fx.GraphModule) -> None:
+    """Erase items that nobody reads: the statistics that ATen's BatchNorm returns, in a graph of make_fx."""
+    items = graph_module.graph.find_nodes(op="call_function", target=operator.getitem)
+    for node in reversed(list(items)):
+        if not node.users:
+            graph_module.graph.erase_node(node)
+
+
 def _returns_what_it_writes(node: fx.Node) -> bool:
     """Whether a call is sure to return its first argument, written into."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

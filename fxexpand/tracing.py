@@ -329,7 +329,11 @@ def _mutable(value: Any) -> Any:
 
 def _keep_records(source: fx.Graph, trace: fx.Graph) -> None:
     """The shapes and dtypes that an export or an earlier trace recorded, where the new one calls the same."""
-    old, new = ([n for n in g.nodes if n.op not in ("get_attr", "output")] for g in (source, trace))
+    # What has no node for an input (torch.empty) is a constant to a trace.
+    old, new = (
+        [n for n in graph.nodes if n.op == "placeholder" or (n.all_input_nodes and n.op != "output")]
+        for graph in (source, trace)
+    )
     if [(node.op, node.target) for node in old] == [(node.op, node.target) for node in new]:
         for before, after in zip(old, new, strict=True):
             after.meta |= {key: before.meta[key] for key in ("val", "tensor_meta") if key in before.meta}

@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from fxexpand.errors import InexactError
-from fxexpand.graph import read_what_is_written, site_of
+from fxexpand.graph import drop_unread_items, read_what_is_written, site_of
 from fxexpand.passes.form import Form
 from fxexpand.passes.forms import Interpretation
 from fxexpand.passes.maps import META, Place
@@ -39,6 +39,7 @@ class Walk:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         read_what_is_written(graph_module)
+        drop_unread_items(graph_module)
         self.order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
         self.reader = Reader(graph_module)
         self.steps: dict[fx.Node, Step] = {}

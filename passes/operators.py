@@ -46,6 +46,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "_native_batch_norm_legit_no_training": (
         *("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps"),
     ),
+    "native_batch_norm": (
+        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    ),
     "addmm": ("bias", "input", "other"),
     "t": ("input",),
     "convolution": (
@@ -100,6 +103,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "slice": ("input", "dim", "start", "end", "step"),
     "getitem": ("input", "index"),
 }
+# ATen's BatchNorm gives the result and two tensors of statistics, empty in evaluation mode.
+NORMS_OF_THREE = ("_native_batch_norm_legit_no_training", "native_batch_norm")
 SYNONYMS = {
     **{"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"},
     **{"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg"},

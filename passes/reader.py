@@ -29,15 +29,12 @@ from fxexpand.passes.module_maps import (
     passes_on,
     pool_call,
 )
-from fxexpand.passes.operators import Call, call_of, part_sizes, picked, rows_of, tuple_of
+from fxexpand.passes.operators import NORMS_OF_THREE, Call, call_of, part_sizes, picked, rows_of, tuple_of
 from fxexpand.passes.shapes import ONE, Shapes, place_after, recorded
 from fxexpand.passes.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View, averaging, padding
 from fxexpand.recipes import Branches
 from fxexpand.recipes.structure import LastDimBatchNorm
 from fxexpand.tracing import hooked
-
-# ATen's BatchNorm in evaluation mode gives the result and two empty tensors.
-NORM_OF_THREE = "_native_batch_norm_legit_no_training"
 
 
 class Reader:
@@ -176,7 +173,7 @@ class Reader:
             return None
         if call.name in ("linear", "matmul", "addmm") or call.name.startswith("conv"):
             return self._weighted(call, x)
-        if call.name == NORM_OF_THREE:
+        if call.name in NORMS_OF_THREE:
             return Bridge()
         if call.name == "batch_norm":
             return self._norm(call, x)
@@ -414,7 +411,7 @@ class Reader:
             index, parts = call["index"], call_of(x)
             if parts is not None and parts.name in ("split", "chunk") and isinstance(index, int):
                 return self._part(parts, index)
-            if parts is not None and parts.name == NORM_OF_THREE and index == 0:
+            if parts is not None and parts.name in NORMS_OF_THREE and index == 0:
                 return self._norm(parts, parts["input"]) if self._varies(parts["input"]) else None
             found = picked(index, ndim)
             if found is None:

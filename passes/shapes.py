@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.ops import LAYERS
-from fxexpand.passes.operators import Call, call_of, tuple_of
+from fxexpand.passes.operators import NORMS_OF_THREE, Call, call_of, tuple_of
 
 
 @dataclass(frozen=True)
@@ -318,11 +318,7 @@ class Shapes:
             return None
         if isinstance(index, int):
             parts = call_of(first)
-            whole = parts is not None and parts.name in (
-                "split",
-                "chunk",
-                "_native_batch_norm_legit_no_training",
-            )
+            whole = parts is not None and parts.name in ("split", "chunk", *NORMS_OF_THREE)
             return before if whole else before[1:]
         cuts = index if isinstance(index, tuple) else (index,)
         if Ellipsis in cuts:
@@ -343,8 +339,9 @@ class Shapes:
     def _of_other(self, node: fx.Node) -> Shape | None:
         first = node.args[0] if node.args else None
         before = self._shapes.get(first) if isinstance(first, fx.Node) else None
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        reads = name in ("size", "sym_size.int") and len(node.args) == 2 and isinstance(node.args[1], int)
+        target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        reads = name in ("size", "sym_size") and len(node.args) == 2 and isinstance(node.args[1], int)
         if reads and before is not None:
             self._sizes[node] = before[node.args[1]]
             return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import fxexpand
@@ -119,6 +121,19 @@ def test_the_shapes_of_an_export_stand_in_for_example_inputs(dynamic: bool, deco
     assert len(layers) == 2 and "norm" not in fused.code, fused.code
     for each in (x, other) if dynamic else (x,):
         assert_same(fused(each), model(each), EXACT)
+
+
+@pytest.mark.parametrize("kind", ["real", "fake", "symbolic"])
+def test_a_graph_of_make_fx_is_fused(kind: str) -> None:
+    model = perturb(Mixed().double().eval())
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    graph_module = make_fx(model, tracing_mode=kind, _allow_non_fake_inputs=True)(x)
+    fused = fxexpand.fuse(graph_module)
+    layers = [m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 2 and "norm" not in fused.code, fused.code
+    assert_same(fused(x), model(x), EXACT)
+    again = pickle.loads(pickle.dumps(fused))
+    assert_same(again(x), model(x), EXACT)
 
 
 def test_a_graph_module_keeps_the_shapes_of_its_trace() -> None:

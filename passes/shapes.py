@@ -341,9 +341,9 @@ class Shapes:
         before = self._shapes.get(first) if isinstance(first, fx.Node) else None
         target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        reads = name in ("size", "sym_size") and len(node.args) == 2 and isinstance(node.args[1], int)
-        if reads and before is not None:
-            self._sizes[node] = before[node.args[1]]
+        place = node.args[1] if len(node.args) == 2 else None
+        if name in ("size", "sym_size") and isinstance(place, int) and before is not None:
+            self._sizes[node] = before[place]
             return None
         if node.target is operator.floordiv:
             one, two = (self._size(each) for each in node.args)
@@ -355,18 +355,11 @@ class Shapes:
             value = self._shapes.get(node.args[2]) if isinstance(node.args[2], fx.Node) else None
             return None if value is None else (*before[:-1], value[-1])
         if name == "unbind" and before is not None:
-            place = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             # What an item of it takes off is the first dimension, so that one is put in front.
-            return (
-                (ONE, *before[:place], *before[place:][1:]) if isinstance(place, int) and place >= 0 else None
-            )
-        if (
-            name == "unsqueeze"
-            and before is not None
-            and len(node.args) == 2
-            and isinstance(node.args[1], int)
-        ):
-            place = node.args[1] % (len(before) + 1)
+            return (ONE, *before[:dim], *before[dim:][1:]) if isinstance(dim, int) and dim >= 0 else None
+        if name == "unsqueeze" and before is not None and isinstance(place, int):
+            place %= len(before) + 1
             return (*before[:place], ONE, *before[place:])
         return before if name.removesuffix("_") in ELEMENTWISE else None
 
@@ -395,8 +388,10 @@ def recorded(node: fx.Node) -> tuple[int, ...] | None:
     shape = _noted(node)
     if shape is None:
         return None
-    sizes = tuple(size if isinstance(size, int) else size.node.hint for size in shape)  # dynamic: the example
-    return sizes if all(isinstance(size, int) for size in sizes) else None
+    # Of a dynamic size the one in the example.
+    sizes = [size if isinstance(size, int) else size.node.hint for size in shape]
+    known = tuple(size for size in sizes if isinstance(size, int))
+    return known if len(known) == len(sizes) else None
 
 
 def _noted(node: fx.Node) -> Sequence[int | torch.SymInt] | None:

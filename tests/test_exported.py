@@ -106,7 +106,8 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
         tokens = self.mix(F.relu(self.norm(x) + self.conv(x)).flatten(2).mT.flatten(0, 1))
-        return self.tokens(tokens).reshape(x.shape[0], -1, 6)
+        mixed: Tensor = self.tokens(tokens)
+        return mixed.reshape(x.shape[0], -1, 6)
 
 
 @pytest.mark.parametrize("decompose", [False, True])
@@ -116,7 +117,7 @@ def test_the_shapes_of_an_export_stand_in_for_example_inputs(dynamic: bool, deco
     x, other = (torch.randn(batch, 4, 6, 5, dtype=torch.float64) for batch in (2, 3))
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     exported = torch.export.export(model, (x,), dynamic_shapes=shapes)
-    fused = fxexpand.fuse(exported.run_decompositions() if decompose else exported)
+    fused: Any = fxexpand.fuse(exported.run_decompositions() if decompose else exported)
     layers = [m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == 2 and "norm" not in fused.code, fused.code
     for each in (x, other) if dynamic else (x,):
@@ -124,11 +125,11 @@ def test_the_shapes_of_an_export_stand_in_for_example_inputs(dynamic: bool, deco
 
 
 @pytest.mark.parametrize("kind", ["real", "fake", "symbolic"])
-def test_a_graph_of_make_fx_is_fused(kind: str) -> None:
+def test_a_graph_of_make_fx_is_fused(kind: Any) -> None:
     model = perturb(Mixed().double().eval())
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     graph_module = make_fx(model, tracing_mode=kind, _allow_non_fake_inputs=True)(x)
-    fused = fxexpand.fuse(graph_module)
+    fused: Any = fxexpand.fuse(graph_module)
     layers = [m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == 2 and "norm" not in fused.code, fused.code
     assert_same(fused(x), model(x), EXACT)

@@ -23,6 +23,7 @@ from fxexpand.selection import Select, Selection
 from fxexpand.sharding import sharded_part
 from fxexpand.sites import find_sites, own_modules
 from fxexpand.surgery import Plan, commit, plan_expansion, plan_folding, restoring
+from fxexpand.tracing import module_of
 from fxexpand.verify import outputs_of, require_same_outputs
 from fxexpand.weights import expanded_weights, originals
 
@@ -113,7 +114,7 @@ def expand(
     An error leaves ``model`` as it was.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+        model = module_of(model)
     require_module(model, "expand")
     if init not in INITS:
         raise SelectionError(f"init={init!r}: choose from {', '.join(INITS)}.")
@@ -203,7 +204,7 @@ def fuse(
     An error leaves ``model`` as it was.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+        model = module_of(model)
     require_module(model, "fuse")
     if scope not in SCOPES:
         raise SelectionError(f"scope={scope!r}: choose from {', '.join(SCOPES)}.")

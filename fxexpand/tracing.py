@@ -98,6 +98,27 @@ def trace(
     return graph_module
 
 
+def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The module of a program, in the mode that its operators are in.
+
+    torch sets the flag to training whatever was exported, and then refuses ``eval()``.
+    """
+    graph_module = program.module()
+    trains = any(map(_trains, graph_module.graph.nodes))
+    for module in graph_module.modules():
+        module.training = trains
+    return graph_module
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether an operator of ATen has a flag for training, and it is set."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return any(given.get(name) is True for name in ("train", "training"))
+
+
 def mode_of(graph_module: fx.GraphModule) -> Mode | None:
     """The only mode in which a graph made by ``trace`` holds; None where it holds in both."""
     return next((module.mode for module in graph_module.children() if isinstance(module, ModeGuard)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import fxexpand
 from fxexpand import Chain
-from fxexpand.errors import UnusableWeightError
+from fxexpand.errors import RefusedError, UnusableWeightError
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -122,6 +123,20 @@ def test_the_shapes_of_an_export_stand_in_for_example_inputs(dynamic: bool, deco
     assert len(layers) == 2 and "norm" not in fused.code, fused.code
     for each in (x, other) if dynamic else (x,):
         assert_same(fused(each), model(each), EXACT)
+
+
+def test_a_program_is_in_the_mode_that_was_exported(tmp_path: Path) -> None:
+    layers: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
+    x = torch.randn(2, 3, 6, 5)
+    fused = fxexpand.fuse(torch.export.export(perturb(layers).eval(), (x,)))
+    assert not any(module.training for module in fused.modules())
+    fxexpand.export_onnx(fused, tmp_path / "fused.onnx", x, dynamic_batch=False)  # which refuses training
+    big = fxexpand.expand(torch.export.export(layers, (x,)))
+    assert not big.training and big.train().training
+    trains: Any = fxexpand.fuse(torch.export.export(layers.train(), (x,)))
+    assert trains.training and "batch_norm" in trains.code
+    with pytest.raises(RefusedError, match="training"):
+        fxexpand.export_onnx(trains, tmp_path / "trains.onnx", x)
 
 
 @pytest.mark.parametrize("kind", ["real", "fake", "symbolic"])

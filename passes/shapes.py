@@ -223,7 +223,8 @@ class Shapes:
     def _of_call(self, node: fx.Node, call: Call) -> Shape | None:
         first: Any = call.arguments.get("input", call.arguments.get("tensors"))
         if isinstance(first, list | tuple):
-            first = first[0] if first else None
+            # An empty tensor is passed over in a concatenation, whatever the others are.
+            first = next((each for each in first if self._shapes.get(each) != (Size(0),)), None)
         before = self._shapes.get(first) if isinstance(first, fx.Node) else None
         if call.name in ("add", "sub", "mul", "div"):
             return self._broadcast(node, call)

@@ -315,3 +315,22 @@ def test_a_view_that_the_probe_does_not_fit_is_no_error() -> None:
     fused = fuse(model, x)
     assert [(row.action, row.error) for row in report(fused).rows] == [("fused", None)]
     assert_same(fused(x), model(x), 1e-6)
+
+
+def test_an_empty_tensor_in_a_concatenation_says_nothing_of_its_shape() -> None:
+    class Cached(nn.Module):
+        """A cache that is empty at first, as torch.tensor([]) is in transformers: of one dimension."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 5)
+            self.register_buffer("cache", torch.tensor([]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat([self.cache, self.one(x)], -2).transpose(-1, -2)
+            z: Tensor = self.two(y.transpose(-1, -2))
+            return z
+
+    model = Cached().double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert_same(fuse(model)(x), model(x), EXACT)

@@ -90,8 +90,9 @@ class RegionTracer(fx.Tracer):
             return True
         ours = type(m).__module__.startswith("fxexpand.") and not isinstance(m, nn.Sequential | Factorized)
         kept = ours or parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
-        # torchvision.ops: the operators, not the blocks of layers that are also found there.
-        operator = type(m).__module__.startswith("torchvision.ops.") and not m._modules
+        # torchvision.ops: the operators, not the blocks of layers and the permutation that are also found there.
+        theirs = type(m).__module__.startswith("torchvision.ops.") and type(m).__name__ != "Permute"
+        operator = theirs and not m._modules
         asked = self._leaf is not None and self._leaf(module_qualified_name, m)
         return kept or operator or asked or is_layer_norm(m) or _switch(m)
 

@@ -334,3 +334,18 @@ def test_an_empty_tensor_in_a_concatenation_says_nothing_of_its_shape() -> None:
     model = Cached().double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     assert_same(fuse(model)(x), model(x), EXACT)
+
+
+def test_the_layer_scale_of_torchvision_is_folded_past_its_permutation() -> None:
+    from torchvision.models.convnext import CNBlock
+
+    block = CNBlock(6, layer_scale=0.5, stochastic_depth_prob=0.1)
+    with torch.no_grad():
+        block.layer_scale.copy_(torch.randn(6, 1, 1))
+    model = nn.Sequential(nn.Conv2d(3, 6, 2), block).double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    small = fuse(model)
+    assert_same(small(x), model(x), EXACT)
+    assert not any("layer_scale" in name for name in small.state_dict())
+    (row,) = report(small).changed
+    assert "mul" in row.reason

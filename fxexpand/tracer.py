@@ -90,7 +90,7 @@ class RegionTracer(fx.Tracer):
             return True
         ours = type(m).__module__.startswith("fxexpand.") and not isinstance(m, nn.Sequential | Factorized)
         kept = ours or parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
-        # torchvision.ops: the operators, not the blocks of layers and the permutation that are also found there.
+        # torchvision.ops: the operators, not the permutation and the blocks of layers that are also there.
         theirs = type(m).__module__.startswith("torchvision.ops.") and type(m).__name__ != "Permute"
         operator = theirs and not m._modules
         asked = self._leaf is not None and self._leaf(module_qualified_name, m)

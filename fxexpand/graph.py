@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -26,6 +27,14 @@ OF_ONE_VALUE = (
 )  # keys of a node's meta that no other node may take over
 
 
+# Views by what does the same whatever the layout in memory.
+RESHAPES: dict[Any, Any] = {
+    "view": "reshape",
+    "view_as": "reshape_as",
+    torch.Tensor.view: torch.Tensor.reshape,
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 AUGMENTED = frozenset(
     [
         *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
@@ -310,11 +319,22 @@ def finish(
 def _viewed(
     graph: fx.Graph, x: fx.Node, views: Sequence[fx.Node], other: Callable[[fx.Node], Any] = lambda node: node
 ) -> fx.Node:
-    """``x`` through views; ``other`` gives what else they read, which are sizes."""
+    """``x`` through views; ``other`` gives what else they read, which are sizes.
+
+    The memory of ``x`` may be laid out in another way than that of the value they were for, so a view becomes
+    a reshape.
+    """
     for view in views:
-        first = view.all_input_nodes[0]
-        x = graph.node_copy(view, lambda arg, first=first, x=x: x if arg is first else other(arg))  # type: ignore[misc]
+        first, target = view.all_input_nodes[0], RESHAPES.get(view.target, view.target)
+        swap = partial(_swapped, first, x, other)
+        args, kwargs = fx.map_arg(view.args, swap), fx.map_arg(view.kwargs, swap)
+        x = graph.create_node(view.op, target, args, kwargs, name=view.name, type_expr=view.type)
+        x.meta = dict(view.meta)
     return x
+
+
+def _swapped(old: fx.Node, new: fx.Node, other: Callable[[fx.Node], Any], arg: fx.Node) -> Any:
+    return new if arg is old else other(arg)
 
 
 def _emit(origin: fx.Node, target: str, part: nn.Module, x: fx.Node) -> fx.Node:

@@ -113,8 +113,9 @@ class Walk:
         return {node for node in self.order if node not in alive}
 
     def shapes_read(self) -> dict[fx.Node, Form]:
-        """The nodes that read shapes of values which may go, each with a form that has the same shape."""
-        forms = {reader: self._shape_form(reader) for reader in self.shape_readers}
+        """The nodes that read shapes of values which will go, each with a form that has the same shape."""
+        dead = self.dead()
+        forms = {reader: self._shape_form(reader) for reader in self.shape_readers if reader.args[0] in dead}
         return {reader: form for reader, form in forms.items() if form is not None}
 
     def probe(self, form: Form) -> tuple[list[int], dict[fx.Node, int]]:

@@ -121,7 +121,7 @@ def carry_out(walk: Walk, fusions: Sequence[Fusion]) -> None:
     for fusion in fusions:
         put(changed, fusion.name, fusion.module)
     values = {node: (fusion.name, form) for fusion in fusions for node, form in fusion.values.items()}
-    nodes = list(walk.order)
+    nodes, shapes_read = list(walk.order), walk.shapes_read() if fusions else {}
     for node in sorted(values, key=walk.order.__getitem__):
         name, form = values[node]
         source = new.get(form.source, form.source)
@@ -129,7 +129,7 @@ def carry_out(walk: Walk, fusions: Sequence[Fusion]) -> None:
         new[node] = call_instead(changed, node, name, source, place, form.before, form.after)
     if not fusions:
         return
-    for reader, form in walk.shapes_read().items():
+    for reader, form in shapes_read.items():
         read_early(changed, reader, new.get(form.source, form.source), form.after)
     removable = {node for node in walk.order if node in walk.steps or node in walk.reader.constants}
     finish(changed, [target for fusion in fusions for target in fusion.targets], removable)

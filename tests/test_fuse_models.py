@@ -327,7 +327,7 @@ def test_an_empty_tensor_in_a_concatenation_says_nothing_of_its_shape() -> None:
             self.register_buffer("cache", torch.tensor([]))
 
         def forward(self, x: Tensor) -> Tensor:
-            y = torch.cat([self.cache, self.one(x)], -2).transpose(-1, -2)
+            y = torch.cat([self.get_buffer("cache"), self.one(x)], -2).transpose(-1, -2)
             z: Tensor = self.two(y.transpose(-1, -2))
             return z
 
@@ -348,3 +348,29 @@ def test_the_layer_scale_of_torchvision_is_folded_past_its_permutation() -> None
     assert_same(small(x), model(x), EXACT)
     assert not any("layer_scale" in name for name in small.state_dict())
     assert any("mul" in row.reason for row in report(small).changed)
+
+
+def test_a_view_holds_in_whatever_layout_the_new_kernel_leaves_its_result() -> None:
+    class Windows(nn.Module):
+        """Windows of 2 x 2 as in MaxViT, which reads their number; channels scaled behind a transposition."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+            self.norm, self.mix, self.out = nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 5)
+            self.scale = nn.Parameter(torch.randn(5, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.stem(x).permute(0, 2, 3, 1))
+            b, height, width, c = h.shape
+            h = h.view(b, height // 2, 2, width // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+            h = h.contiguous().view(-1, 2, 2, c)
+            h = torch.relu(self.mix(h)).view(h.shape[0], -1, 6)
+            h = self.out(h).transpose(1, 2).contiguous().view(-1, 5, 2, 2)
+            return h * self.scale
+
+    model = perturb(Windows().double().eval())
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    for small in (fuse(model), fuse(model, x)):
+        assert_same(small(x), model(x), EXACT)
+        assert norms(small) == 0 and "scale" not in small.state_dict()

@@ -367,7 +367,8 @@ def test_a_view_holds_in_whatever_layout_the_new_kernel_leaves_its_result() -> N
             h = h.contiguous().view(-1, 2, 2, c)
             h = torch.relu(self.mix(h)).view(h.shape[0], -1, 6)
             h = self.out(h).transpose(1, 2).contiguous().view(-1, 5, 2, 2)
-            return h * self.scale
+            scaled: Tensor = h * self.scale
+            return scaled
 
     model = perturb(Windows().double().eval())
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)

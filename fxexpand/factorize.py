@@ -67,12 +67,14 @@ def factorize(
     Args:
         model: any module, trained, with values.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. If given, FLOPs are
-            those of these inputs, and the error of the outputs is measured.
+            those of these inputs, layers whose weight is read outside of them, too, are refused, and the
+            error of the outputs is measured.
         rank: of every layer (an int), as a share of the full rank (a float), ``"effective"``: the effective
             rank, rounded up, or a mapping from layers to ranks, or to ``(scheme, rank)``, which leaves the
             others alone. Ranks are per group of a convolution.
         energy: the share of the squared norm to keep: the smallest rank with ``sum_{i<=r} s_i^2`` of it.
-        threshold: keep the singular values above this value.
+        threshold: keep the singular values above this value; with calibration, those of the outputs, of which
+            the squares are means over positions.
         flops, params: a budget for the whole model, as a share (a float) or a number (an int): the ranks of
             all layers are chosen together so that the sum of the relative squared errors is small; within
             ``fxexpand.compression.allocation`` of the optimum.
@@ -83,8 +85,8 @@ def factorize(
         p: of the norm of ``"lp"``, from 1 to 2.
         body: the ellipsoid of ``"lp"``; see ``fxexpand.lowrank.lp``.
         scheme: how convolutions are cut, ``"channel"`` or ``"spatial"``; None takes the cheaper.
-        calibration: batches of inputs. If given, the outputs of each layer on them are approximated, instead
-            of its weight. Shared weights are approximated as without.
+        calibration: a list of batches of inputs. If given, the outputs of each layer on them are
+            approximated, instead of its weight. Shared weights are approximated as without.
         select: which sites; see ``fxexpand.selection.Selection``.
         inplace: change ``model`` itself; by default a deep copy is changed.
         strict: a selected site that cannot be factored is an error.

@@ -410,4 +410,4 @@ def test_weights_read_by_others_still_have_a_value() -> None:
     model: Any = Reader().double()
     of_rank(model.inner, 2)
     x = torch.randn(3, 12, dtype=torch.float64)
-    assert_same(factorize(model, x, energy=1.0)(x), model(x), EXACT)
+    assert_same(factorize(model, energy=1.0, strict=True)(x), model(x), EXACT)

@@ -27,9 +27,9 @@ from fxexpand.lowrank.projection import spectrum
 from fxexpand.ops import kernel_of
 from fxexpand.passes import Expand, Factorize, Fuse
 from fxexpand.tracing import trace
-from tests.compare import assert_same
+from tests.compare import assert_different, assert_same
 from tests.graphs import EXACT, action, assert_as_before, called, reason, residual, state_of
-from tests.networks import ConvNet, perturb
+from tests.networks import ConvNet, Language, perturb
 
 
 class Plain(nn.Module):
@@ -157,6 +157,26 @@ def test_expand_takes_the_factors_and_fuse_gives_them_back() -> None:
     assert cuts(back) == cuts(small)
     rows = {row.site: row.reason for row in fxexpand.report(big).rows}
     assert "factorized already" in rows["conv1"]
+
+
+@pytest.mark.parametrize("make", [ConvNet, Plain, Language, lambda: nn.Sequential(nn.Embedding(40, 12))])
+def test_the_weight_of_a_factored_layer_is_known_while_its_factors_are_expanded(make: Any) -> None:
+    """Which is when it is of interest: as the model trains."""
+    small: Any = factorize(perturb(make().double()), rank=2)
+    big: Any = expand(small)
+    assert fxexpand.report(big).changed
+    weights = {name: small.get_submodule(name).weight.detach() for name in cuts(small)}
+    for name, weight in weights.items():
+        assert_same(big.get_submodule(name).weight, weight, 1e-10)
+    found = fxexpand.rank_report(big).to_dict()["weights"]
+    for row, other in zip(found, fxexpand.rank_report(small).to_dict()["weights"], strict=True):
+        assert row["effective_rank"] == pytest.approx(other["effective_rank"], rel=1e-6), row["name"]
+    tracker = fxexpand.RankTracker(big, every=1)
+    name = next(iter(weights))
+    big.get_submodule(name).weight.square().sum().backward()
+    torch.optim.SGD([p for p in big.parameters() if p.grad is not None], lr=0.1).step()
+    tracker()
+    assert_different(big.get_submodule(name).weight, weights[name], 1e-3)
 
 
 def test_an_expanded_layer_is_left_until_it_is_fused() -> None:

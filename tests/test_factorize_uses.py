@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxexpand
-from fxexpand import SelectionError, TrainedRankPruning, count_flops, cuts
+from fxexpand import RefusedError, SelectionError, TrainedRankPruning, count_flops, cuts
 from fxexpand.lowrank.cuts import Cut
+from fxexpand.passes import Factorize
 from tests.compare import assert_same
-from tests.factored import rows_of
+from tests.factored import of_rank, rows_of
 from tests.networks import Language, Writer
 
 factorize: Any = fxexpand.factorize  # its options of the wrong types are what is tested, too
@@ -62,6 +66,22 @@ def test_two_ranks_for_one_weight_are_an_error() -> None:
     assert cuts(factorize(Twice(), rank={"second": 2}))["first"].rank == 2
     with pytest.raises(SelectionError, match=r"first: 2, second: 3: they are one weight"):
         factorize(Twice(), rank={"first": 2, "second": 3})
+
+
+def test_a_cut_that_a_layer_does_not_have_says_which_it_has() -> None:
+    """Of a whole mapping of ranks only the one that is wrong."""
+    model = nn.Sequential(nn.Linear(8, 9), nn.Conv2d(4, 6, 3))
+    right = {"0": Cut("channel", 2)}
+    for wrong, message in (
+        (
+            {**right, "1": ("spatial", 13)},
+            r"1 \(Conv2d .*\('spatial', 13\): choose channel up to 6, spatial up to 12\.",
+        ),
+        ({"0": ("spatial", 2)}, r"0 \(Linear .* has no cut \('spatial', 2\): choose channel up to 8\."),
+    ):
+        with pytest.raises(SelectionError, match=message) as caught:
+            factorize(model, rank=wrong)
+        assert "{" not in str(caught.value)
 
 
 def test_a_cut_that_saved_at_the_measured_sizes_is_built_again_without_them() -> None:
@@ -189,3 +209,226 @@ def test_a_checkpoint_with_nan_is_an_error_that_names_it() -> None:
     broken["0.weight"] = broken["0.weight"] * float("nan")
     with pytest.raises(RuntimeError, match=r"0\.weight holds NaN or Inf: it cannot be factored"):
         small.load_state_dict(broken)
+
+
+def test_a_layer_costs_what_it_computes_whatever_a_hook_makes_of_it() -> None:
+    """Sizes are those of the layer's own output: a hook that pools it, or wraps it, changes nothing."""
+    x = torch.randn(2, 8, 16, 16)
+    for hook in (lambda _m, _x, y: y.mean((2, 3), keepdim=True), lambda _m, _x, y: [y]):
+        model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False))
+        model[0].register_forward_hook(hook)
+        small = factorize(model, x, rank=2)
+        row = rows_of(small)["0"]
+        assert row.flops_before == count_flops(model, x).total == 2 * 8 * 72 * 2 * 256
+        assert row.flops_after == count_flops(small, x).total
+
+
+class Scaled(nn.Module):
+    """A parameter and a buffer that others put on a layer, and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(9, 9)
+        self.inner.register_parameter("scale", nn.Parameter(torch.rand(9)))
+        self.inner.register_buffer("mask", torch.ones(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x) * self.inner.scale * self.inner.mask
+        return result
+
+
+def test_what_others_put_on_a_layer_stays() -> None:
+    model, x = Scaled().double(), torch.randn(4, 9, dtype=torch.float64)
+    of_rank(model.inner, 2)
+    small: Any = factorize(model, x, rank=2, strict=True)
+    assert_same(small(x), model(x), 1e-12)
+    own = {"inner.scale", "inner.mask", "inner.0.weight", "inner.1.weight", "inner.1.bias"}
+    assert own == small.state_dict().keys()
+    small(x).sum().backward()
+    assert small.inner.scale.grad is not None
+    assert fxexpand.report(small).to_dict()["params_after"] == sum(p.numel() for p in small.parameters())
+    result = Factorize(rank=2)(symbolic_trace(model))
+    assert_same(result.graph_module(x), model(x), 1e-12)
+
+
+class Decoder(nn.Module):
+    """The table is also the matrix of the scores, by a function; a hook keeps a layer's weight small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.small = nn.Embedding(40, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.small.register_forward_pre_hook(self.shorten)
+
+    @staticmethod
+    def shorten(layer: Any, _: Any) -> None:
+        with torch.no_grad():
+            layer.weight.clamp_(-0.01, 0.01)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.inner(self.table(tokens).to(self.inner.weight.dtype))
+        return torch.nn.functional.linear(y + self.small(y), self.table.weight)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"params": 0.9}, {"flops": 0.95}, {"energy": 0.5}], ids=str)
+def test_a_weight_that_is_read_outside_of_its_layer_is_refused(options: dict[str, float]) -> None:
+    """Multiplied out in each forward it would cost more than ever; what is written to it would be lost."""
+    model, tokens = Decoder().eval(), torch.randint(0, 40, (2, 5))
+    small = factorize(model, tokens, **options)
+    rows = rows_of(small)
+    for name in ("table.weight", "small"):
+        assert rows[name].action == "refused" and "read outside" in rows[name].reason
+    assert list(cuts(small)) == ["inner"]
+    found: Any = fxexpand.report(small)
+    assert found.flops_after == count_flops(small, tokens).total < count_flops(model, tokens).total
+    with pytest.raises(RefusedError, match="Call the layer"):
+        factorize(model, tokens, strict=True, **options)
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers by the name that their input has in torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear, self.conv = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Conv2d(8, 8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.linear(input=self.table(input=tokens)).mT
+        result: Tensor = self.conv(input=x[..., None].expand(-1, -1, -1, 5))
+        return result
+
+
+def test_a_factored_layer_is_called_by_keyword_as_before() -> None:
+    model, tokens = ByKeyword().double(), torch.randint(0, 30, (2, 5))
+    assert isinstance(model.table, nn.Embedding) and isinstance(model.linear, nn.Linear)
+    for layer in (model.table, model.linear, model.conv):
+        of_rank(layer, 2)
+    small = factorize(model, tokens, rank=2, scheme="channel", strict=True)
+    assert len(cuts(small)) == 3
+    assert_same(small(tokens), model(tokens), 1e-12)
+    assert rows_of(small)["linear"].flops_before == 2 * 8 * 8 * 10
+    result = Factorize(rank=2, scheme="channel")(symbolic_trace(model))
+    assert result.modified
+    assert_same(result.graph_module(tokens), model(tokens), 1e-12)
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.6}, {"latency": 0.6}], ids=str)
+def test_what_a_budget_cannot_see_is_left_and_says_why(budget: dict[str, float]) -> None:
+    """A table costs no FLOPs and no time to speak of: it is no failure, and strict passes."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.wide, self.idle = nn.Embedding(50, 512), nn.Linear(512, 2048), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.wide(self.table(x))
+            return result
+
+    small = factorize(Both(), torch.randint(0, 50, (8, 16)), strict=True, **budget)
+    rows = rows_of(small)
+    assert rows["table.weight"].action == "left" and "look-up" in rows["table.weight"].reason
+    assert rows["idle"].action == "left" and "not called" in rows["idle"].reason
+    assert list(cuts(small)) == ["wide"]
+
+
+def test_a_layer_that_is_called_often_has_the_time_of_all_its_calls() -> None:
+    """As the one block of ALBERT: of a single call, most of the time would be out of reach."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Linear(768, 768)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(8):
+                x = self.block(x)
+            return x
+
+    small = factorize(Again(), torch.randn(64, 768), latency=0.6)
+    assert list(cuts(small)) == ["block"]
+
+
+def test_shared_weights_are_not_timed_and_say_so() -> None:
+    class Wide(Twice):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = nn.Linear(1024, 2048)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = super().forward(self.slow(x)[:, :16])
+            return result
+
+    small = factorize(Wide(), torch.randn(64, 1024), latency=0.8, strict=True)
+    assert "shared" in rows_of(small)["first.weight"].reason and list(cuts(small)) == ["slow"]
+
+
+class Asks(nn.Module):
+    """As T5 and CLIP of transformers do: the inputs get the dtype of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 32, 3, padding=1), nn.Embedding(32, 24)
+        self.inner = nn.Linear(24, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.to(self.conv.weight.dtype)).amax((2, 3)).argmax(1)
+        y = self.table(y).to(self.inner.weight.device, self.inner.weight.dtype)
+        result: Tensor = self.inner(y) * self.table.weight.shape[1] + self.inner.weight.ndim
+        return result
+
+
+class Encoder(nn.TransformerEncoder):
+    """In evaluation it hands its weights to a kernel that does the whole layer."""
+
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(16, 2, 48, dropout=0.0, batch_first=True)
+        super().__init__(layer, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"), [(Asks, lambda: torch.randn(4, 3, 6, 6)), (Encoder, lambda: torch.randn(2, 5, 16))]
+)
+def test_a_weight_that_is_asked_for_its_dtype_is_not_multiplied_out(make: Any, inputs: Any) -> None:
+    """That would cost more than the layer did; counted as it runs, without hooks. (Attention is no operator
+    that is counted there.)"""
+    x = inputs()
+    small = factorize(make().eval(), x, rank=2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = small(x)
+    done = [row.flops_after for row in rows_of(small).values() if row.action == "factorized"]
+    assert len(done) >= 3 and counter.get_total_flops() == sum(done)
+    assert_same(y, small(x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv2d(4, 6, (3, 5)), torch.randn(2, 4, 7, 7)),
+        (nn.Conv2d(4, 6, (3, 5), 2, 1, groups=2, padding_mode="circular"), torch.randn(2, 4, 7, 7)),
+        (nn.Linear(9, 8), torch.randn(2, 9)),
+        (nn.Embedding(30, 5), torch.randint(0, 30, (2, 3))),
+    ],
+    ids=["conv2d", "conv2d, grouped, strided, circular", "linear", "table"],
+)
+def test_the_effective_weight_is_a_tensor_in_every_way(layer: Any, x: Tensor) -> None:
+    layer = copy.deepcopy(layer).double()
+    x = x.double() if x.is_floating_point() else x
+    small: Any = factorize(nn.Sequential(layer), rank=2, strict=True)[0]
+    first, second = (part.weight for part in small._modules.values())
+    weight = small.weight
+    assert isinstance(weight, Tensor) and weight.shape == layer.weight.shape
+    assert (weight.dtype, weight.device, weight.requires_grad) == (torch.float64, first.device, True)
+    wanted = weight.detach()
+    layer.weight.data = wanted
+    assert_same(small(x), layer(x), 1e-12)
+    assert type(wanted) is Tensor and repr(weight).startswith("tensor(")
+    assert_same(torch.stack(list(weight)), wanted, 0.0)
+    assert_same(torch.as_tensor(weight.detach().numpy()), wanted, 0.0)
+    assert_same(copy.deepcopy(weight.detach()), wanted, 0.0)
+    (weight * wanted).sum().backward()  # type: ignore[no-untyped-call]
+    assert first.grad is not None and second.grad is not None
+    with torch.no_grad():
+        first.mul_(2.0)
+        assert_same(small.weight, 2 * wanted, 1e-12)
+        assert not small.weight.requires_grad
+    assert not small.requires_grad_(False).weight.requires_grad

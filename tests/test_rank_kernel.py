@@ -20,7 +20,7 @@ def entropy(kernel: Any) -> float:
 
 
 def written_out(features: Any, kind: str, centered: bool) -> Any:
-    kernel = features @ features.T
+    kernel = features @ features.conj().T
     if kind != "gram":
         length = np.linalg.norm(features, axis=1)
         kernel = kernel / np.outer(length, length)
@@ -61,6 +61,20 @@ def test_batches_scale_and_gradients(kind: FeatureKernel) -> None:
         assert float(kernel_rank(unit * batch[0], kind)) == pytest.approx(float(found[0]), rel=1e-9)
     few = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: kernel_rank(f, kind), (few,))
+
+
+@pytest.mark.parametrize("kind", get_args(FeatureKernel))
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_complex_features(kind: FeatureKernel, centered: bool, shape: tuple[int, ...]) -> None:
+    """Of a Fourier layer: the imaginary part counts, in a Hermitian kernel."""
+    features = torch.randn(shape, dtype=torch.complex128) + 0.3
+    expected = entropy(written_out(features.numpy(), kind, centered))
+    found = kernel_rank(features.requires_grad_(), kind, centered=centered, measure="entropy")
+    assert float(found.detach()) == pytest.approx(expected, abs=1e-9)
+    assert float(kernel_rank(features.detach(), kind, centered=centered)) == pytest.approx(np.exp(expected))
+    found.backward()  # type: ignore[no-untyped-call]
+    assert features.grad is not None and bool(torch.isfinite(features.grad).all())
 
 
 def test_the_cosine_does_not_see_lengths_but_the_gram_matrix_does() -> None:

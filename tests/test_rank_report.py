@@ -158,6 +158,17 @@ def test_a_sketch_leaves_the_random_state_and_inputs_stay_as_they_were() -> None
     assert found == rank_report(model, x, sketched=8)
 
 
+@pytest.mark.parametrize("sketched", [None, 4])
+def test_the_default_device_is_not_used(sketched: int | None) -> None:
+    """Under a default of MPS or of no values at all, measures are made where the weights are."""
+    model, x = nn.Sequential(nn.Linear(40, 30)), torch.randn(5, 40)
+    expected = rank_report(model, x, sketched=sketched)
+    exact = float(effective_rank(model.get_parameter("0.weight").detach()))
+    with torch.device("meta"):
+        assert rank_report(model, x, sketched=sketched).to_dict() == expected.to_dict()
+        assert RankTracker(model).ranks()["0.weight"] == [exact]
+
+
 def test_a_lazy_layer_is_named() -> None:
     with pytest.raises(UnusableWeightError, match=r"0\.weight \(LazyLinear\): is not initialised yet"):
         rank_report(nn.Sequential(nn.LazyLinear(4)))
@@ -193,3 +204,46 @@ def test_expanding_adds_no_rows_for_what_was_not_reported() -> None:
 def test_a_tracker_is_pickled() -> None:
     tracker = RankTracker(nn.Sequential(nn.Linear(4, 4)))
     assert pickle.loads(pickle.dumps(tracker)).records == tracker.records
+
+
+class Steps(nn.Module):
+    """A recurrent cell, called by hand; a layer that gets nothing; and one that has features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.idle, self.head = nn.LSTMCell(4, 6), nn.Linear(6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cell(x)[0]
+        self.idle(y[:, None][:, :0])  # an expert that no token was sent to
+        result: Tensor = self.head(y)
+        return result
+
+
+def test_the_weights_of_recurrent_cells_are_reported() -> None:
+    model = Steps()
+    report = rank_report(model)
+    assert [row.name for row in report.rows] == [
+        "cell.weight_ih",
+        "cell.weight_hh",
+        "idle.weight",
+        "head.weight",
+    ]
+    expected = float(effective_rank(model.cell.weight_hh.detach()))
+    assert report.rows[1].effective_rank == pytest.approx(expected)
+    assert [row.name for row in rank_report(expand(model)).rows] == [row.name for row in report.rows]
+    assert list(RankTracker(model).ranks()) == [row.name for row in report.rows]
+
+
+def test_a_layer_whose_output_is_empty_has_no_features() -> None:
+    assert [row.name for row in rank_report(Steps(), torch.randn(5, 4)).features] == ["cell", "head"]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_the_model_before_may_have_another_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    now, then = (nn.Sequential(nn.Linear(8, 6)).to(dtype) for dtype in dtypes)
+    x = torch.randn(5, 8).to(dtypes[0])
+    report = rank_report(now, x, before=then)
+    expected = rank_report(then, x.to(dtypes[1]))
+    assert report.features[0].before == pytest.approx(expected.features[0].effective_rank)
+    assert report.rows[0].before == pytest.approx(expected.rows[0].effective_rank)

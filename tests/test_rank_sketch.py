@@ -74,6 +74,15 @@ def test_every_interval_holds_the_truth(
         assert holds(found.numerical_rank(tolerance), numerical_rank(matrix, tolerance))
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_all_of_the_energy_is_where_the_exact_measure_has_it(count: int) -> None:
+    """A matrix of rank one up to the rounding of float32, of which the squares are below that of float64."""
+    for matrix in (torch.randn(30, 1) @ torch.randn(1, 40), torch.eye(20), torch.ones(9, 12)):
+        found = sketch(matrix.double(), count)
+        for energy in (1e-3, 0.5, 1.0):
+            assert holds(found.energy_rank(energy), energy_rank(matrix, energy)), energy
+
+
 def test_few_directions_and_noise_give_narrow_intervals() -> None:
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(400, 8, generator=generator) @ torch.randn(8, 300, generator=generator)

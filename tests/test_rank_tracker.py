@@ -67,6 +67,32 @@ def test_memory_is_bounded_and_the_whole_training_is_kept() -> None:
     assert kept.indices == (1, 3, 5) and len(kept.values) == 3 and kept.values[0] == 1.0
 
 
+@pytest.mark.parametrize("most", range(2, 9))
+def test_the_last_record_is_kept_whatever_the_number_of_records(most: int) -> None:
+    """When the records are full, it is the trained weights that would be dropped."""
+    for steps in range(40):
+        tracker = RankTracker(net(), every=1, max_records=most)
+        for _ in range(steps):
+            tracker()
+            assert len(tracker.records) <= most
+        tracker.record()
+        assert len(tracker.records) <= most and tracker.records[-1][0] == tracker.step == steps
+
+
+def test_what_is_written_takes_one_pass_over_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks for each weight anew would be quadratic in the number of layers."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
+    tracker, passes, ranks = RankTracker(model), [], RankTracker.ranks
+
+    def counted(self: RankTracker) -> dict[str, list[float]]:
+        passes.append(self)
+        return ranks(self)
+
+    monkeypatch.setattr(RankTracker, "ranks", counted)
+    assert len(tracker.to_dict()["weights"]) == 30
+    assert len(passes) == 1
+
+
 def test_selection_and_expanded_models() -> None:
     big = expand(net(), Chain(depth=2, width=1))
     tracker = RankTracker(big, select=lambda name: name.startswith("2"))

@@ -46,6 +46,16 @@ def truncated(module: nn.Module, scheme: Any, energy: float) -> tuple[Tensor, Te
     return u[:, :rank] * s[:rank] @ v[:rank], u[:, :rank] @ v[:rank], rank
 
 
+def test_what_was_lost_is_exact_and_the_default_device_is_not_used() -> None:
+    model = Net().double()
+    layer, before = model.plain, model.plain.weight.detach().clone()
+    with torch.device("meta"):
+        trp = TrainedRankPruning(model, energy=0.7)
+        trp.project()
+    lost = float((layer.weight - before).detach().square().sum() / before.square().sum())
+    assert {done.layer: done.lost for done in trp.last}["plain"] == pytest.approx(lost, rel=1e-11)
+
+
 def test_frozen_layers_stay_and_a_shared_weight_is_projected_once() -> None:
     layers = [nn.Conv2d(8 if i else 3, 8, 3, padding=1) for i in range(5)]
     layers[2].weight = layers[1].weight
@@ -188,6 +198,40 @@ def test_attaching_twice_and_nan_are_errors() -> None:
         model.plain.weight[0] = float("nan")
     with pytest.raises(UnusableWeightError, match=r"plain\.weight"):
         trp.project()
+
+
+def test_a_weight_with_nan_leaves_the_others_and_the_optimizer_alone() -> None:
+    model: Any = Net()
+    sound = model.hidden.weight.detach().clone()
+    with torch.no_grad():
+        model.hidden.weight[0] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trp = TrainedRankPruning(model, energy=0.5)
+    with pytest.raises(UnusableWeightError, match=r"hidden\.weight"):
+        trp.attach(optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) or name == "hidden.weight"
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    with torch.no_grad():
+        model.hidden.weight.copy_(sound)
+    assert trp.attach(optimizer).last
+
+
+def test_the_subgradient_has_the_unit_of_gradients_that_a_fused_optimizer_unscales() -> None:
+    """A fused optimizer gets the gradients times the scale of AMP, and divides by it in its step."""
+    trained = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        x = torch.randn(3, 8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        TrainedRankPruning(model, every=100, nuclear=0.5).attach(optimizer)
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        trained.append(model[1].weight.detach())
+    assert_same(trained[1], trained[0], 1e-5)
 
 
 def _train(rank: int, world: int, folder: str) -> None:

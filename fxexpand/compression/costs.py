@@ -133,13 +133,11 @@ def timed_cuts(
     target: Target, found: Mapping[Scheme, Spectrum], seen: Mapping[nn.Module, Seen]
 ) -> tuple[float, list[tuple[Cut, float]]]:
     """Seconds of a target as it is, and at some ranks of each scheme, on the inputs that it sees."""
-    module = target.modules[0]
-    if module not in seen or target.table or len(target.modules) > 1:
-        return 0.0, []
-    weight = target.weight
+    [module] = target.modules
+    weight, calls = target.weight, seen[module].calls
     with evaluating(module):  # which restores the random state, too
         x = torch.randn(seen[module].shape, dtype=weight.dtype, device=weight.device)
-        before = _seconds(lambda: type(module).forward(module, x))
+        before = calls * _seconds(lambda: type(module).forward(module, x))
     timed: list[tuple[Cut, float]] = []
     for scheme, each in found.items():
         some = sorted({rank_of_share(share / TIMED_RANKS, each.full) for share in range(1, TIMED_RANKS + 1)})
@@ -147,13 +145,14 @@ def timed_cuts(
             cut = Cut(scheme, rank)
             first, second = factors(module, cut, *each.factors(rank))
             with evaluating(first), evaluating(second):
-                timed.append((cut, _seconds(lambda f=first, s=second: s(f(x)))))  # type: ignore[misc]
+                time = _seconds(lambda f=first, s=second: s(f(x)))  # type: ignore[misc]
+                timed.append((cut, calls * time))
     return before, timed
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median time of a call."""
+    """The shortest time of a call: what else runs on the machine only ever adds to it."""
     from torch.utils.benchmark import Timer  # at import it looks for a CUDA compiler, and may complain
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=0.05).median)
+    return float(min(timer.blocked_autorange(min_run_time=0.05).times))

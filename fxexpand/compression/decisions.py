@@ -26,6 +26,10 @@ from fxexpand.lowrank.lp import lp_spectrum
 from fxexpand.lowrank.projection import COLUMNS, Spectrum, of_tokens, rank_of_share, spectrum
 
 Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
+READ = (
+    "its weight is read outside of its forward, too, where the factors would be multiplied out each time. "
+    "Call the layer instead"
+)
 Found: TypeAlias = "dict[Scheme, Spectrum] | str"  # by scheme, or why there is none
 
 
@@ -82,12 +86,15 @@ def decide(
     for target in targets:
         require_finite(target.weight, target.name, target.kind)
     seen: dict[nn.Module, Seen] = {}
+    read: set[int] = set()
     total: float | None = None
     if example_inputs is not None:
-        seen = sizes(model, [module for target in targets for module in target.modules], example_inputs)
+        owners = [module for target in targets for module in target.modules]
+        seen, read = sizes(model, owners, example_inputs)
         total = float(count_flops(model, example_inputs).total)
     costs = [Costs(target, seen, measured=example_inputs is not None) for target in targets]
-    spectra = _spectra(model, targets, approach, calibration, progress)
+    schemes = [READ if id(target.weight) in read else _schemes(target, approach) for target in targets]
+    spectra = _spectra(model, targets, schemes, approach, calibration, progress)
     if budget is None:
         judged = [
             _judged(target, cost, found, criterion)
@@ -100,12 +107,12 @@ def decide(
 def _spectra(
     model: nn.Module,
     targets: Sequence[Target],
+    schemes: Sequence[tuple[Scheme, ...] | str],
     approach: Approach,
     calibration: Sequence[ExampleInputs] | None,
     progress: Progress,
 ) -> list[Found]:
     """The spectra of each target, by scheme, or why it has none."""
-    schemes: list[tuple[Scheme, ...] | str] = [_schemes(target, approach) for target in targets]
     moments: dict[tuple[int, Scheme], Moment | Tokens] = {}
     if calibration is not None:
         if approach.method == "lp":
@@ -139,7 +146,7 @@ def _spectra(
             elif isinstance(moment, Tokens):
                 spectra[scheme] = of_tokens(matrix, moment.count)
             else:
-                spectra[scheme] = spectrum(matrix, moment.sum if moment and moment.count else None)
+                spectra[scheme] = spectrum(matrix, moment.mean if moment else None)
         found.append(spectra)
     return found
 
@@ -164,7 +171,12 @@ def _judged(target: Target, costs: Costs, found: Found, criterion: Criterion) ->
     if cuts is None:
         return Decision(target, _row(target, costs, "left", "no rank is given for it"))
     if not cuts:
-        raise SelectionError(f"rank: {target.name} ({target.kind}) has no cut {criterion.rank!r}.")
+        asked = _named(target, criterion.rank)
+        assert isinstance(asked, Cut)
+        some = ", ".join(f"{scheme} up to {each.full}" for scheme, each in found.items())
+        raise SelectionError(
+            f"rank: {target.name} ({target.kind}) has no cut ({asked.scheme!r}, {asked.rank}): choose {some}."
+        )
     best = min(cuts, key=lambda cut: (costs.flops_of(cut), costs.params_of(cut)))
     # A cut that was named with its scheme is that of a factored model: guessed sizes cannot overrule it.
     named = isinstance(_named(target, criterion.rank), Cut)
@@ -237,16 +249,19 @@ def _allocated(
     name = criterion.budget
     assert name is not None
     choices: list[list[tuple[Cut | None, Option]]] = []
-    for target, cost, found in zip(targets, costs, spectra, strict=True):
+    blind = [_uncounted(target, name, seen) for target in targets]
+    for target, cost, found, reason in zip(targets, costs, spectra, blind, strict=True):
         some: list[tuple[Cut | None, Option]] = []
-        if name == "latency":
+        if reason is not None:
+            some.append((None, Option(0.0, 0.0)))
+        elif name == "latency":
             before, timed = timed_cuts(target, {} if isinstance(found, str) else found, seen)
             some.append((None, Option(before, 0.0)))
             some += [(cut, Option(time, _squared(found, cut))) for cut, time in timed if cost.saves(cut)]
         else:
             spent = cost.flops if name == "flops" else float(cost.params)
             some.append((None, Option(spent, 0.0)))
-            if not isinstance(found, str) and not (name == "flops" and target.table):
+            if not isinstance(found, str):
                 for scheme, each in found.items():
                     errors = each.errors.tolist()
                     for rank in range(1, each.full + 1):
@@ -270,9 +285,11 @@ def _allocated(
         ) from None
     decisions = []
     for i, k in enumerate(found_best.chosen):
-        chosen, found = choices[i][k][0], spectra[i]
+        chosen, found, uncounted = choices[i][k][0], spectra[i], blind[i]
         if isinstance(found, str):
             decisions.append(Decision(targets[i], _row(targets[i], costs[i], "refused", found)))
+        elif uncounted is not None:
+            decisions.append(Decision(targets[i], _row(targets[i], costs[i], "left", uncounted)))
         elif chosen is None:
             alone = len(choices[i]) == 1
             reason = "no rank saves anything" if alone else "the budget is met without it"
@@ -281,6 +298,18 @@ def _allocated(
         else:
             decisions.append(_decision(targets[i], costs[i], found, chosen))
     return decisions
+
+
+def _uncounted(target: Target, budget: str, seen: Mapping[nn.Module, Seen]) -> str | None:
+    """Why a target is nothing to a budget; None if it has a share of it."""
+    if budget == "params":
+        return None
+    if not any(module in seen for module in target.modules):
+        return "it is not called on the example inputs"
+    if target.table:
+        return "a look-up costs no FLOPs" if budget == "flops" else "a look-up is not timed"
+    shared = budget == "latency" and len(target.modules) > 1
+    return f"a weight shared by {len(target.modules)} layers is not timed" if shared else None
 
 
 def _squared(found: Found, cut: Cut) -> float:

@@ -116,10 +116,11 @@ class TrainedRankPruning:
         if self._handles:
             raise SelectionError("TRP: is attached already. Call finish first.")
 
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def before(stepping: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[1] if len(args) > 1 else kwargs.get("closure")
             if given is None:
-                self.add_subgradients()
+                # A fused optimizer divides the gradients by the scale of AMP itself, in its step.
+                self.add_subgradients(getattr(stepping, "grad_scale", None))
                 return None
             kept = self._subgradients
 
@@ -142,8 +143,8 @@ class TrainedRankPruning:
             optimizer.register_step_pre_hook,
             optimizer.register_step_post_hook,
         ]
-        self._handles = [register(hook) for register, hook in zip(hooks, (before, after), strict=True)]
         self.project()
+        self._handles = [register(hook) for register, hook in zip(hooks, (before, after), strict=True)]
         return self
 
     def finish(self) -> tuple[Projected, ...]:
@@ -159,8 +160,10 @@ class TrainedRankPruning:
     def project(self) -> None:
         """Replace each weight by its truncated SVD, in place, and keep the sub-gradient for the next step.
 
-        Raises: UnusableWeightError: a weight holds NaN or Inf.
+        Raises: UnusableWeightError: a weight holds NaN or Inf; none is changed.
         """
+        for name, module in self.layers.items():
+            self._require_finite(name, module.get_parameter("weight"))
         done = []
         for i, (name, module) in enumerate(self.layers.items()):
             weight = module.get_parameter("weight")
@@ -170,7 +173,7 @@ class TrainedRankPruning:
                 new, slope, rank, lost = self._truncated(name, module, weight)
                 weight.copy_(new)
                 subgradient.copy_(slope)
-                facts.copy_(torch.tensor([rank, lost]))
+                facts[0], facts[1] = rank, lost
             if _world() > 1:
                 for tensor in (weight, subgradient, facts):
                     torch.distributed.broadcast(tensor.data, src=i % _world())
@@ -181,8 +184,12 @@ class TrainedRankPruning:
         self.last = tuple(done)
 
     @torch.no_grad()
-    def add_subgradients(self) -> None:
-        """Add ``lam U V^T`` to the gradients: of the last projection, once; or of the weights as they are."""
+    def add_subgradients(self, scale: Tensor | None = None) -> None:
+        """Add ``lam U V^T`` to the gradients: of the last projection, once; or of the weights as they are.
+
+        Args:
+            scale: what the gradients are multiplied by at this time.
+        """
         if self.everywhere and self.nuclear:
             for name, module in self.layers.items():
                 weight = module.get_parameter("weight")
@@ -190,8 +197,13 @@ class TrainedRankPruning:
         for name, subgradient in self._subgradients.items():
             gradient = self.layers[name].get_parameter("weight").grad
             if gradient is not None:
-                gradient.add_(subgradient, alpha=self.nuclear)
+                scaled = subgradient if scale is None else subgradient * scale.to(subgradient)
+                gradient.add_(scaled, alpha=self.nuclear)
         self._subgradients = {}
+
+    def _require_finite(self, name: str, weight: Tensor) -> None:
+        if not bool(torch.isfinite(weight).all()):
+            raise UnusableWeightError(f"TRP: {name}.weight holds NaN or Inf after {self.steps} steps.")
 
     def _scheme(self, module: nn.Module) -> Scheme:
         some = schemes_of(kernel_like(module, module.get_parameter("weight")))
@@ -201,8 +213,7 @@ class TrainedRankPruning:
         self, name: str, module: nn.Module, weight: Tensor, energy: float | None = None
     ) -> tuple[Tensor, Tensor, int, float]:
         """The projected weight, ``U V^T`` over the directions kept, their number, and what was lost."""
-        if not bool(torch.isfinite(weight).all()):
-            raise UnusableWeightError(f"TRP: {name}.weight holds NaN or Inf after {self.steps} steps.")
+        self._require_finite(name, weight)
         kernel, scheme = kernel_like(module, weight), self._scheme(module)
         found = spectrum(matrix_of(kernel, scheme))
         rank = found.rank_for(self.energy if energy is None else energy)
@@ -225,6 +236,7 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
     selected = {name: selection.recipe_for(name, module) is not None for name, module in matrices}
     selection.require_used(selected)
     layers: dict[str, nn.Module] = {}
+    taken: set[int] = set()
     for i, (name, module) in enumerate(matrices):
         parameter = module._parameters.get("weight")
         if parameter is None:
@@ -237,9 +249,10 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
             "pointwise": convolution and all(k == 1 for k in kernel.kernel_size),
             "strided": convolution and any(s > 1 for s in kernel.stride),
         }
-        taken = any(parameter is layer.get_parameter("weight") for layer in layers.values())
-        if selected[name] and parameter.requires_grad and not taken and not any(tests[x] for x in exclude):
+        free = parameter.requires_grad and id(parameter) not in taken
+        if selected[name] and free and not any(tests[x] for x in exclude):
             layers[name] = module
+            taken.add(id(parameter))
     return layers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fxexpand.errors import SelectionError
 from fxexpand.evaluating import evaluating
-from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import ExampleInputs, as_call, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.kernel import Kernel, apply
 from fxexpand.lowrank.cuts import Extent, Scheme, factors_of, matrix_of
+from fxexpand.lowrank.factored import FACTS
 from fxexpand.lowrank.projection import moment_side
 from fxexpand.recipes.factors import gram
 
@@ -25,34 +28,76 @@ Hook = Callable[[nn.Module, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer was called with: positions over all calls, and the shape of the first input."""
+    """What a layer was called with: positions of all calls, and of the first, with the shape of its input."""
 
     extent: Extent
+    first: Extent
     shape: tuple[int, ...]
+
+    @property
+    def calls(self) -> float:
+        """How many calls of the size of the first they were."""
+        return self.extent.outputs / self.first.outputs if self.first.outputs else 1.0
+
+
+class Reads(TorchFunctionMode):
+    """Notes which weights are read outside of the calls of the layers that hold them, but for their facts.
+
+    Attributes:
+        found: the ids of these weights.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+        self._inside: dict[int, int] = {id(layer.weight): 0 for layer in layers}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function; a weight among its arguments is read."""
+        kwargs = kwargs or {}
+        if func not in FACTS:
+            given = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+            self.found |= {weight for weight in given & self._inside.keys() if not self._inside[weight]}
+        return func(*args, **kwargs)
+
+    def entered(self, layer: nn.Module, *_: Any) -> None:
+        """A hook before the forward of a layer."""
+        self._inside[id(layer.weight)] += 1
+
+    def left(self, layer: nn.Module, *_: Any) -> None:
+        """A hook after it."""
+        self._inside[id(layer.weight)] -= 1
 
 
 def sizes(
-    model: nn.Module, layers: Iterable[nn.Module], example_inputs: ExampleInputs
-) -> dict[nn.Module, Seen]:
-    """What each of ``layers`` is called with in one run; layers that are not called are missing.
+    model: nn.Module, layers: Sequence[nn.Module], example_inputs: ExampleInputs
+) -> tuple[dict[nn.Module, Seen], set[int]]:
+    """What each of ``layers`` is called with in one run, and the ids of weights that are read otherwise, too.
 
-    The run is in evaluation mode and leaves no trace.
+    Layers that are not called are missing. The run is in evaluation mode and leaves no trace.
     """
     seen: dict[nn.Module, Seen] = {}
+    reads = Reads(layers)
 
     def note(layer: nn.Module, x: Tensor, y: Tensor) -> None:
         extent = _extent(layer, x, y)
         before = seen.get(layer)
         if before is None:
-            seen[layer] = Seen(extent, tuple(x.shape))
+            seen[layer] = Seen(extent, extent, tuple(x.shape))
         else:
             both = (before.extent, extent)
             total = Extent(sum(e.outputs for e in both), sum(e.between for e in both))
             seen[layer] = replace(before, extent=total)
 
-    with evaluating(model), _watched(layers, note):
-        call(model, copy_inputs(example_inputs))
-    return seen
+    around = [layer.register_forward_pre_hook(reads.entered) for layer in layers]
+    around += [layer.register_forward_hook(reads.left, prepend=True) for layer in layers]
+    try:
+        with evaluating(model), _watched(layers, note), reads:
+            call(model, copy_inputs(example_inputs))
+    finally:
+        for handle in around:
+            handle.remove()
+    return seen, reads.found
 
 
 @dataclass(eq=False)
@@ -97,6 +142,11 @@ class Moment:
             self.sum += gram(wide)
         self.count += rows.shape[-1]
 
+    @property
+    def mean(self) -> Tensor | None:
+        """The second moment itself; None where no position was seen."""
+        return self.sum / self.count if self.count else None
+
 
 @dataclass(eq=False)
 class Tokens:
@@ -117,9 +167,13 @@ def watch_moments(
 ) -> None:
     """Run ``model`` on every batch of ``calibration``; each layer's moments take in its inputs.
 
-    Raises: SelectionError: there is no batch (an iterator that was used up), or a layer's inputs hold NaN or
-        Inf.
+    Raises: SelectionError: it is one batch and no list of them, there is none (an iterator that was used up),
+        or a layer's inputs hold NaN or Inf.
     """
+    if isinstance(calibration, Tensor | Mapping):
+        raise SelectionError(
+            f"calibration: got a {type(calibration).__name__}, one batch: give a list of batches, [batch]."
+        )
 
     def take(layer: nn.Module, x: Tensor, _: Tensor) -> None:
         for taker in takers[layer]:
@@ -128,6 +182,11 @@ def watch_moments(
     with evaluating(model), _watched(takers, take):
         batches = 0
         for example_inputs in progress(calibration):
+            try:
+                as_call(example_inputs)
+            except SelectionError as error:
+                which = f"calibration: batch {batches}"
+                raise SelectionError(str(error).replace("example_inputs", which, 1)) from None
             call(model, copy_inputs(example_inputs))
             batches += 1
     if not batches:
@@ -150,7 +209,8 @@ def _watched(layers: Iterable[nn.Module], note: Hook) -> Iterator[None]:
         if isinstance(x, Tensor) and isinstance(output, Tensor):
             note(layer, x, output)
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    # First of all hooks: what the layer itself gives, before others pool or wrap it.
+    handles = [layer.register_forward_hook(hook, with_kwargs=True, prepend=True) for layer in layers]
     try:
         yield
     finally:

@@ -8,12 +8,13 @@ with the original names loads too: the weight is factored at the rank that the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fxexpand.kernel import Kernel, cast, compose
 from fxexpand.lower import laid_out_as, to_module
@@ -42,6 +43,46 @@ class Rows(nn.Module):
         return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
 
 
+class Product(Tensor):
+    """An effective weight that is multiplied out anew by every operator that takes it.
+
+    Asking for its dtype, device or shape costs nothing, as transformers' T5 and CLIP do in each forward. Its
+    own arithmetic keeps torch's TransformerEncoderLayer from the kernel that would read it whole.
+    """
+
+    _value: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], like: Tensor, grad: bool, value: Callable[[], Tensor]) -> Product:
+        made: Product = Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=grad
+        )
+        made._value = value
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Facts are its own; whatever else is asked, is asked of the product."""
+        if func in FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs or {})
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What gets past the former, as a compiled function does."""
+        args, kwargs = tree_map_only(Product, lambda product: product._value(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+FACTS: set[Any] = {
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
+
+
 class Factorized(nn.Module):
     """What the factored layers have in common; mixed in before the class of the layer.
 
@@ -54,18 +95,29 @@ class Factorized(nn.Module):
 
     cut: Cut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The second factor of the first."""
-        output: Tensor = self.get_submodule("1")(self.get_submodule("0")(x))
+        output: Tensor = self.get_submodule("1")(self.get_submodule("0")(input))
         return output
 
     def _effective_weight(self) -> Tensor:
+        one, two = (self.get_submodule(name)._parameters.get("weight") for name in "01")
+        if torch.compiler.is_compiling() or type(one) is not nn.Parameter or type(two) is not nn.Parameter:
+            return self._multiplied()  # what a compiler drops by itself; shards, and factors without a weight
+        out = two.shape[1 if isinstance(self._modules["1"], Rows) else 0]
+        shape = (out, one.shape[1], *getattr(self, "kernel_size", ()))
+        if isinstance(self, nn.Embedding):
+            shape = (one.shape[0], out)
+        grad = torch.is_grad_enabled() and (one.requires_grad or two.requires_grad)
+        return Product(shape, one, grad, self._multiplied)
+
+    def _multiplied(self) -> Tensor:
         first, second = self._modules["0"], self._modules["1"]
         assert first is not None and second is not None
         if isinstance(first, nn.Embedding):
-            right = second.weight if isinstance(second, Rows) else second.get_parameter("weight").mT
-            return first.weight @ right
-        return compose(kernel_of(second), kernel_of(first)).weight
+            assert isinstance(second, Rows | nn.Linear)
+            return first.weight @ (second.weight if isinstance(second, Rows) else second.weight.mT)
+        return compose(_kernel_of(second), _kernel_of(first)).weight
 
     def _effective_bias(self) -> Tensor | None:
         return self.get_submodule("1")._parameters.get("bias")
@@ -168,8 +220,14 @@ def kernel_like(module: nn.Module, weight: Tensor) -> Kernel:
     if isinstance(module, nn.Linear | nn.Embedding):
         return Kernel(weight)
     assert isinstance(module, nn.modules.conv._ConvNd)
-    base: Any = type(module).__mro__[2] if isinstance(module, Factorized) else type(module)
+    base: Any = next(cls for cls in type(module).__mro__ if cls in FACTORIZED)
     return kernel_of(stock_layer(base, module, weight=weight, bias=None))
+
+
+def _kernel_of(factor: nn.Module) -> Kernel:
+    """That of a factor; its weight may be computed, by an expansion or a parametrization."""
+    weight = factor.weight if isinstance(getattr(type(factor), "weight", None), property) else None
+    return kernel_like(factor, weight) if isinstance(weight, Tensor) else kernel_of(factor)
 
 
 def factor_weights(
@@ -242,7 +300,7 @@ def tied_factors(
 def factorize_layer(module: nn.Module, first: nn.Module, second: nn.Module, cut: Cut) -> None:
     """Turn a layer of an exact type in ``FACTORIZED`` into its factored subclass, in place; cannot fail."""
     module.__class__ = FACTORIZED[type(module)]
-    for name in module._parameters:
+    for name in module._parameters.keys() & {"weight", "bias"}:
         module._parameters[name] = None
     module._modules.update({"0": first, "1": second})
     module.__dict__["cut"] = cut

@@ -129,7 +129,7 @@ def of_tokens(matrix: Tensor, counts: Tensor) -> Spectrum:
     """The best directions for the rows of a table ``(1, tokens, d)``, each as often as it is read."""
     unit = float(matrix.abs().max()) or 1.0
     rows = matrix[0].to(torch.float64) / unit
-    moment = (rows * counts.unsqueeze(1)).mT @ rows
+    moment = (rows * (counts / counts.sum()).unsqueeze(1)).mT @ rows
     return replace(_decomposed(matrix, moment.unsqueeze(0), "right", unit), by_data=True)
 
 

@@ -43,20 +43,31 @@ def kernel_rank(
         SelectionError: an unknown option, no points or no dimensions.
         UnusableWeightError: NaN, Inf or no values.
     """
-    if kind not in get_args(FeatureKernel):
-        raise SelectionError(f"kind={kind!r}: choose from {', '.join(get_args(FeatureKernel))}.")
     if measure not in get_args(Kind):
         raise SelectionError(f"measure={measure!r}: choose from {', '.join(get_args(Kind))}.")
+    spectrum = kernel_spectrum(features, kind, centered=centered, batched=batched)
+    return {"roy": roy_of, "entropy": entropy_of, "stable": stable_of}[measure](spectrum)
+
+
+def kernel_spectrum(
+    features: Tensor, kind: FeatureKernel = "gram", *, centered: bool = False, batched: bool = False
+) -> Tensor:
+    """The singular values that ``kernel_rank`` measures, up to a factor: ``(k,)`` or ``(batch, k)``.
+
+    Raises: as ``kernel_rank``.
+    """
+    if kind not in get_args(FeatureKernel):
+        raise SelectionError(f"kind={kind!r}: choose from {', '.join(get_args(FeatureKernel))}.")
     if features.ndim < 2 or (batched and features.ndim != 3) or 0 in features.shape:
         wanted = "(batch, points, dimensions)" if batched else "(points, dimensions)"
         raise SelectionError(f"features of shape {tuple(features.shape)}: give {wanted}, none of them 0.")
     if features.is_meta or not bool(torch.isfinite(features).all()):
         raise UnusableWeightError("features: hold NaN or Inf, or no values. No rank is defined for them.")
-    points = (features if features.device.type != "mps" else features.cpu()).to(torch.float64)
+    wide = torch.complex128 if features.is_complex() else torch.float64
+    points = (features if features.device.type != "mps" else features.cpu()).to(wide)
     points = points if batched else points.flatten(1).unsqueeze(0)
     spectrum = _spectrum(_scaled(points), kind, centered)
-    value = {"roy": roy_of, "entropy": entropy_of, "stable": stable_of}[measure](spectrum)
-    return value if batched else value.squeeze(0)
+    return spectrum if batched else spectrum.squeeze(0)
 
 
 def _scaled(points: Tensor) -> Tensor:
@@ -74,17 +85,19 @@ def _spectrum(points: Tensor, kind: FeatureKernel, centered: bool) -> Tensor:
     if kind != "cosine_distance" or centered:
         if centered:
             points = points - points.mean(-2, keepdim=True)
-        values: Tensor = torch.linalg.svdvals(points)
-        return values.square()
+        # The smaller of the matrices that share these eigenvalues: a fraction of the time of an SVD.
+        small = points @ points.mH if points.shape[-2] <= points.shape[-1] else points.mH @ points
+        values: Tensor = torch.linalg.eigvalsh(small)
+        return values.abs()
     n, dimensions = points.shape[-2:]
     ones = points.new_ones((*points.shape[:-1], 1))
     if dimensions + 1 < n and not points.requires_grad:
-        # 11ᵀ - F Fᵀ = M J Mᵀ with M = [1 F] = Q R: the eigenvalues other than 0 are those of R J Rᵀ, whose
+        # 11ᵀ - F Fᴴ = M J Mᴴ with M = [1 F] = Q R: the eigenvalues other than 0 are those of R J Rᴴ, whose
         # side is that of the dimensions. (The gradient of QR needs full rank: not there.)
         triangle = torch.linalg.qr(torch.cat([ones, points], -1), mode="r").R
         sign = torch.cat([points.new_ones(1), -points.new_ones(dimensions)])
-        kernel = (triangle * sign) @ triangle.mT
+        kernel = (triangle * sign) @ triangle.mH
     else:
-        kernel = ones @ ones.mT - points @ points.mT
+        kernel = ones @ ones.mT - points @ points.mH
     eigenvalues: Tensor = torch.linalg.eigvalsh(kernel)
     return eigenvalues.abs()

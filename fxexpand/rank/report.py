@@ -18,7 +18,7 @@ from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs
 from fxexpand.outputs import tensors_of
-from fxexpand.rank.features import kernel_rank
+from fxexpand.rank.features import kernel_rank, kernel_spectrum
 from fxexpand.rank.sketch import sketch
 from fxexpand.rank.spectra import (
     Unfolding,
@@ -33,6 +33,7 @@ from fxexpand.rank.spectra import (
 )
 from fxexpand.table import table
 
+CELL = ("weight_ih", "weight_hh")
 ENERGY = 0.99  # of the squares of the singular values, for the energy rank of a report
 
 
@@ -182,7 +183,7 @@ def rank_report(
             first dimension of an output must be that of the inputs; of a layer called several times it is
             the first call. Only one output is held at a time.
         before: a model with the same names, for a column to compare with: the model before training, or
-            before its expansion.
+            before its expansion. If its dtype is another one, it gets the inputs in that.
         unfolding: how a kernel becomes a matrix, see ``fxexpand.rank.spectra.unfold``.
         centered: subtract the mean of the features (double-centre the kernel).
         sketched: measure weights whose smaller side is more than twice this by that many singular values,
@@ -200,9 +201,16 @@ def rank_report(
         past = {row.name: row.effective_rank for row in _weight_rows(before, unfolding, sketched)}
         rows = tuple(replace(row, before=past.get(row.name)) for row in rows)
         if inputs is not None:
-            past = {row.name: row.effective_rank for row in _feature_rows(before, inputs, centered)}
+            given = (
+                arguments.move(inputs, dtype=_dtype(before)) if _dtype(before) != _dtype(model) else inputs
+            )
+            past = {row.name: row.effective_rank for row in _feature_rows(before, given, centered)}
             features = tuple(replace(row, before=past.get(row.name)) for row in features)
     return RankReport(rows, features, unfolding, centered, before is not None)
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def _weight_rows(model: nn.Module, unfolding: Unfolding, sketched: int | None) -> Iterator[WeightRank]:
@@ -223,8 +231,8 @@ def _weight_row(
     if sketched is not None and groups == 1 and full > 2 * sketched:
         directions = torch.Generator(weight.device).manual_seed(0)  # the user's random state is not ours
         found = sketch(matrices[0], sketched, generator=directions)
-        spectrum = torch.tensor(found.values, dtype=torch.float64)
-        scale = torch.tensor(found.scale, dtype=torch.float64)
+        spectrum = torch.tensor(found.values, dtype=torch.float64, device="cpu")
+        scale = torch.tensor(found.scale, dtype=torch.float64, device="cpu")
         interval = found.effective_rank()
         bounds = (interval.low, interval.high)
     else:
@@ -261,6 +269,8 @@ def _feature_rows(model: nn.Module, inputs: ExampleInputs, centered: bool) -> li
             values = outputs[0]
             if values.ndim < 2 or values.shape[0] != points or not values.is_floating_point():
                 return  # not one output per input, such as the packed sequences of a recurrent layer
+            if not values.numel():
+                return
             try:
                 found[name] = _feature_row(name, kind, values, centered)
             except UnusableWeightError:
@@ -282,16 +292,15 @@ def _feature_rows(model: nn.Module, inputs: ExampleInputs, centered: bool) -> li
 
 
 def _feature_row(name: str, kind: str, values: Tensor, centered: bool) -> FeatureRank:
-    entropy = float(kernel_rank(values, centered=centered, measure="entropy"))
-    rank = float(kernel_rank(values, centered=centered))
+    spectrum = kernel_spectrum(values, centered=centered)
     return FeatureRank(
         name=name,
         kind=kind,
         points=values.shape[0],
         dimensions=values[0].numel(),
-        effective_rank=rank,
-        entropy=entropy,
-        stable_rank=float(kernel_rank(values, centered=centered, measure="stable")),
+        effective_rank=float(roy_of(spectrum)),
+        entropy=float(entropy_of(spectrum)),
+        stable_rank=float(stable_of(spectrum)),
         cosine_distance=float(kernel_rank(values, "cosine_distance", centered=centered)),
     )
 
@@ -309,7 +318,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if _has_one_weight(module):
             inside = (*inside, f"{path}.")
-        elif not isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        elif not isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
             continue
         yield path, module
 
@@ -333,8 +342,9 @@ def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
             else:
                 for part in "qkv":
                     yield f"{prefix}{part}_proj_weight", kind, getattr(module, f"{part}_proj_weight"), 1
-        elif isinstance(module, nn.RNNBase):
-            for name in (n for names in module._all_weights for n in names if n.startswith("weight")):
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            layers = module._all_weights if isinstance(module, nn.RNNBase) else [CELL]
+            for name in (n for names in layers for n in names if n.startswith("weight")):
                 yield f"{prefix}{name}", kind, getattr(module, name), 1
         else:
             whole = module.weight
@@ -343,7 +353,7 @@ def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
                 raise UnusableWeightError(
                     f"{prefix}weight ({kind}): is not initialised yet (lazy). Run the model once first."
                 )
-            weight = whole
+            weight = whole.detach()  # one tensor, where the weight is a product that is made at each use
             groups = getattr(module, "groups", 1)
             groups = groups if isinstance(groups, int) else 1
             if isinstance(module, _ConvTransposeNd):

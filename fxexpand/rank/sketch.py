@@ -17,6 +17,7 @@ Source: N. Halko, P.-G. Martinsson, J. Tropp, "Finding structure with randomness
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,8 @@ class Sketch:
         """The fewest singular values whose squares sum to ``energy`` of all squares."""
         if not 0.0 < energy <= 1.0:
             raise SelectionError(f"energy rank: energy={energy}: choose a share above 0 and up to 1.")
-        wanted, n = energy * self._energy(), self.full_rank
+        n = self.full_rank
+        wanted = energy * self._energy() * (1.0 - n * sys.float_info.epsilon)  # as ``spectra.energy_rank``
         if wanted == 0.0:
             return Interval(0.0, 0.0)
         ends = []

@@ -108,7 +108,8 @@ class RankTracker:
                 "Make a new tracker when layers are taken out."
             )
         self.records.append((self.step, found))
-        if len(self.records) > self.max_records:
+        # Of an odd number, every second one includes the last: the weights when training ended.
+        if len(self.records) > self.max_records - self.max_records % 2:
             self.records = self.records[::2]
             self.every *= 2
 
@@ -120,12 +121,13 @@ class RankTracker:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        ranks = self.ranks()
         return {
             "steps": [step for step, _ in self.records],
             "weights": {
                 name: {
                     "indices": list(first.indices),
-                    "effective_rank": self.ranks()[name],
+                    "effective_rank": ranks[name],
                     "entropy": [record[name].entropy for _, record in self.records],
                     "stable_rank": [record[name].stable_rank for _, record in self.records],
                     "spectra": [

@@ -29,7 +29,7 @@ def main(given: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "benchmark", nargs="?", choices=("surgery_cost", "training_cost"), default="surgery_cost"
+        "benchmark", nargs="?", choices=("surgery_cost", "training_cost", "profiles"), default="surgery_cost"
     )
     options, others = parser.parse_known_args(given)  # the others are the benchmark's
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import evidence, mkl, roundtrip, surgery_cost, training_table
+from benchmarks import evidence, mkl, profiles, roundtrip, surgery_cost, training_table
 from benchmarks.models import Network, timm_networks, torchvision_networks
 from benchmarks.settle import settle
 from fxexpand import expand, fuse
@@ -127,6 +127,19 @@ def test_surgery_cost_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "resnet18" in text and "ms / layer" in text
 
 
+def test_a_profile_says_which_operators_took_the_time() -> None:
+    a, x, weight = torch.randn(96, 64), torch.randn(2, 8, 16, 16), torch.randn(8, 8, 3, 3)
+    row = profiles.measure("work", lambda: (a.T @ a, torch.conv2d(x, weight)), rounds=2)
+    assert row["flops"] == 2 * 64 * 64 * 96 and row["calls"] == 1
+    assert row["products"] > 0 and row["convolutions"] > 0 and row["eigenvectors"] == 0.0
+    row = profiles.measure("work", lambda: torch.linalg.eigh(a.T @ a), rounds=1)
+    assert row["eigenvectors"] > 0 and row["convolutions"] == 0.0
+    found = profiles.rates(quick=True)
+    assert all(each["value"] > 0 for each in found)
+    text = profiles.tables(found, [row])
+    assert "eigenvectors, float32" in text and "GFLOP/s" in text
+
+
 def test_tables_are_published_between_their_markers(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("above\n<!-- cost -->\nold\n<!-- /cost -->\nbelow\n", encoding="utf-8")
@@ -156,7 +169,10 @@ def test_figures_with_all_of_mkl_have_a_place_of_their_own(monkeypatch: pytest.M
     assert evidence.headline(evidence.machine()).endswith("all kernels of MKL")
 
 
-@pytest.mark.parametrize("name", ["roundtrip", "surgery_cost", "surgery_cost-mkl", "training_cost-cpu-mkl"])
+SAVED = ("surgery_cost", "surgery_cost-mkl", "training_cost-cpu-mkl", "profiles", "profiles-mkl")
+
+
+@pytest.mark.parametrize("name", ["roundtrip", *SAVED])
 def test_the_published_table_is_that_of_the_saved_results(name: str) -> None:
     path = evidence.FOLDER / "results" / f"{name}.json"
     assert path.exists(), "run the benchmark and commit its results"
@@ -166,6 +182,8 @@ def test_the_published_table_is_that_of_the_saved_results(name: str) -> None:
         text = roundtrip.summary(saved["rows"])
     elif name.startswith("training_cost"):
         text = training_table.summary(saved["rows"])
+    elif name.startswith("profiles"):
+        text = profiles.tables(saved["rates"], saved["profiles"])
     else:
         text = surgery_cost.tables(saved["resnets"], saved["chains"], saved["networks"])
     assert text in page

@@ -16,14 +16,13 @@ A model is `timm:NAME`, `torchvision:NAME`, `transformers:TYPE` or `package.modu
 the factory takes no arguments; the current folder is searched first. Nothing is downloaded: weights
 are random, or come from `--weights FILE`, safetensors or a state dict of `torch.save`, which is
 read with `weights_only=True`. A file that holds anything but tensors is refused, and nothing in it
-is run.
+is run. A model of timm or torchvision gets a head of as many classes as the file has.
 
 What a model takes is known for models of the libraries; `--input 1,3,224,224` says it otherwise,
 once per argument, with a dtype where it is not float32: `--input 1,16:int64`.
 
 Results go to stdout, everything else to stderr; `--json` prints JSON and nothing else on stdout.
-Tables have no colours, and fit 80 columns, but for that of `rank`. Files are written whole or not
-at all.
+Tables have no colours, and fit 80 columns. Files are written whole or not at all.
 
 | Exit code | |
 |---|---|
@@ -31,8 +30,9 @@ at all.
 | 1 | refused, failed, or a check does not hold |
 | 2 | wrong usage: a name, a file, a shape or an option |
 
-Errors are one line; `fxexpand --debug COMMAND ...` shows the traceback. `fxexpand
---install-completion` sets up the completion of your shell.
+Errors are one line, below the usage where an option is unknown or missing; `fxexpand --debug
+COMMAND ...` shows the traceback. `fxexpand --install-completion` sets up the completion of your
+shell.
 
 This page is made from the program by `python docs/commands.py`.
 

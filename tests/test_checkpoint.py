@@ -53,7 +53,11 @@ def test_one_checkpoint_is_kept_and_an_unfinished_one_is_not_seen(tmp_path: Path
 
 
 def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = save(tmp_path, 1, TENSORS, {})
+    old = save(tmp_path, 1, TENSORS, {"which": "old"})
+    before = list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="not JSON"):
+        save(tmp_path, 2, TENSORS, {"a tensor": torch.ones(1)})
+    assert list(tmp_path.iterdir()) == before
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -64,9 +68,12 @@ def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: 
     assert latest(tmp_path) == old
     monkeypatch.undo()
     monkeypatch.setattr("safetensors.torch.save", full)
-    with pytest.raises(FxExpandError, match=r"step-000000002: was not written: \[Errno 28\] No space"):
-        save(tmp_path, 2, TENSORS, {})
-    assert latest(tmp_path) == old
+    for step in (1, 2):
+        with pytest.raises(
+            FxExpandError, match=rf"step-00000000{step}: was not written: \[Errno 28\] No space"
+        ):
+            save(tmp_path, step, TENSORS, {})
+        assert latest(tmp_path) == old and values_of(str(old)) == {"which": "old"}
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint, "write_whole", full)
     with pytest.raises(OSError, match="No space"):

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 import fxexpand
 from fxexpand import pipeline
 from fxexpand.cli import COMMANDS, app
-from fxexpand.cli.options import recipe_of
+from fxexpand.cli.options import give_classes, recipe_of
 from fxexpand.cli.output import sites
 from fxexpand.demo import Digits
 from fxexpand.rank import rank_report
@@ -165,6 +165,10 @@ def test_rank_compares_and_plots(tmp_path: Path) -> None:
         "--json",
     ]
     values = json.loads(run("rank", DIGITS, *options).stdout)
+    table = run("rank", DIGITS, *options[:-1]).stdout
+    assert narrow(table) and table.startswith("weight  full  before  effective  share  stable  energy\n")
+    assert re.search(r"^conv1 +9 +\S+ +\d\.\d\d +\d\d\.\d% +\d\.\d\d +9\n", table, re.MULTILINE)
+    assert "\nfeatures of  points  dimensions  before  effective  stable  distance\n" in table
     assert all(row["before"] is not None for row in values["weights"])
     assert {row["points"] for row in values["features"]} == {6}
     assert "<svg" in (tmp_path / "ranks.svg").read_text()
@@ -194,6 +198,61 @@ def test_fuse_saves_what_loads_as_it_says(tmp_path: Path, scope: str, recipe: st
         assert json.loads(file.metadata()["model"]) == DIGITS
     if scope == "expanded" and "batch_norm" not in recipe:
         load_model(DIGITS).load_state_dict(load_file(out))
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:shufflenet_v2_x0_5"])
+def test_weights_of_other_classes_are_read_by_every_command(name: str, tmp_path: Path) -> None:
+    """As `fxexpand train` writes them: the head has as many outputs as the data had classes."""
+    model, file, images = load_model(name), tmp_path / "w.safetensors", torch.randn(2, 3, 64, 64)
+    assert give_classes(name, model.eval(), 7)
+    save_file(model.state_dict(), file)
+    torch.save(pipeline.expand(model, fxexpand.Chain(depth=2, width=1)).state_dict(), tmp_path / "big.pt")
+    common = ("--weights", file, "--input", "1,3,64,64", "--json")
+    read = {}
+    for command, *options in (
+        ("inspect",),
+        ("fuse", "--out", tmp_path / "all.safetensors"),
+        ("export", "--fuse", "--out", tmp_path / "m.onnx"),
+        ("bench", "--backend", "eager", "--rounds", "8"),
+        ("factorize", "--rank", "8", "--out", tmp_path / "pairs.safetensors"),
+        ("rank", "--before", file),
+    ):
+        given = tuple("2,3,64,64" if command == "rank" and "," in str(word) else word for word in common)
+        result = run(command, name, *given, *options)
+        assert result.exit_code == 0, result.stderr
+        read[command] = json.loads(result.stdout)
+    assert [*read["export"]["outputs"].values()] == [["batch", 7]]
+    assert any(row["shape"][0] == 7 and row["before"] for row in read["rank"]["weights"])
+    big = ("--weights", tmp_path / "big.pt", "--recipe", "Chain(depth=2, width=1)", "--scope", "expanded")
+    result = run("fuse", name, *big, "--out", tmp_path / "small.safetensors", "--json")
+    assert result.exit_code == 0, result.stderr
+    for loading in (read["fuse"]["load"], json.loads(result.stdout)["load"]):
+        scopes: dict[str, Any] = {}
+        exec(loading, scopes)
+        torch.testing.assert_close(scopes["model"].eval()(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_with_the_biases_of_folded_norms_are_read(tmp_path: Path) -> None:
+    """As `fxexpand train --recipe RepVGG` writes them: a layer that had no bias has one."""
+    name, file = f"{__name__}:Nested", tmp_path / "w.safetensors"
+    small = pipeline.fuse(pipeline.expand(Nested(), fxexpand.RepVGG()), scope="expanded").eval()
+    nn.init.normal_(small.get_parameter("one.0.bias"))
+    save_file(small.state_dict(), file)
+    common = ("--weights", file, "--input", "2,3,8,8", "--json")
+    assert run("rank", name, *common).exit_code == 0
+    result = run("fuse", name, *common, "--out", tmp_path / "o.safetensors")
+    assert result.exit_code == 0, result.stderr
+    scopes: dict[str, Any] = {}
+    exec(json.loads(result.stdout)["load"], scopes)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(scopes["model"](images), small(images), rtol=1e-4, atol=1e-5)
+    options = ("--rank", "2", "--out", tmp_path / "pairs.safetensors")
+    result = run("factorize", name, *common[:-1], *options)
+    assert result.exit_code == 0, result.stderr
+    with safe_open(tmp_path / "pairs.safetensors", "pt") as pairs:
+        scopes = {"fxexpand": fxexpand, "torch": torch, "ranks": json.loads(pairs.metadata()["ranks"])}
+    exec("\n".join(line[4:] for line in result.stdout.partition("loads into\n\n")[2].splitlines()), scopes)
+    scopes["model"].load_state_dict(load_file(tmp_path / "pairs.safetensors"))
 
 
 def doubled() -> nn.Module:
@@ -267,6 +326,17 @@ def test_bench_without_onnxruntime_says_what_is_missing(monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.stderr
     assert 'no onnxruntime figures: run pip install "fxexpand[onnx]"' in result.stderr
     assert {row["backend"] for row in json.loads(result.stdout)["measurements"]} == {"eager"}
+
+
+def test_ranks_fit_eighty_columns_whatever_the_names(tmp_path: Path) -> None:
+    """Of a sketched weight only the effective rank is known, within bounds."""
+    model = load_model("timm:vit_tiny_patch16_224")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    found = run(
+        "rank", "timm:vit_tiny_patch16_224", "--before", tmp_path / "w.safetensors", "--sketched", "4"
+    )
+    assert narrow(found.stdout) and "\nblocks.11.attn.qkv  " in found.stdout
+    assert re.search(r"^blocks.0.mlp.fc1 +192 .* 1\.00\.\.\d+\.\d\d +- +- +-$", found.stdout, re.MULTILINE)
 
 
 def test_a_report_fits_eighty_columns_whatever_the_names() -> None:

@@ -51,14 +51,15 @@ W = "--weights"
         (("export", DIGITS, "--input", "1,3,8,8", "--out", "m.onnx"), 2, "does not take an input of 1x3x8x8"),
         (("export", DIGITS, "--input", "1;1;8;8", "--out", "m.onnx"), 2, "write the shape as 1,3,224,224"),
         (("bench", DIGITS), 2, "Give --input, for example --input 1,3,224,224"),
-        (("bench", DIGITS, *ONE, "--rounds", "3"), 2, "Take more rounds"),
+        (("bench", DIGITS, *ONE, "--rounds", "3"), 2, "rounds or more"),
         # A path that cannot be written.
         (("export", DIGITS, *ONE, "--out", "/nowhere/m.onnx"), 2, "the folder /nowhere does not exist"),
         (("export", DIGITS, *ONE, "--out", "/proc/m.onnx"), 2, "the folder /proc cannot be written to"),
         (("fuse", DIGITS, "--out", "/proc/m.safetensors"), 2, "the folder /proc cannot be written to"),
         (("bench", DIGITS, *ONE, "--html", "/dev/full"), 2, "/dev/full: is a device"),
         (("export", DIGITS, *ONE, "--out", "."), 2, ".: is a folder"),
-        (("demo", "--out", "/dev/null/demo"), 1, "/dev/null/demo: Not a directory"),
+        (("demo", "--out", "/dev/null/demo"), 2, "/dev/null is a file. Name a folder."),
+        (("demo", "--out", "/proc/demo"), 2, "the folder /proc cannot be written to"),
         (("demo", "--train-size", "1797", "--out", "/tmp"), 2, "train_size=1797"),
         # A check that does not hold.
         (("inspect", f"{__name__}:refused", "--strict"), 1, "1 refused, the first: 0 (ParametrizedLinear)"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +100,51 @@ def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
     report = export_onnx(nn.Linear(3, 2).eval(), link, torch.randn(2, 3), external_data=True)
     assert link.is_symlink() and report.path == real
     assert {file.name for file in real.parent.iterdir()} == {"real.onnx", "real.onnx.data"}
+
+
+def test_the_weights_of_the_file_that_is_replaced_go_with_it(tmp_path: Path) -> None:
+    model, x, path = nn.Linear(64, 32).eval(), torch.randn(2, 64), tmp_path / "m.onnx"
+    export_onnx(model, path, x, external_data=True)
+    assert (tmp_path / "m.onnx.data").stat().st_size >= 64 * 32 * 4
+    export_onnx(model, path, x, external_data=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    onnx.checker.check_model(str(path), full_check=True)
+    (tmp_path / "m.onnx.data").write_text("of somebody else")  # m.onnx holds its weights itself
+    export_onnx(model, path, x, external_data=False)
+    assert (tmp_path / "m.onnx.data").read_text() == "of somebody else"
+    path.write_text("no ONNX")
+    export_onnx(model, path, x, external_data=False)
+    assert (tmp_path / "m.onnx.data").read_text() == "of somebody else"
+
+
+class Returns(nn.Module):
+    def __init__(self, of: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.of = nn.Linear(3, 2), of
+
+    def forward(self, x: Tensor) -> Any:
+        return self.of(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("of", "named"),
+    [
+        (lambda y: (y, 5), "an int"),
+        (lambda y: {"y": y, "name": "scores"}, "a str"),
+        (lambda y: (y, y.shape[0]), "an int"),
+        (lambda y: (y, {1: SimpleNamespace(cache=y)}), "a SimpleNamespace"),
+        (lambda y: None, "no tensor"),
+        (lambda y: (), "no tensor"),
+    ],
+)
+def test_an_output_that_is_no_tensor_is_named(
+    of: Any, named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FxExpandError, match=f"Returns: returns {named}.*tensors"):
+        export_onnx(Returns(of).eval(), tmp_path / "m.onnx", torch.randn(2, 3))
+    assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
+    found = export_onnx(Returns(lambda y: (y, None)).eval(), tmp_path / "m.onnx", torch.randn(2, 3))
+    assert len(found.outputs) == 1
 
 
 def test_a_path_with_a_space_and_letters_of_its_own(tmp_path: Path) -> None:

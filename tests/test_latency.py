@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
-from fxexpand.latency import Difference, LatencyReport, measure_latency
+from fxexpand.latency import Difference, LatencyReport, Measurement, measure_latency
 from fxexpand.latency.backends import Candidate
 from fxexpand.latency.intervals import median_interval
 
@@ -60,10 +61,23 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 
 def test_too_few_samples_are_an_error() -> None:
-    with pytest.raises(SelectionError, match=r"5 samples cannot give a 0\.95 interval"):
-        median_interval([1.0] * 5)
+    for confidence, enough in ((0.95, 6), (0.9979, 10), (0.5, 2)):
+        message = rf"{enough - 1} samples cannot give a {confidence} interval. Take {enough} rounds or more"
+        with pytest.raises(SelectionError, match=message):
+            median_interval([1.0] * (enough - 1), confidence)
+        median_interval([1.0] * enough, confidence)
     with pytest.raises(SelectionError, match="between 0 and 1"):
         median_interval([1.0] * 9, confidence=95)
+
+
+def test_the_table_of_several_batches_fits_eighty_columns() -> None:
+    rows = tuple(
+        Measurement("folded back", "onnxruntime", 0.02617, 0.02082, 0.02744, 12345, (), batch, 98304)
+        for batch in (1, 128)
+    )
+    shapes = ((2, 3, 64, 64),)
+    report = LatencyReport(rows, (), "cpu", 1, "float32", 2, shapes, 30, 0.95, {"torch": "2.14.1"})
+    assert max(map(len, str(report).splitlines()[:4])) <= 80
 
 
 def test_a_difference_is_real_when_its_interval_excludes_one() -> None:
@@ -182,11 +196,15 @@ def test_scripted_models_are_measured_and_left_as_they_are() -> None:
 
 def test_wrong_use_is_an_error_before_any_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     models, x = pair(0.0), torch.randn(2, 6)
-    with pytest.raises(SelectionError, match="models: none"):
-        measure_latency({}, x)
+    unnamed: list[Any] = [{}, Block()]
+    for given in unnamed:
+        with pytest.raises(SelectionError, match="models: give them by name"):
+            measure_latency(given, x)
     with pytest.raises(SelectionError, match="choose from eager, compile, onnxruntime"):
         measure_latency(models, x, backends=["tpu"])
-    with pytest.raises(SelectionError, match="Take more rounds"):
+    with pytest.raises(SelectionError, match=r"backends \['tpu'\]"):
+        measure_latency(models, x, backends="tpu")
+    with pytest.raises(SelectionError, match="Take 6 rounds or more"):
         measure_latency(models, x, backends=["eager"], rounds=5)
     with pytest.raises(SelectionError, match="warmup=0"):
         measure_latency(models, x, backends=["eager"], warmup=0)

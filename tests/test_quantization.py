@@ -88,6 +88,18 @@ def test_int8_of_two_forms(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == ""
 
 
+def test_batches_of_a_loader_and_of_one_shape() -> None:
+    """A loader is iterated, not indexed; a file that is exported once takes one shape."""
+    model, images = {"one": network()}, torch.randn(5, 3, 5, 5)
+    found = check_int8(model, (part for part in torch.split(images, 2)))
+    assert (found.calibration, found.samples) == (3, 3)
+    assert found == check_int8(model, torch.split(images, 2))
+    with pytest.raises(SelectionError, match="inputs of batchx3x5x5 and of batchx3x5x6; only the batch may"):
+        check_int8(model, [images, torch.randn(2, 3, 5, 6)])
+    with pytest.raises(SelectionError, match="only the batch may differ"):
+        check_int8(model, [images], samples=[torch.randn(2, 3, 6, 5)])
+
+
 def test_no_inputs_is_an_error() -> None:
     with pytest.raises(SelectionError, match="no inputs"):
         check_int8({"a": network()}, [])

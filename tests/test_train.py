@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,14 +202,31 @@ def test_a_library_model_gets_as_many_outputs_as_there_are_classes() -> None:
     data = Data(
         "four", TensorDataset(images, torch.tensor([0, 1])), TensorDataset(images, torch.tensor([0, 1])), 7
     )
-    for name in ("timm:resnet10t", "torchvision:mnasnet0_5"):
+    for name in ("timm:resnet10t", "torchvision:mnasnet0_5", "torchvision:squeezenet1_1"):
         model = _network(name, None, data, 0).eval()
         assert model(images).shape == (2, 7)
     assert torch.equal(*(_network("timm:resnet10t", None, data, 3).fc.weight for _ in range(2)))  # type: ignore
 
 
+def test_weights_of_other_classes_get_a_new_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fxexpand.cli.train import _network
+
+    images = TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    four, file = Data("four", images, images, 4), tmp_path / "w.pt"
+    for name, head in (("timm:resnet10t", "fc"), ("torchvision:mnasnet0_5", "classifier.1")):
+        for classes in (1000, 7, 4):
+            given = _network(name, None, replace(four, classes=classes), 1)
+            torch.save(given.state_dict(), file)
+            state = _network(name, file, four, 0).state_dict()
+            same = [key for key, value in given.state_dict().items() if torch.equal(state[key], value)]
+            heads = set() if classes == 4 else {f"{head}.weight", f"{head}.bias"}
+            assert set(state) - set(same) == heads
+            assert ("the head is new" in capsys.readouterr().err) == (classes != 4)
+
+
 ERRORS: list[tuple[list[str], int, str]] = [
     (["--data", "cifr"], 2, "--data 'cifr': choose from digits, cifar10, cifar100, imagenet. Did you mean"),
+    (["--data", "/tmp"], 2, "Images in folders are --data imagenet --root /tmp."),
     (["--data", "cifar10"], 2, "Say where it is with --root FOLDER."),
     (["--data", "cifar100", "--root", "nowhere"], 2, "nowhere: no intact copy of CIFAR-100"),
     (["--data", "imagenet", "--root", "nowhere"], 2, "nowhere: not laid out as train/<class>/*"),

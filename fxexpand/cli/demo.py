@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxexpand.cli.failures import fail
+from fxexpand.cli.files import require_folder
 from fxexpand.cli.options import Device, Json, device_of
 from fxexpand.cli.output import show, show_json, stdout_kept
 
@@ -28,6 +29,7 @@ def demo(
     from fxexpand.recipes import Chain
     from fxexpand.training.loop import Schedule
 
+    require_folder(out)
     place = device_of(device)
     with stdout_kept():
         findings = run(

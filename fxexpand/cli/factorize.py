@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from fxexpand.cli.files import require_safetensors, weights_of
-from fxexpand.cli.options import Device, Input, Json, Model, Weights, device_of, given_inputs, loaded
+from fxexpand.cli.options import (
+    Device,
+    Input,
+    Json,
+    Model,
+    Weights,
+    built,
+    device_of,
+    given_inputs,
+    loaded,
+)
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
 
@@ -57,6 +67,7 @@ def factorize(
     if as_json:
         show_json({"model": model, "path": str(out), "size": len(data), "ranks": ranks, **found.to_dict()})
     else:
-        loading = f"fxexpand.factorize(fxexpand.zoo.load_model({model!r}), rank=ranks)"
+        _, lines = built(model, weights, meta=True)
+        loading = "\n    ".join([*lines, "model = fxexpand.factorize(model, rank=ranks)"])
         size = f"{out}: {short(len(data))}B"
         show(f"{sites(found)}\n\n{size}. With the ranks in its metadata it loads into\n\n    {loading}")

@@ -54,3 +54,14 @@ def require_writable(path: Path) -> None:
         raise SelectionError(
             f"{path}: the folder {path.parent} cannot be written to: {error.strerror}."
         ) from None
+
+
+def require_folder(path: Path) -> None:
+    """That files can be written into the folder ``path``, which is not made yet.
+
+    Raises: SelectionError: it, or what it would be in, is a file or cannot be written to.
+    """
+    above = next(each for each in (path, *path.parents) if each.exists())
+    if not above.is_dir():
+        raise SelectionError(f"--out {path}: {f'{above} ' * (above != path)}is a file. Name a folder.")
+    require_writable(above / "file")

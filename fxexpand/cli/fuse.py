@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxexpand.cli.files import require_safetensors, weights_of
-from fxexpand.cli.options import Device, Input, Json, Model, Weights, device_of, given_inputs, recipe_of
+from fxexpand.cli.options import (
+    Device,
+    Input,
+    Json,
+    Model,
+    Weights,
+    built,
+    device_of,
+    given_inputs,
+    recipe_of,
+)
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
 if TYPE_CHECKING:
@@ -41,7 +51,7 @@ def fuse(
     with stdout_kept():
         from fxexpand import __version__, pipeline
         from fxexpand.files import write_whole
-        from fxexpand.zoo import default_inputs, load_model
+        from fxexpand.zoo import default_inputs
 
         with working(f"{model}: building"):
             network = _network(model, weights, recipe, place)
@@ -52,8 +62,9 @@ def fuse(
         report = pipeline.report(fused)
         data = weights_of(fused, {"fxexpand": __version__, "model": model, "scope": scope})
         write_whole(out, data)
-    grown = scope == "expanded" and set(fused.state_dict()) != set(load_model(model, meta=True).state_dict())
-    loading = _loading(model, recipe, scope, given, grown, out)
+        bare, lines = built(model, weights, meta=True)
+    grown = scope == "expanded" and set(fused.state_dict()) != set(bare.state_dict())
+    loading = _loading(lines, recipe, scope, given, grown, out)
     if as_json:
         show_json({"model": model, "path": str(out), "size": len(data), "load": loading, **report.to_dict()})
     else:
@@ -64,9 +75,9 @@ def fuse(
 
 def _network(model: str, weights: Path | None, recipe: str | None, place: torch.device) -> nn.Module:
     from fxexpand.pipeline import expand
-    from fxexpand.zoo import load_model, load_weights
+    from fxexpand.zoo import load_weights
 
-    network = load_model(model)
+    network, _ = built(model, weights)
     if recipe is not None:
         network = expand(network, recipe_of(recipe), inplace=True)
     if weights is not None:
@@ -75,10 +86,15 @@ def _network(model: str, weights: Path | None, recipe: str | None, place: torch.
 
 
 def _loading(
-    model: str, recipe: str | None, scope: str, given: ExampleInputs | None, grown: bool, path: Path
+    lines: list[str],
+    recipe: str | None,
+    scope: str,
+    given: ExampleInputs | None,
+    grown: bool,
+    path: Path,
 ) -> str:
-    """The program that makes a network of the same structure and loads the file into it."""
-    lines = [f"model = load_model({model!r})"]
+    """The program, which begins with ``lines``, that makes such a network and loads the file into it."""
+    lines = [*lines]
     if recipe is not None and (scope == "all" or grown):
         words = recipe if "(" in recipe else f"{recipe}()"
         lines.append(f"model = fxexpand.expand(model, fxexpand.{words.strip()})")
@@ -87,11 +103,10 @@ def _loading(
         lines.append(f"model = fxexpand.fuse(model.eval(), {inputs}verify=False)")
     elif grown:
         lines.append('model = fxexpand.fuse(model, scope="expanded", verify=False)')
-    program = "\n".join([*lines, f"model.load_state_dict(load_file({str(path)!r}))"])
-    needed = ["torch"] * ("torch." in program) + ["fxexpand"] * ("fxexpand." in program)
-    imports = [f"import {name}" for name in needed]
-    imports += ["from safetensors.torch import load_file", "from fxexpand.zoo import load_model"]
-    return "\n".join([*imports, program])
+    body = "\n".join(lines)
+    needed = [name for name in ("timm", "torch", "torchvision", "fxexpand") if f"{name}." in body]
+    imports = [*(f"import {name}" for name in needed), "from safetensors.torch import load_file"]
+    return "\n".join([*imports, body, f"model.load_state_dict(load_file({str(path)!r}))"])
 
 
 def _written(given: ExampleInputs) -> str:

@@ -16,6 +16,7 @@ from fxexpand.cli.options import (
     RecipeText,
     Select,
     Weights,
+    built,
     given_inputs,
     loaded,
     recipe_of,
@@ -72,10 +73,11 @@ def inspect(
     with stdout_kept():
         with working(f"{model}: reading"):
             from fxexpand.pipeline import expand, fuse, report
-            from fxexpand.zoo import default_inputs, load_model
+            from fxexpand.zoo import default_inputs
 
             # On the meta device where that is possible: factors are large, and nobody asks for their values.
-            expanded = report(expand(load_model(model, meta=True), chosen, select=select, inplace=True))
+            bare, _ = built(model, weights, meta=True)
+            expanded = report(expand(bare, chosen, select=select, inplace=True))
             network = loaded(model, weights)
             known = bool(inputs) or default_inputs(model, network) is not None
             given = given_inputs(model, network, inputs) if known else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -43,11 +44,94 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1..
 DEFAULT_RECIPE = "Chain(depth=3, width=2)"
 
 
+def built(name: str, weights: Path | None, *, meta: bool = False) -> tuple[nn.Module, list[str]]:
+    """A model that the file of weights fits, without them; and the lines of Python that build it.
+
+    A head has as many outputs as the file says, and a layer has a bias if the file has one: folding the norms
+    inside an expansion (RepVGG) leaves one.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    from fxexpand.zoo import load_model
+
+    model, (source, _, rest) = load_model(name, meta=meta), name.partition(":")
+    lines = [f"model = fxexpand.zoo.load_model({name!r})"]
+    shapes = {} if weights is None else _shapes(weights)
+    classes = _classes_in(shapes, model)
+    if classes is not None and give_classes(name, model, classes):
+        call = {"timm": "timm.create_model", "torchvision": "torchvision.models.get_model"}[source]
+        lines = [f"model = {call}({rest!r}, num_classes={classes})"]
+    grown: dict[str, int] = {}
+    for path, layer in model.named_modules():
+        key = f"{path}.bias" if path else "bias"
+        if isinstance(layer, nn.Linear | _ConvNd) and layer.bias is None and key in shapes:
+            layer.bias = nn.Parameter(torch.zeros(shapes[key], device=layer.weight.device))
+            grown[path] = shapes[key][0]
+    if grown:
+        lines.append(f"for name, size in {grown}.items():")
+        lines.append("    model.get_submodule(name).bias = torch.nn.Parameter(torch.zeros(size))")
+    return model, lines
+
+
+def give_classes(name: str, model: nn.Module, classes: int) -> bool:
+    """Give a model of timm or torchvision a head of so many outputs; whether it had another."""
+    from torch import nn
+
+    from fxexpand.zoo import load_model
+
+    library: Any = model
+    if name.startswith("timm:") and getattr(model, "num_classes", classes) != classes:
+        library.reset_classifier(classes)
+        return True
+    if not name.startswith("torchvision:"):
+        return False
+    changed = False
+    for path, published in load_model(name, meta=True).named_modules():  # with the heads of side branches
+        old = model.get_submodule(path)
+        new: nn.Linear | nn.Conv2d | None = None
+        if isinstance(old, nn.Linear) and getattr(published, "out_features", 0) == 1000:
+            new = nn.Linear(old.in_features, classes) if old.out_features != classes else None
+        elif isinstance(old, nn.Conv2d) and getattr(published, "out_channels", 0) == 1000:  # SqueezeNet
+            new = nn.Conv2d(old.in_channels, classes, 1) if old.out_channels != classes else None
+        if new is not None:
+            model.set_submodule(path, new.to(next(old.parameters()).device))
+            changed = True
+    return changed
+
+
+def _classes_in(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> int | None:
+    """The outputs of the head of a file, where nothing but these differs from the model's tensors."""
+    state = model.state_dict()
+    found = {
+        shape[0]
+        for name, shape in shapes.items()
+        if shape and name in state and shape != state[name].shape and shape[1:] == state[name].shape[1:]
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Those of the tensors, by name; none if the file cannot be read, which ``load_weights`` explains."""
+    import torch
+    from safetensors import safe_open
+
+    try:
+        if weights.suffix == ".safetensors":
+            with safe_open(weights, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        state = torch.load(weights, map_location="meta", weights_only=True)
+        return {name: tuple(value.shape) for name, value in state.items()}
+    except Exception:
+        return {}
+
+
 def loaded(name: str, weights: Path | None, device: torch.device | str = "cpu") -> nn.Module:
     """The model, with the weights of the file, on the device and in evaluation mode."""
-    from fxexpand.zoo import load_model, load_weights
+    from fxexpand.zoo import load_weights
 
-    model = load_model(name)
+    model, _ = built(name, weights)
     if weights is not None:
         load_weights(model, weights)
     return model.to(device).eval()

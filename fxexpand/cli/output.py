@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -64,7 +64,7 @@ def sites(report: Report, *, every: bool = True) -> str:
     Args:
         every: list each site; otherwise two for each reason, and how many there are.
     """
-    parts = [report.summary, *(_lines(report) if every else [])]
+    parts = [report.summary, *(_changed(report) if every else [])]
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
         if row.action in ("refused", "left"):
@@ -78,9 +78,23 @@ def sites(report: Report, *, every: bool = True) -> str:
     return "\n".join(parts)
 
 
-def _lines(report: Report) -> list[str]:
-    """The table of what was changed; a name that is too long for it has a line of its own."""
-    from fxexpand.table import short, table
+def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
+    """A table in 80 columns; a name, the first cell, that is too long for it has a line of its own."""
+    from fxexpand.table import table
+
+    taken = sum(2 + max(len(row[i]) for row in (head, *rows)) for i in range(1, len(head)))
+    room = max(WIDTH - taken, len(head[0]))
+    short = [("" if len(row[0]) > room else row[0], *row[1:]) for row in rows]
+    lines = table(head, short, left=left).splitlines()
+    found = lines[:2]
+    for row, line in zip(rows, lines[2:], strict=True):
+        found += [row[0], line] if len(row[0]) > room else [line]
+    return "\n".join(found)
+
+
+def _changed(report: Report) -> list[str]:
+    """The table of what was changed."""
+    from fxexpand.table import short
 
     if not report.changed:
         return []
@@ -90,12 +104,7 @@ def _lines(report: Report) -> list[str]:
         (row.site, row.kind, short(row.params_before), short(row.params_after), _error(row.error))[:last]
         for row in report.changed
     ]
-    room = max(WIDTH - sum(2 + max(len(row[i]) for row in (head, *rows)) for i in range(1, last)), 20)
-    fitting = [("" if len(row[0]) > room else row[0], *row[1:]) for row in rows]
-    lines = table(head[:last], fitting, left=(0, 1)).splitlines()
-    for row, line in zip(rows, lines[2:], strict=True):
-        lines += [row[0], line] if len(row[0]) > room else [line]
-    return lines[:2] + lines[2 + len(rows) :]
+    return [fitted(head[:last], rows, left=(0, 1))]
 
 
 def _reason(reasons: list[str]) -> str:

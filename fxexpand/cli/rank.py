@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from fxexpand.cli.options import Input, Json, Model, Weights, given_inputs, loaded
-from fxexpand.cli.output import note, show, show_json, stdout_kept, working
+from fxexpand.cli.output import fitted, note, show, show_json, stdout_kept, working
+
+if TYPE_CHECKING:
+    from fxexpand.rank import RankReport
 
 
 def rank(
@@ -55,4 +58,47 @@ def rank(
     if as_json:
         show_json({"model": model, **found.to_dict()})
     else:
-        show(str(found))
+        show(_tables(found))
+
+
+def _tables(found: RankReport) -> str:
+    """The measures that fit 80 columns; --json has all."""
+    compared = ("before",) if found.compared else ()
+    weights = [
+        (
+            row.name.removesuffix(".weight"),
+            str(row.full_rank),
+            *((_number(row.before),) if found.compared else ()),
+            *(
+                # Of a sketched weight all else is that of its largest singular values alone.
+                (f"{row.bounds[0]:.2f}..{row.bounds[1]:.2f}", "-", "-", "-")
+                if row.bounds
+                else (
+                    _number(row.effective_rank),
+                    f"{row.effective_rank / row.full_rank:.1%}",
+                    _number(row.stable_rank),
+                    str(row.energy_rank),
+                )
+            ),
+        )
+        for row in found.rows
+    ]
+    tables = [fitted(("weight", "full", *compared, "effective", "share", "stable", "energy"), weights)]
+    if found.features:
+        features = [
+            (
+                row.name,
+                str(row.points),
+                str(row.dimensions),
+                *((_number(row.before),) if found.compared else ()),
+                *map(_number, (row.effective_rank, row.stable_rank, row.cosine_distance)),
+            )
+            for row in found.features
+        ]
+        head = ("features of", "points", "dimensions", *compared, "effective", "stable", "distance")
+        tables.append(fitted(head, features))
+    return "\n\n".join(tables)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

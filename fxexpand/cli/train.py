@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fxexpand.cli.files import require_writable
-from fxexpand.cli.options import DEFAULT_RECIPE, Device, Json, RecipeText, Select, Weights
+from fxexpand.cli.files import require_folder
+from fxexpand.cli.options import DEFAULT_RECIPE, Device, Json, Select, Weights
 from fxexpand.cli.output import note, show, show_json, stdout_kept
 
 if TYPE_CHECKING:
@@ -26,16 +26,21 @@ _Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory."),
 ]
+_Recipe = Annotated[
+    str, typer.Option(metavar="RECIPE", help="What a layer becomes: RepVGG, Chain(depth=2)... or none.")
+]
 
 
 def train(
     model: _Model = SMALL,
-    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100 or imagenet.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, cifar10, cifar100, or imagenet: images in folders.")
+    ] = "digits",
     root: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where CIFAR, or ImageNet's train/ and val/, are."),
+        typer.Option(metavar="FOLDER", help="Where CIFAR, or train/<class>/ and val/<class>/, are."),
     ] = None,
-    recipe: RecipeText = DEFAULT_RECIPE,
+    recipe: _Recipe = DEFAULT_RECIPE,
     select: Select = None,
     init: Annotated[str, typer.Option(help="preserve, matched or kaiming.")] = "preserve",
     form: Annotated[str, typer.Option(help="auto, chain or collapsed.")] = "auto",
@@ -74,7 +79,7 @@ def train(
         from fxexpand.cli.options import device_of, recipe_of
         from fxexpand.errors import SelectionError
         from fxexpand.training import train as job
-        from fxexpand.training.runs import WEIGHTS, Settings
+        from fxexpand.training.runs import Settings
 
         chosen = None if recipe.lower() == "none" else recipe_of(recipe)
         settings = Settings(
@@ -102,10 +107,7 @@ def train(
             rank_every=rank_every,
             workers=workers,
         )
-        above = next(path for path in (out, *out.parents) if path.exists())
-        if not above.is_dir():
-            raise SelectionError(f"--out {out}: {f'{above} ' * (above != out)}is a file. Name a folder.")
-        require_writable(above / WEIGHTS)  # now, not after an epoch; the folder is made when there is one
+        require_folder(out)  # now, not after an epoch
         if fsdp and "WORLD_SIZE" not in os.environ:
             raise SelectionError(
                 "--fsdp shards over processes: start them with torchrun -m fxexpand train ..."
@@ -138,7 +140,10 @@ def _data(name: str, root: Path | None) -> Data:
 
     known = ("digits", "cifar10", "cifar100", "imagenet")
     if name not in known:
-        raise SelectionError(f"--data {name!r}: choose from {', '.join(known)}.{closest(name, known)}")
+        hint = f" Images in folders are --data imagenet --root {name}." if Path(name).is_dir() else ""
+        raise SelectionError(
+            f"--data {name!r}: choose from {', '.join(known)}.{hint or closest(name, known)}"
+        )
     if name == "digits":
         return digits(train_size=1200)
     if root is None:
@@ -151,22 +156,17 @@ def _data(name: str, root: Path | None) -> Data:
 def _network(name: str, weights: Path | None, data: Data, seed: int) -> nn.Module:
     """The model, with as many outputs as there are classes where its library can give it these."""
     import torch
-    from torch import nn
 
+    from fxexpand.cli.options import built, give_classes
     from fxexpand.errors import SelectionError
-    from fxexpand.zoo import load_model, load_weights, require_accepts
+    from fxexpand.zoo import load_weights, require_accepts
 
     torch.manual_seed(seed)
-    model = load_model(name)
-    library: Any = model
-    if name.startswith("timm:") and getattr(model, "num_classes", data.classes) != data.classes:
-        library.reset_classifier(data.classes)
-    if name.startswith("torchvision:"):
-        for path, module in list(model.named_modules()):  # the heads, those of the side branches too
-            if isinstance(module, nn.Linear) and module.out_features == 1000:
-                model.set_submodule(path, nn.Linear(module.in_features, data.classes))
+    model, _ = built(name, weights)
     if weights is not None:
         load_weights(model, weights)
+    if give_classes(name, model, data.classes) and weights is not None:
+        note(f"{weights}: has other classes than the {data.classes} of {data.name}; the head is new")
     image = data.test[0][0].unsqueeze(0)
     try:
         require_accepts(model, (image,))

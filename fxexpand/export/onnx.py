@@ -22,11 +22,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fxexpand import __version__, pipeline
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
 from fxexpand.evaluating import evaluating
-from fxexpand.export.files import count_operators, dimensions, fingerprint, move_together
+from fxexpand.export.files import (
+    count_operators,
+    dimensions,
+    fingerprint,
+    has_second_file,
+    move_together,
+    second_file,
+)
 from fxexpand.export.free_sizes import axis_names, larger
 from fxexpand.export.free_sizes import dynamic_shapes as free_sizes
 from fxexpand.export.sessions import feeds, open_session, required
@@ -149,6 +157,7 @@ def export_onnx(
         dynamic_spatial: leave the dimensions from 2 on free, of floating-point tensors of rank 3 to 5.
         dynamic_shapes: what to leave free instead, as ``torch.export`` takes it.
         external_data: put the weights into a second file, ``path`` + ``.data``; None does so above 1.9 GB.
+            That of the file that is replaced goes with it.
         compare_with: count the operators of this model too, exported in the same way.
         metadata: more entries for the file's metadata, which holds the versions, the class, the SHA-256 of
             the weights of ``model`` as given, and what was fused.
@@ -159,8 +168,8 @@ def export_onnx(
         SelectionError: an empty batch, no such dimension to leave free, no folder to write to, or an opset
             that torch cannot write the model in.
         VerificationError: the file computes something else, or its batch dimension is fixed.
-        FxExpandError: torch cannot export the model, or onnx, onnxscript or (to verify) onnxruntime is not
-            installed.
+        FxExpandError: torch cannot export the model, it returns something that is no tensor, or onnx,
+            onnxscript or (to verify) onnxruntime is not installed.
     """
     target = Path(path)
     if target.is_symlink():  # what it points to is written, and the weights beside that
@@ -178,6 +187,7 @@ def export_onnx(
     free_batch = dynamic_batch and dynamic_shapes is None
     if batch == 0:
         raise SelectionError("example inputs: an empty batch: there is nothing to compare. Give one input.")
+    _require_tensors(model, example_inputs)
     if free_batch and batch == 1:  # torch.export takes a length of 1 as fixed
         example_inputs, batch = resize_batch(example_inputs, 2), 2
     free = dynamic_shapes or free_sizes(model, example_inputs, batch=free_batch, spatial=dynamic_spatial)
@@ -212,7 +222,10 @@ def export_onnx(
                 error = max(error, _verified(model, draft, larger(example_inputs), (), tolerance))
         files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)  # the weights first
         size = sum(file.stat().st_size for file in files)
+        left_over = len(files) == 1 and has_second_file(target)
         move_together(files, target.parent)
+        if left_over:
+            second_file(target).unlink(missing_ok=True)
     return OnnxReport(
         path=target,
         size=size,
@@ -234,6 +247,18 @@ def _refuse_training(model: nn.Module) -> None:
         if module.training:
             where = f"{path} ({type(module).__name__})" if path else type(model).__name__
             raise RefusedError(f"{where}: in training mode; ONNX is for inference. Call model.eval() first.")
+
+
+def _require_tensors(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    with evaluating(model):
+        output = call(model, copy_inputs(example_inputs))
+    odd = [type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, torch.Tensor | None)]
+    if odd or not tensors_of(output):
+        what = f"{'an' if odd[0][0] in 'aeiou' else 'a'} {odd[0]}" if odd else "no tensor"
+        raise FxExpandError(
+            f"{type(model).__name__}: returns {what}; an ONNX file returns tensors alone. Leave such outputs "
+            "out (a cache of transformers: use_cache=False), or wrap the model in a module that does."
+        )
 
 
 def _dtype(model: nn.Module, example_inputs: ExampleInputs) -> torch.dtype:

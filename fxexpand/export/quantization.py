@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from fxexpand.evaluating import evaluating
 from fxexpand.export.onnx import export_onnx
 from fxexpand.export.sessions import feeds, open_session, required
 from fxexpand.finite import require_finite
-from fxexpand.inputs import ExampleInputs, call, copy
+from fxexpand.inputs import ExampleInputs, call, copy, tensors
 from fxexpand.layers import original_class
 from fxexpand.lowrank.factored import Factorized
 from fxexpand.outputs import tensors_of
@@ -167,27 +167,33 @@ class Int8Report:
 
 def check_int8(
     models: Mapping[str, nn.Module],
-    calibration: Sequence[ExampleInputs],
+    calibration: Iterable[ExampleInputs],
     *,
-    samples: Sequence[ExampleInputs] | None = None,
+    samples: Iterable[ExampleInputs] | None = None,
     per_channel: bool = True,
 ) -> Int8Report:
     """Quantise each model to int8 with ``onnxruntime.quantization.quantize_static``, and measure the outputs.
 
     Args:
         models: by name, in evaluation mode; for example before and after fusing.
-        calibration: inputs whose least and largest activations become the ranges.
+        calibration: inputs whose least and largest activations become the ranges; their batches may differ
+            in length.
         samples: inputs to measure on; None takes those of the calibration.
         per_channel: one scale per output channel of a weight, instead of one per tensor.
 
     Raises:
-        SelectionError: no calibration inputs.
+        SelectionError: no calibration inputs, or inputs of several shapes.
         FxExpandError: a model cannot be exported, or onnxruntime is not installed.
     """
-    if not calibration or (samples is not None and not samples):
+    calibration = list(calibration)
+    given = calibration if samples is None else list(samples)
+    if not calibration or not given:
         raise SelectionError("calibration: no inputs. Give a few batches that are like those of use.")
+    shapes = {", ".join(_without_batch(each)) for each in (*calibration, *given)}
+    if len(shapes) > 1:
+        two = " and of ".join(sorted(shapes)[:2])
+        raise SelectionError(f"calibration: inputs of {two}; only the batch may differ. Pad them.")
     required("onnxruntime")
-    given = calibration if samples is None else samples
     results = []
     with tempfile.TemporaryDirectory(prefix="fxexpand-int8-") as folder:
         for i, (name, model) in enumerate(models.items()):
@@ -208,6 +214,10 @@ def check_int8(
                 )
             )
     return Int8Report(tuple(results), per_channel, len(calibration), len(given))
+
+
+def _without_batch(inputs: ExampleInputs) -> list[str]:
+    return ["x".join(["batch", *map(str, tensor.shape[1:])]) for tensor in tensors(inputs)]
 
 
 def _ranges(model: nn.Module) -> Iterator[tuple[str, WeightRange]]:

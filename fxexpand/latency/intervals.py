@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
+from math import ceil, comb, log2
 from statistics import median
 
 from fxexpand.errors import SelectionError
@@ -42,6 +42,9 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Inter
         outside += comb(n, k) / 2**n
         k += 1
     if k == 0:
-        raise SelectionError(f"{n} samples cannot give a {confidence:.4g} interval. Take more rounds.")
+        enough = ceil(1 - log2(1 - confidence))
+        raise SelectionError(
+            f"{n} samples cannot give a {confidence:.4g} interval. Take {enough} rounds or more."
+        )
     ordered = sorted(samples)
     return Interval(median(ordered), ordered[k - 1], ordered[n - k])

@@ -129,7 +129,7 @@ class LatencyReport:
             for m in self.measurements
         ]
         head = ("model", "backend", *(["batch"] if several else []), "median ms")
-        head = (*head, f"{self.confidence:.4g} interval", "calls/round", "peak")
+        head = (*head, f"{self.confidence:.4g} interval", "calls", "peak")
         differences = self.differences if several else [replace(d, batch=None) for d in self.differences]
         lines = [*map(str, differences), *map(str, self.unavailable), self._conditions(several)]
         return "\n".join([table(head, rows, left=(0, 1)), *lines])
@@ -209,8 +209,10 @@ def measure_latency(
         SelectionError: an unknown backend, no model, or too few rounds for the confidence.
         FxExpandError: a backend is not installed, or (with ``skip_unavailable``) none is available.
     """
-    if not models:
-        raise SelectionError("models: none given.")
+    if not isinstance(models, Mapping) or not models:
+        raise SelectionError("models: give them by name, as {'original': model, 'fused': small}.")
+    if isinstance(backends, str):
+        backends = (backends,)
     if not backends or not set(backends) <= set(EVERY_BACKEND):
         raise SelectionError(f"backends {list(backends)}: choose from {', '.join(EVERY_BACKEND)}.")
     if warmup < 1:

@@ -50,15 +50,18 @@ def save(folder: str | Path, step: int, tensors: dict[str, Tensor], values: dict
         values: as JSON; those of the first process are written.
 
     Raises:
+        TypeError: a value has no form in JSON; nothing was written.
         OSError: the folder cannot be written to.
         FxExpandError: a process could not write its part; the last checkpoint is still there.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
+    text = json.dumps(values) if first else ""
     folder = Path(folder)
     path, draft = folder / f"step-{step:09d}", folder / f".step-{step:09d}.unfinished"
+    replaced = folder / f".step-{step:09d}.replaced.unfinished"
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in (path, *folder.glob(".step-*.unfinished")):
+        for left_over in folder.glob(".step-*.unfinished"):
             shutil.rmtree(left_over, ignore_errors=True)
         draft.mkdir()
     _meet()
@@ -67,8 +70,11 @@ def save(folder: str | Path, step: int, tensors: dict[str, Tensor], values: dict
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
         state_dict_saver.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     if first:
-        write_whole(draft / VALUES, json.dumps(values))
+        write_whole(draft / VALUES, text)
+        if path.exists():  # of the same step; it stays until now, as no folder is replaced in one move
+            path.rename(replaced)
         draft.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
         for other in _complete(folder):
             if other != path:
                 shutil.rmtree(other, ignore_errors=True)
@@ -81,19 +87,19 @@ def latest(folder: str | Path) -> Path | None:
     return max(_complete(Path(folder)), default=None)
 
 
-def values_of(checkpoint: Path) -> dict[str, Any]:
+def values_of(checkpoint: str | Path) -> dict[str, Any]:
     """What is no tensor in a checkpoint.
 
     Raises: SelectionError: the file is missing or damaged.
     """
     try:
-        found = json.loads((checkpoint / VALUES).read_text(encoding="utf-8"))
+        found = json.loads(Path(checkpoint, VALUES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SelectionError(f"{checkpoint}: not a checkpoint of a training run: {error}") from error
     return dict(found)
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor], optional: Iterable[str] = ()) -> set[str]:
+def load(checkpoint: str | Path, tensors: dict[str, Tensor], optional: Iterable[str] = ()) -> set[str]:
     """Read a checkpoint into ``tensors``, in place; all processes call it.
 
     Args:

@@ -230,6 +230,11 @@ def require_same_outputs(
     limit = max((tolerance(dtype, sites) for dtype in dtypes), default=tolerance(before[0].dtype))
     if not error <= limit:
         limit = max([limit, *(tolerance(dtype, sites) for dtype in rounded_to(model, example_inputs))])
+    if not error <= limit and any(bool(tensor.isnan().any()) for tensor in before):
+        raise VerificationError(
+            f"{what}: the model returned NaN for the example inputs before anything was changed, so nothing "
+            "can be compared. The model was left as it was. Give other inputs, or none."
+        )
     if not error <= limit:
         raise VerificationError(
             f"{what}: the outputs changed by a relative {error:.3g}, above {limit:.3g} for {sites} sites. "

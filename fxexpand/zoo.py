@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         UnusableWeightError: the file holds NaN or Inf; the message names the tensor.
     """
     state = _read(path)
-    built = model.state_dict()
+    built: Any = model.state_dict()
     for key, value in state.items():
         if value.is_floating_point() and not _is_usable(value, built.get(key)):
             raise UnusableWeightError(f"{path}: {key!r} holds NaN or Inf. Take an earlier checkpoint.")
@@ -112,8 +113,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model lacks"
         more = len(missing) + len(extra) - 1
         raise SelectionError(f"{path}: {problem}{f' ({more} more names differ)' if more else ''}.")
+    versions = OrderedDict(state)
+    # Of the layers, which safetensors do not keep; MNASNet asks for them.
+    versions._metadata = getattr(state, "_metadata", built._metadata)  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(versions)
     except RuntimeError as error:
         raise SelectionError(f"{path}: {_last_line(error)}") from error
 
@@ -203,7 +207,9 @@ def _transformers_inputs(model: nn.Module) -> ExampleInputs | None:
     """Sixteen tokens, or an image as large as the configuration says."""
     config: Any = model.config
     if getattr(model, "main_input_name", "") == "input_ids":
-        return {"input_ids": torch.arange(1, 17).unsqueeze(0)}
+        tokens = torch.arange(1, 17).unsqueeze(0)
+        # A cache is no tensor, and nothing for a file of ONNX to return.
+        return {"input_ids": tokens, **({"use_cache": False} if getattr(config, "use_cache", False) else {})}
     size = getattr(config, "image_size", None)
     if getattr(model, "main_input_name", "") != "pixel_values" or not isinstance(size, int):
         return None
@@ -211,6 +217,11 @@ def _transformers_inputs(model: nn.Module) -> ExampleInputs | None:
 
 
 def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
+    if "/" in module or module.startswith(".") or module.endswith(".py"):
+        raise SelectionError(
+            f"{module!r} is no name of a module. Write it as in an import, {Path(module).stem}:{attribute}; "
+            "the current folder is searched first."
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does; the console script starts without the current folder
     try:
@@ -227,7 +238,8 @@ def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
     if isinstance(found, nn.Module):
         return copied(found)  # a command loads a model twice, and changes one of them
     if not callable(found):
-        raise SelectionError(f"{module}:{attribute} is a {type(found).__name__}; name a factory or a module.")
+        kind = type(found).__name__
+        raise SelectionError(f"{module}:{attribute} is of type {kind}; name a factory or an nn.Module.")
     try:
         inspect.signature(found).bind()
     except TypeError as error:
@@ -249,7 +261,9 @@ def _built(factory: Any, name: str, meta: bool) -> nn.Module:
     else:
         model = factory()
     if not isinstance(model, nn.Module):
-        raise SelectionError(f"{name} gave a {type(model).__name__}, not an nn.Module.")
+        raise SelectionError(f"{name} gave an object of type {type(model).__name__}, not an nn.Module.")
+    if not meta and any(parameter.is_meta for parameter in model.parameters()):
+        raise SelectionError(f"{name} gave a model on the meta device, without values. Build it on the CPU.")
     return model
 
 

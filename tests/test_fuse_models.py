@@ -375,3 +375,16 @@ def test_a_view_holds_in_whatever_layout_the_new_kernel_leaves_its_result() -> N
     for small in (fuse(model), fuse(model, x)):
         assert_same(small(x), model(x), EXACT)
         assert norms(small) == 0 and "scale" not in small.state_dict()
+
+
+def test_a_network_that_returns_nan_by_itself_is_told_so() -> None:
+    class Diverged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(-self.layers(x).square() - 1.0)
+
+    with pytest.raises(VerificationError, match="returned NaN for the example inputs before anything"):
+        fuse(Diverged(), torch.randn(2, 4))

@@ -43,9 +43,11 @@ def test_torchvision_builds_without_downloads_or_warnings() -> None:
         ("fxexpand.demo:Digitz", "fxexpand.demo has no 'Digitz'. Did you mean Digits"),
         ("fxexpand.nowhere:f", "no module 'fxexpand.nowhere'"),
         ("tim:resnet18", "no module 'tim' .* Did you mean timm"),
-        ("fxexpand.demo:NETWORK", "is a str; name a factory"),
+        ("fxexpand.demo:NETWORK", "is of type str; name a factory"),
+        ("./factories:plain", "is no name of a module. Write it as in an import, factories:plain"),
+        ("factories.py:plain", "Write it as in an import, factories:plain"),
         ("fxexpand.zoo:load_model", "needs arguments .*'name'"),
-        ("fxexpand.recipes:Chain", "gave a Chain, not an nn.Module"),
+        ("fxexpand.recipes:Chain", "gave an object of type Chain, not an nn.Module"),
     ],
 )
 def test_a_wrong_name_is_answered_with_the_closest(name: str, message: str) -> None:
@@ -66,6 +68,28 @@ def test_models_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: pyt
     assert not next(read.parameters()).is_meta
     with pytest.raises(FxExpandError, match="needs 'nothing_of_this_name', which is not installed"):
         load_model("broken_for_this_test:f")
+
+
+def test_a_factory_without_values_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "import torch\ndef empty():\n    return torch.nn.Linear(2, 3, device='meta')\n"
+    (tmp_path / "empty_for_this_test.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SelectionError, match="a model on the meta device, without values"):
+        load_model("empty_for_this_test:empty")
+
+
+def test_weights_of_a_model_that_asks_for_their_version(tmp_path: Path) -> None:
+    source, model = load_model("torchvision:mnasnet0_5"), load_model("torchvision:mnasnet0_5")
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    load_weights(model, tmp_path / "w.safetensors")
+    torch.testing.assert_close(model.state_dict()["layers.0.weight"], source.state_dict()["layers.0.weight"])
+
+
+def test_default_inputs_of_a_language_model_ask_for_no_cache() -> None:
+    model = load_model("transformers:gpt2")
+    inputs: Any = default_inputs("transformers:gpt2", model)
+    assert inputs["input_ids"].shape == (1, 16) and inputs["use_cache"] is False
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

@@ -114,6 +114,8 @@ def _written(given: ExampleInputs) -> str:
     from fxexpand.inputs import as_call
 
     def zeros(tensor: Any) -> str:
+        if not hasattr(tensor, "dtype"):
+            return repr(tensor)
         dtype = "" if str(tensor.dtype) == "torch.float32" else f", dtype={tensor.dtype}"
         return f"torch.zeros({', '.join(map(str, tensor.shape))}{dtype})"
 

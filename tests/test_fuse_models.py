@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxexpand
-from fxexpand import RefusedError, SelectionError, UnusableWeightError, fuse, report
+from fxexpand import RefusedError, SelectionError, UnusableWeightError, VerificationError, fuse, report
 from fxexpand.passes import Fuse
 from fxexpand.tracing import trace
 from tests.compare import assert_same

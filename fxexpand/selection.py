@@ -24,8 +24,9 @@ class Selection:
         select: None takes every site. A predicate is called with the site's name and the module that holds
             the weight. A pattern is a glob (``"layer4.*"``, ``"*.fc?"``) or, as ``re.compile(...)`` or a
             string that begins with ``"re:"``, a regular expression for the whole name; it takes the sites it
-            names and all sites below a module it names. A list takes what any of its patterns takes. A
-            mapping is a recipe (or None: leave alone) per pattern; of several that match, the last counts.
+            names, by any name of a tied weight, and all sites below a module it names. A list takes what any
+            of its patterns takes. A mapping is a recipe (or None: leave alone) per pattern; of several that
+            match, the last counts.
         recipe: for sites whose pattern brings none.
 
     Raises: SelectionError: none of these forms, or a broken regular expression.
@@ -64,15 +65,20 @@ class Selection:
             _matches(pattern, "")
         self._unused = dict.fromkeys(pattern for pattern, _ in self._patterns)
 
-    def recipe_for(self, name: str, module: nn.Module) -> Recipe | None:
-        """The recipe for a site; None leaves it alone."""
+    def recipe_for(self, name: str, module: nn.Module, names: Iterable[str] = ()) -> Recipe | None:
+        """The recipe for a site; None leaves it alone.
+
+        Args:
+            names: all that a tied weight is known under, for patterns.
+        """
         if self._all:
             return self._default
         if self._predicate is not None:
             return self._default if self._predicate(name, module) else None
         found: Recipe | None = None
+        parts = [part for each in dict.fromkeys((name, *names)) for part in _with_ancestors(each)]
         for pattern, recipe in self._patterns:
-            if any(_matches(pattern, part) for part in _with_ancestors(name)):
+            if any(_matches(pattern, part) for part in parts):
                 self._unused.pop(pattern, None)
                 found = recipe
         return found

@@ -66,6 +66,12 @@ class Site:
         """The module that holds the weight; the first of several."""
         return self.owners[0].module
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the site is called at each of its owners: its name, and for a tied weight the others."""
+        others = (owner.path if self.space == "layer" else owner.name for owner in self.owners[1:])
+        return (self.name, *others)
+
 
 class _Verdict(NamedTuple):
     action: Literal["expand", "refuse", "leave"]

@@ -45,6 +45,20 @@ def test_a_module_stands_for_all_below_it() -> None:
     assert {row.reason for row in rows if row.action == "left"} == {"not selected"}
 
 
+def test_a_tied_weight_is_selected_by_any_of_its_names() -> None:
+    def model() -> Any:
+        made: Any = nn.ModuleDict({"one": nn.Linear(4, 4), "mid": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+        made["two"].weight = made["one"].weight
+        return made
+
+    for select, names in (("two", {"one.weight"}), ({"*": Chain(), "two": None}, {"mid"}), ("mid", {"mid"})):
+        assert {row.site for row in report(expand(model(), select=select)).changed} == names
+    table = nn.ModuleDict({"table": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    table["head"].weight = table["table"].weight
+    (row,) = report(expand(table, select="head")).changed
+    assert row.site == "table.weight"
+
+
 def test_a_mapping_brings_recipes() -> None:
     big: Any = expand(ConvNet(), select={"*": Chain(depth=2, width=1), "head": Chain(depth=5)})
     assert len(big.head.expansion) == 5 and len(big.stem.expansion) == 2

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +152,3 @@ def main(given: Sequence[str] | None = None) -> int:
         save(out, {"benchmark": f"generalisation {data.name}", "machine": about, "rows": rows})
     print(f"{headline(about)}\n\n{summary(rows)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -125,6 +127,21 @@ def test_surgery_cost_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [chain["layers"] for chain in written["chains"]] == [10, 100]
     text = surgery_cost.tables(written["resnets"], written["chains"], written["networks"])
     assert "resnet18" in text and "ms / layer" in text
+
+
+COMMANDS = [file.stem for file in sorted(evidence.FOLDER.glob("*.py")) if "__main__" in file.read_text()]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "mkl"])  # which hands its options on
+def test_every_command_has_a_quick_form_that_needs_nothing_else(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `make bench-quick` calls it."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert "[--quick]" in usage
+    assert "--" not in re.sub(r"\[.*?\]", "", usage, flags=re.DOTALL), "an option is required"
 
 
 def test_a_profile_says_which_operators_took_the_time() -> None:

@@ -159,7 +159,7 @@ def _targets(
             continue
         count = 0 if site.weight is None or is_lazy(site.weight) else site.weight.numel()
         row = FactorRow(site.name, site.kind, "left", site.reason, params_before=count, params_after=count)
-        if selection.recipe_for(site.name, site.module, site.names) is None:
+        if selection.recipe_for(site.name, site.module, site.aliases) is None:
             rows[site.name] = replace(row, reason="not selected")
         elif site.action != "expand":
             rows[site.name] = replace(row, action="refused" if site.action == "refuse" else "left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -65,18 +65,18 @@ class Selection:
             _matches(pattern, "")
         self._unused = dict.fromkeys(pattern for pattern, _ in self._patterns)
 
-    def recipe_for(self, name: str, module: nn.Module, names: Iterable[str] = ()) -> Recipe | None:
+    def recipe_for(self, name: str, module: nn.Module, aliases: Sequence[str] = ()) -> Recipe | None:
         """The recipe for a site; None leaves it alone.
 
         Args:
-            names: all that a tied weight is known under, for patterns.
+            aliases: the other names of a tied weight, for patterns.
         """
         if self._all:
             return self._default
         if self._predicate is not None:
             return self._default if self._predicate(name, module) else None
         found: Recipe | None = None
-        parts = [part for each in dict.fromkeys((name, *names)) for part in _with_ancestors(each)]
+        parts = [part for each in (name, *aliases) for part in _with_ancestors(each)]
         for pattern, recipe in self._patterns:
             if any(_matches(pattern, part) for part in parts):
                 self._unused.pop(pattern, None)

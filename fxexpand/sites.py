@@ -67,10 +67,9 @@ class Site:
         return self.owners[0].module
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What the site is called at each of its owners: its name, and for a tied weight the others."""
-        others = (owner.path if self.space == "layer" else owner.name for owner in self.owners[1:])
-        return (self.name, *others)
+    def aliases(self) -> tuple[str, ...]:
+        """What a tied weight is called at its other owners."""
+        return tuple(owner.path if self.space == "layer" else owner.name for owner in self.owners[1:])
 
 
 class _Verdict(NamedTuple):

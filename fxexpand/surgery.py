@@ -65,7 +65,7 @@ def plan_expansion(
     modules: dict[nn.Module, None] = {}
     scratch = Scratch()
     for site in progress(sites):
-        recipe = selection.recipe_for(site.name, site.module, site.names)
+        recipe = selection.recipe_for(site.name, site.module, site.aliases)
         if site.action != "expand" or recipe is None:
             if recipe is None:
                 rows.append(_row(site, "left", "not selected"))

@@ -116,19 +116,19 @@ def grouped(walk: Walk) -> list[Group]:
 
 def carry_out(walk: Walk, fusions: Sequence[Fusion]) -> None:
     """Rewrite the graph."""
+    if not fusions:
+        return
     changed = walk.graph_module
     new: dict[fx.Node, fx.Node] = {}
     for fusion in fusions:
         put(changed, fusion.name, fusion.module)
     values = {node: (fusion.name, form) for fusion in fusions for node, form in fusion.values.items()}
-    nodes, shapes_read = list(walk.order), walk.shapes_read() if fusions else {}
+    nodes, shapes_read = list(walk.order), walk.shapes_read()
     for node in sorted(values, key=walk.order.__getitem__):
         name, form = values[node]
         source = new.get(form.source, form.source)
         place = nodes[max(form.start, form.last if form.before or form.after else 0)]
         new[node] = call_instead(changed, node, name, source, place, form.before, form.after)
-    if not fusions:
-        return
     for reader, form in shapes_read.items():
         read_early(changed, reader, new.get(form.source, form.source), form.after)
     removable = {node for node in walk.order if node in walk.steps or node in walk.reader.constants}

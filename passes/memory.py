@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.graph import works_in_place, written
 from fxexpand.ops import LAYERS
 from fxexpand.passes.module_maps import POOLS
 from fxexpand.passes.operators import call_of
+from fxexpand.passes.shapes import noted
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
     """The dtype of a value in the example, by ``trace(example_inputs=...)`` or an export."""
-    value = node.meta.get("val")
-    held = value if isinstance(value, Tensor) else node.meta.get("tensor_meta")
-    dtype = getattr(held, "dtype", None)
+    dtype = noted(node, "dtype")
     return dtype if isinstance(dtype, torch.dtype) else None
 
 

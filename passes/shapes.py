@@ -165,7 +165,7 @@ class Shapes:
         """Unknown sizes, as many as an example had, by ``trace(example_inputs=...)`` or an export."""
         if isinstance(node.meta.get(NDIM), int):
             return self._fresh(node, node.meta[NDIM])
-        shape = _noted(node)
+        shape = noted(node, "shape")
         return None if shape is None else self._fresh(node, len(shape))
 
     def _fresh(self, node: fx.Node, ndim: int) -> Shape:
@@ -386,7 +386,7 @@ class Shapes:
 
 def recorded(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of a value in the example, by ``trace(example_inputs=...)`` or an export."""
-    shape = _noted(node)
+    shape = noted(node, "shape")
     if shape is None:
         return None
     # Of a dynamic size the one in the example.
@@ -395,9 +395,10 @@ def recorded(node: fx.Node) -> tuple[int, ...] | None:
     return known if len(known) == len(sizes) else None
 
 
-def _noted(node: fx.Node) -> Sequence[int | torch.SymInt] | None:
+def noted(node: fx.Node, fact: str) -> Any:
+    """The shape or the dtype of a value, as an example or an export left it in the meta; None without one."""
     value = node.meta.get("val")
-    return value.shape if isinstance(value, Tensor) else getattr(node.meta.get("tensor_meta"), "shape", None)
+    return getattr(value if isinstance(value, Tensor) else node.meta.get("tensor_meta"), fact, None)
 
 
 def place_after(before: Shape, after: Shape, dim: int) -> int | None:

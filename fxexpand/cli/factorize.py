@@ -16,8 +16,8 @@ from fxexpand.cli.options import (
     Weights,
     built,
     device_of,
+    filled,
     given_inputs,
-    loaded,
 )
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
@@ -47,7 +47,8 @@ def factorize(
         from fxexpand.table import short
 
         with working(f"{model}: building"):
-            network = loaded(model, weights, place)
+            network, lines = built(model, weights)
+            network = filled(network, weights, place)
             given = given_inputs(model, network, inputs, place)
         small = factorized(
             network,
@@ -67,7 +68,6 @@ def factorize(
     if as_json:
         show_json({"model": model, "path": str(out), "size": len(data), "ranks": ranks, **found.to_dict()})
     else:
-        _, lines = built(model, weights, meta=True)
         loading = "\n    ".join([*lines, "model = fxexpand.factorize(model, rank=ranks)"])
         size = f"{out}: {short(len(data))}B"
         show(f"{sites(found)}\n\n{size}. With the ranks in its metadata it loads into\n\n    {loading}")

@@ -16,15 +16,13 @@ from fxexpand.cli.options import (
     Weights,
     built,
     device_of,
+    filled,
     given_inputs,
     recipe_of,
 )
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from fxexpand.inputs import ExampleInputs
 
 
@@ -54,7 +52,11 @@ def fuse(
         from fxexpand.zoo import default_inputs
 
         with working(f"{model}: building"):
-            network = _network(model, weights, recipe, place)
+            network, lines = built(model, weights)
+            names = set(network.state_dict())
+            if recipe is not None:
+                network = pipeline.expand(network, recipe_of(recipe), inplace=True)
+            network = filled(network, weights, place)
             known = bool(inputs) or default_inputs(model, network) is not None
             given = given_inputs(model, network, inputs, place) if known else None
         # pipeline checks the scope before it does anything
@@ -62,8 +64,7 @@ def fuse(
         report = pipeline.report(fused)
         data = weights_of(fused, {"fxexpand": __version__, "model": model, "scope": scope})
         write_whole(out, data)
-        bare, lines = built(model, weights, meta=True)
-    grown = scope == "expanded" and set(fused.state_dict()) != set(bare.state_dict())
+    grown = scope == "expanded" and set(fused.state_dict()) != names
     loading = _loading(lines, recipe, scope, given, grown, out)
     if as_json:
         show_json({"model": model, "path": str(out), "size": len(data), "load": loading, **report.to_dict()})
@@ -71,18 +72,6 @@ def fuse(
         from fxexpand.table import short
 
         show(f"{sites(report)}\n\n{out}: {short(len(data))}B. It loads by\n\n{_indented(loading)}")
-
-
-def _network(model: str, weights: Path | None, recipe: str | None, place: torch.device) -> nn.Module:
-    from fxexpand.pipeline import expand
-    from fxexpand.zoo import load_weights
-
-    network, _ = built(model, weights)
-    if recipe is not None:
-        network = expand(network, recipe_of(recipe), inplace=True)
-    if weights is not None:
-        load_weights(network, weights)
-    return network.to(place).eval()
 
 
 def _loading(

@@ -129,9 +129,13 @@ def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 
 def loaded(name: str, weights: Path | None, device: torch.device | str = "cpu") -> nn.Module:
     """The model, with the weights of the file, on the device and in evaluation mode."""
+    return filled(built(name, weights)[0], weights, device)
+
+
+def filled(model: nn.Module, weights: Path | None, device: torch.device | str = "cpu") -> nn.Module:
+    """What was ``built``, with the weights of the file, on the device and in evaluation mode."""
     from fxexpand.zoo import load_weights
 
-    model, _ = built(name, weights)
     if weights is not None:
         load_weights(model, weights)
     return model.to(device).eval()

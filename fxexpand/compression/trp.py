@@ -170,7 +170,7 @@ class TrainedRankPruning:
             subgradient = torch.empty_like(weight)
             facts = torch.zeros(2, dtype=torch.float64, device=weight.device)  # rank, lost
             if i % _world() == _rank():
-                new, slope, rank, lost = self._truncated(name, module, weight)
+                new, slope, rank, lost = self._truncated(module, weight)
                 weight.copy_(new)
                 subgradient.copy_(slope)
                 facts[0], facts[1] = rank, lost
@@ -193,7 +193,8 @@ class TrainedRankPruning:
         if self.everywhere and self.nuclear:
             for name, module in self.layers.items():
                 weight = module.get_parameter("weight")
-                self._subgradients[name] = self._truncated(name, module, weight, energy=1.0)[1].to(weight)
+                self._require_finite(name, weight)
+                self._subgradients[name] = self._truncated(module, weight, energy=1.0)[1].to(weight)
         for name, subgradient in self._subgradients.items():
             gradient = self.layers[name].get_parameter("weight").grad
             if gradient is not None:
@@ -210,10 +211,9 @@ class TrainedRankPruning:
         return self.scheme if self.scheme in some else some[0]
 
     def _truncated(
-        self, name: str, module: nn.Module, weight: Tensor, energy: float | None = None
+        self, module: nn.Module, weight: Tensor, energy: float | None = None
     ) -> tuple[Tensor, Tensor, int, float]:
         """The projected weight, ``U V^T`` over the directions kept, their number, and what was lost."""
-        self._require_finite(name, weight)
         kernel, scheme = kernel_like(module, weight), self._scheme(module)
         found = spectrum(matrix_of(kernel, scheme))
         rank = found.rank_for(self.energy if energy is None else energy)

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
-from fxexpand.tracer import UntraceableError, signature_of
-from fxexpand.tracing import FAILURES, trace
+from fxexpand.tracer import FAILURES, UntraceableError, signature_of
+from fxexpand.tracing import symbolic
 
 PLAIN = (Tensor, bool, int, float, complex, str)
 
@@ -104,15 +104,15 @@ class Parts:
         """
         given = self.given(module)
         if module is self._model or given is None:
-            return trace(module, example_inputs=given)
+            return symbolic(module, example_inputs=given)
         try:
-            return trace(module, example_inputs=given)
+            return symbolic(module, example_inputs=given)
         except UntraceableError as error:
             if error.differs:
                 raise
         except FAILURES:  # a second call with the same arguments may not be possible
             pass
-        return trace(module)
+        return symbolic(module)
 
     def given(self, module: nn.Module) -> ExampleInputs | None:
         """The example inputs of a part, where they are known."""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 Model = TypeVar("Model", bound=nn.Module)
 
 # What an exported program's module checks its inputs by: of no use to a network that is rewritten.
-CHECKS = ("shape_env", "range_constraints", "validate_inputs")
+CHECKS = ("shape_env", "range_constraints", "validate_inputs", "train", "eval")
 
 
 def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     exported program refuses it. Buffers are restored in place: a module that counts its calls sees nothing.
     """
     modules = list({module: None for model in models for module in model.modules()})
-    flags = [(module, module.training) for module in modules if hasattr(module, "training")]  # not if frozen
+    moded = [module for module in modules if not getattr(type(module), "keeps_mode", False)]
+    flags = [(module, module.training) for module in moded if hasattr(module, "training")]  # not if frozen
     buffers = [(module, dict(module._buffers)) for module in modules if module._buffers]
     held = {
         id(tensor): (tensor, tensor.detach().clone(), _version(tensor))
@@ -44,6 +46,30 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
                 if version is None or _version(tensor) != version:
                     with torch.inference_mode(tensor.is_inference()):  # such are written to only there
                         tensor.copy_(saved)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The attributes of all modules are restored afterwards, training flags and plain containers among them.
+
+    fx stores constants on the model it traces, and a forward may keep what it computes (a cache).
+    """
+    saved: list[tuple[Any, Any]] = []
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    modes = [(module, module.training) for module in scripted if hasattr(module, "training")]  # not if frozen
+    for module in model.modules():
+        held = vars(module)
+        saved.append((held, dict(held)))
+        saved.extend((value, value.copy()) for value in held.values() if isinstance(value, dict | set | list))
+    try:
+        yield
+    finally:
+        for container, content in saved:
+            container.clear()
+            extend = container.extend if isinstance(container, list) else container.update
+            extend(content)
+        for module, training in modes:  # which is no Python attribute
+            module.training = training
 
 
 def _version(tensor: Tensor) -> int | None:

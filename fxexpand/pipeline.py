@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxexpand.copying import copied
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError
+from fxexpand.exported import module_of
 from fxexpand.inputs import ExampleInputs
 from fxexpand.layers import FORMS, Expanded, Form
 from fxexpand.passes.fuse import combined
@@ -23,7 +24,6 @@ from fxexpand.selection import Select, Selection
 from fxexpand.sharding import sharded_part
 from fxexpand.sites import find_sites, own_modules
 from fxexpand.surgery import Plan, commit, plan_expansion, plan_folding, restoring
-from fxexpand.tracing import module_of
 from fxexpand.verify import outputs_of, require_same_outputs
 from fxexpand.weights import expanded_weights, originals
 

@@ -24,6 +24,19 @@ from fxexpand.ops import is_layer_norm
 
 Leaf: TypeAlias = Callable[[str, nn.Module], bool]
 
+# What forward code raises when it is given proxies instead of tensors.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 
 
@@ -39,6 +52,12 @@ class UntraceableError(FxExpandError):
         super().__init__(message)
         self.reason = reason or message
         self.differs = differs
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice of torch that may follow."""
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return message.split(". ")[0].rstrip(".")
 
 
 def hooked(module: nn.Module) -> bool:

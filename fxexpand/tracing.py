@@ -1,4 +1,4 @@
-"""Symbolic traces: one graph for a whole model, or graphs of the largest submodules that have one.
+"""Traces: one graph for a whole model, or graphs of the largest submodules that have one.
 
 A graph must do what the model does, for training too. What a plain trace would freeze without a word stops
 this one with the reason: random numbers, gradient modes, values computed from buffers. A training flag that
@@ -10,42 +10,36 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp
 
-from fxexpand.evaluating import evaluating
+from fxexpand.evaluating import evaluating, undisturbed
+from fxexpand.exported import export, module_of
 from fxexpand.inputs import ExampleInputs, as_call, call
 from fxexpand.inputs import copy as copy_inputs
+from fxexpand.modes import guard, mode_of
 from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.tracer import Leaf, RegionTracer, calls_more, fixed_arguments, require_argument, signature_of
+from fxexpand.tracer import (
+    FAILURES,
+    Leaf,
+    RegionTracer,
+    calls_more,
+    first_line,
+    fixed_arguments,
+    require_argument,
+    signature_of,
+)
 from fxexpand.tracer import UntraceableError as UntraceableError
 from fxexpand.tracer import hooked as hooked
 
-Mode: TypeAlias = Literal["train", "eval"]
-
-GUARD = "fxexpand_mode"  # the ModeGuard of a graph that holds in one mode
 ALTERNATIVES = 64  # graphs of a model with other arguments that are looked at
 ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
-
-# What forward code raises when it is given proxies instead of tensors.
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def _untraceable(model: nn.Module, reason: str, fix: str, differs: bool = False) -> UntraceableError:
@@ -70,58 +64,72 @@ def trace(
 ) -> fx.GraphModule:
     """The graph of ``model``, which shares its modules, parameters and buffers; the model is as it was.
 
-    Leaves are torch's own modules, those that timm and torchvision declare (where imported), expanded layers,
-    parametrized modules, modules with hooks, and modules without parameters that read their training flag.
-    Optional arguments that are None, a bool or a string are fixed to their default, or to their value in
-    ``example_inputs``: the graph raises when it is called with another value.
+    A symbolic graph where there is one. Leaves are torch's own modules, those that timm and torchvision
+    declare (where imported), expanded layers, parametrized modules, modules with hooks, and modules without
+    parameters that read their training flag. Optional arguments that are None, a bool or a string are fixed
+    to their default, or to their value in ``example_inputs``: the graph raises when it is called with another
+    value.
+
+    Otherwise, with ``example_inputs``, a graph of ATen operators made by ``torch.export``: of the path that
+    these inputs take through the code, in the mode that the model is in, for all sizes that take the same
+    path. It takes the arguments that were given, and raises in the other mode and for other paths.
 
     Args:
-        leaf: ``(name, module) -> bool``: further modules to keep whole.
+        leaf: ``(name, module) -> bool``: further modules to keep whole, which ``torch.export`` cannot.
         example_inputs: run once, to check the graph against the model and to record shapes in the nodes.
 
     Returns:
         A graph that holds in both modes or, where ``mode_of`` says so, one that raises in the other mode.
 
-    Raises: UntraceableError: control flow on values, a hook on the model itself, random numbers drawn outside
-        the graph, a gradient mode or autocast switched inside, a mapping of an unknown class, a ``__call__``
-        of its own, or a trace that computes something else than the model.
+    Raises: UntraceableError: there is no such graph. What stops a symbolic one: control flow on values, a
+        hook on the model itself, random numbers drawn outside the graph, a gradient mode or autocast switched
+        inside, a mapping of an unknown class, a ``__call__`` of its own, or a trace that computes something
+        else than the model. What stops ``torch.export``: control flow on the values of tensors, and whatever
+        it does not support.
+    """
+    try:
+        return symbolic(model, leaf=leaf, example_inputs=example_inputs)
+    except UntraceableError as error:
+        if example_inputs is None or leaf is not None:
+            raise
+        return _exported(model, example_inputs, error)
+
+
+def _exported(model: nn.Module, example_inputs: ExampleInputs, because: UntraceableError) -> fx.GraphModule:
+    """The graph that torch.export makes, checked; ``because`` is why there is no symbolic one."""
+    try:
+        program = export(model, example_inputs)
+    except FAILURES as error:
+        reason = f"{because.reason}; torch.export: {first_line(error)}"
+        fix = "fxexpand.tracing.regions finds the parts that have a graph."
+        raise _untraceable(model, reason, fix) from error
+    graph_module = module_of(program)
+    if not model.training:
+        with evaluating(model):
+            expected, actual = (
+                tensors_of(call(module, copy_inputs(example_inputs))) for module in (model, graph_module)
+            )
+        _require_same(model, actual, expected)
+    return graph_module
+
+
+def symbolic(
+    model: nn.Module, *, leaf: Leaf | None = None, example_inputs: ExampleInputs | None = None
+) -> fx.GraphModule:
+    """The symbolic graph of ``trace``, which is that of all paths that its guards do not exclude.
+
+    Raises: UntraceableError.
     """
     modes = (record(model, leaf, example_inputs, training=flag) for flag in (True, False))
     graph_module, evaluation = modes
     if not _same_graph(graph_module, evaluation, model):
         graph_module = record(model, leaf, example_inputs)
-        _guard(graph_module)
+        guard(graph_module)
     if example_inputs is not None:
         _check_with_shapes(graph_module, model, example_inputs)
     elif isinstance(model, fx.GraphModule):
         _keep_records(model.graph, graph_module.graph)
     return graph_module
-
-
-def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The module of a program, in the mode that its operators are in.
-
-    torch sets the flag to training whatever was exported, and then refuses ``eval()``.
-    """
-    graph_module = program.module()
-    trains = any(map(_trains, graph_module.graph.nodes))
-    for module in graph_module.modules():
-        module.training = trains
-    return graph_module
-
-
-def _trains(node: fx.Node) -> bool:
-    """Whether an operator of ATen has a flag for training, and it is set."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return any(given.get(name) is True for name in ("train", "training"))
-
-
-def mode_of(graph_module: fx.GraphModule) -> Mode | None:
-    """The only mode in which a graph made by ``trace`` holds; None where it holds in both."""
-    return next((module.mode for module in graph_module.children() if isinstance(module, ModeGuard)), None)
 
 
 def fixes_arguments(graph_module: fx.GraphModule) -> bool:
@@ -175,7 +183,7 @@ def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
         seen.add(id(module))
         inside = {id(inner) for inner in module.modules()}
         try:
-            graph_module = trace(module, leaf=_within(name, leaf))
+            graph_module = symbolic(module, leaf=_within(name, leaf))
         except UntraceableError as error:
             failures[name] = error.reason
         else:
@@ -195,25 +203,6 @@ def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
 
     visit("", model)
     return Regions(tuple(graphs), failures)
-
-
-class ModeGuard(nn.Module):
-    """Part of a graph: raises unless the graph is in the mode that it was traced in."""
-
-    _is_impure = True  # what keeps fx from removing it as dead code
-
-    def __init__(self, mode: Mode) -> None:
-        super().__init__()
-        self.mode = mode
-        self.training = mode == "train"
-
-    def forward(self) -> None:
-        """Check the training flag, which follows that of the graph module."""
-        if self.training != (self.mode == "train"):
-            raise UntraceableError(
-                f"this graph was traced in {self.mode} mode and holds in that mode only. "
-                "Trace the model again in the other mode."
-            )
 
 
 def record(
@@ -242,7 +231,7 @@ def record(
     if faithful and calls_more(model):
         reason = "its class has a __call__ of its own, which a graph of its forward would drop"
         raise _untraceable(model, reason, "Move what it does into the forward.")
-    with _undisturbed(model):
+    with undisturbed(model):
         if training is not None:
             for module in model.modules():
                 module.training = training
@@ -252,8 +241,7 @@ def record(
             graph = RegionTracer(leaf, fixed, faithful).trace(model)
             graph_module = fx.GraphModule(model, graph, type(model).__name__)
         except FAILURES as error:
-            message = (str(error) or type(error).__name__).splitlines()[0]
-            reason = message.split(". ")[0].rstrip(".")  # advice of fx may follow
+            reason = first_line(error)
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
             raise _untraceable(model, reason, fix) from error
         drawn = not torch.equal(random_state, torch.get_rng_state())
@@ -279,30 +267,6 @@ def _within(name: str, leaf: Leaf | None) -> Leaf | None:
     return lambda inner, module: leaf(f"{name}.{inner}", module)
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """The attributes of all modules are restored afterwards, training flags and plain containers among them.
-
-    fx stores constants on the model it traces, and a forward may keep what it computes (a cache).
-    """
-    saved: list[tuple[Any, Any]] = []
-    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
-    modes = [(module, module.training) for module in scripted if hasattr(module, "training")]  # not if frozen
-    for module in model.modules():
-        held = vars(module)
-        saved.append((held, dict(held)))
-        saved.extend((value, value.copy()) for value in held.values() if isinstance(value, dict | set | list))
-    try:
-        yield
-    finally:
-        for container, content in saved:
-            container.clear()
-            extend = container.extend if isinstance(container, list) else container.update
-            extend(content)
-        for module, training in modes:  # which is no Python attribute
-            module.training = training
-
-
 def _same_graph(one: fx.GraphModule, two: fx.GraphModule, model: nn.Module) -> bool:
     """Whether two traces of ``model`` hold the same operations, arguments and constants."""
     nodes = zip(one.graph.nodes, two.graph.nodes, strict=False)
@@ -321,15 +285,6 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
 def _read(root: nn.Module, target: str) -> Any:
     path, _, name = target.rpartition(".")
     return getattr(root.get_submodule(path), name)
-
-
-def _guard(graph_module: fx.GraphModule) -> None:
-    """Have the graph raise in any mode but the present one; unlike a hook, this is pickled with it."""
-    graph_module.add_module(GUARD, ModeGuard("train" if graph_module.training else "eval"))
-    graph = graph_module.graph
-    with graph.inserting_before(next(iter(graph.nodes))):
-        graph.call_module(GUARD)
-    graph_module.recompile()
 
 
 class _OwnLists(ShapeProp):
@@ -377,8 +332,11 @@ def _check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_i
         expected = tensors_of(call(model, copy_inputs(example_inputs)))
         torch.set_rng_state(random_state)
         actual = tensors_of(_OwnLists(graph_module).propagate(*inputs))
-    if mode_of(graph_module) == "train":
-        return  # the model ran in eval mode
+    if mode_of(graph_module) != "train":  # the model ran in eval mode
+        _require_same(model, actual, expected)
+
+
+def _require_same(model: nn.Module, actual: list[Tensor], expected: list[Tensor]) -> None:
     eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     limit = min(ROUNDINGS * eps, 0.1)
     if not all(tensor.is_meta for tensor in expected) and worst_error(actual, expected) > limit:

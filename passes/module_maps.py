@@ -23,7 +23,7 @@ from fxexpand.passes.operators import Call
 from fxexpand.recipes import Branches, Scale, Skip, fold
 from fxexpand.recipes.fixed import Fixed
 from fxexpand.recipes.structure import LastDimBatchNorm
-from fxexpand.tracing import FAILURES
+from fxexpand.tracer import FAILURES
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)

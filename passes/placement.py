@@ -29,9 +29,10 @@ from fxexpand.passes.fuse import Fuse, Group, grouped, new_layer, rows
 from fxexpand.passes.shapes import NDIM
 from fxexpand.passes.split import LayerNormAffine, shown, split_norms
 from fxexpand.report import Row
-from fxexpand.tracing import UntraceableError, alternatives, fixes_arguments, hooked, trace
+from fxexpand.tracing import UntraceableError, alternatives, fixes_arguments, hooked, symbolic
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
+ONE_GRAPH = "as one graph"
 SHARED = "another module holds a part of it, and may call that alone"
 
 
@@ -52,7 +53,7 @@ class Edits:
     def traced(self) -> str:
         """How the model was read."""
         parts = f"in {self.graphs} parts, each a graph; the whole has none: {self.untraced}"
-        return parts if self.untraced else "as one graph"
+        return parts if self.untraced else ONE_GRAPH
 
 
 def plan_fusing(model: nn.Module, example_inputs: ExampleInputs | None, verify: bool) -> Edits:
@@ -342,7 +343,7 @@ class _Tree:
             fixed = self._part and fixes_arguments(self._walk.graph_module)
             return None if fixed else self._walk.graph_module
         try:
-            graph_module = trace(self._root.get_submodule(owner))
+            graph_module = symbolic(self._root.get_submodule(owner))
         except UntraceableError:
             return None
         if fixes_arguments(graph_module):

@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fxexpand import expand, fuse
+from fxexpand.modes import mode_of
 from fxexpand.tracer import RegionTracer
-from fxexpand.tracing import UntraceableError, mode_of, regions, trace
+from fxexpand.tracing import UntraceableError, regions, symbolic, trace
 from tests.compare import assert_same
 
 X = torch.randn(2, 4, 6, 5)
@@ -260,7 +261,8 @@ def test_a_path_chosen_by_type_is_caught_by_example_inputs() -> None:
     model = Module(lambda module, x: x if isinstance(x, Tensor) else x * 1.001)
     trace(model)
     with pytest.raises(UntraceableError, match="something else"):
-        trace(model, example_inputs=X)
+        symbolic(model, example_inputs=X)
+    assert_same(trace(model, example_inputs=X)(X), model(X), 1e-6)
 
 
 def lowered(sizes: list[int], limits: list[int]) -> list[int]:

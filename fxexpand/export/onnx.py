@@ -35,6 +35,7 @@ from fxexpand.export.files import (
     move_together,
     second_file,
 )
+from fxexpand.export.folding import fused
 from fxexpand.export.free_sizes import axis_names, larger
 from fxexpand.export.free_sizes import dynamic_shapes as free_sizes
 from fxexpand.export.sessions import feeds, open_session, required
@@ -152,8 +153,8 @@ def export_onnx(
             with free spatial sizes, at larger ones too.
         opset: of the default ONNX domain; None takes torch's default.
         tolerance: largest relative error; None takes 1e-4 in float32 (``TOLERANCES``).
-        fuse: call ``fxexpand.fuse`` first; ``model`` itself is not changed, and is what the file is compared
-            with.
+        fuse: call ``fxexpand.fuse`` first, and fold what is left in the program of this call where the model
+            is no single graph; ``model`` itself is not changed, and is what the file is compared with.
         dynamic_spatial: leave the dimensions from 2 on free, of floating-point tensors of rank 3 to 5.
         dynamic_shapes: what to leave free instead, as ``torch.export`` takes it.
         external_data: put the weights into a second file, ``path`` + ``.data``; None does so above 1.9 GB.
@@ -194,7 +195,7 @@ def export_onnx(
     names = axis_names(model, example_inputs, free) if free and dynamic_shapes is None else []
     if tolerance is None:
         tolerance = TOLERANCES[_dtype(model, example_inputs)]
-    written = pipeline.fuse(model, example_inputs) if fuse else model
+    written = fused(model, example_inputs, free) if fuse else model
     entries = _metadata(model, written) | dict(metadata or {})
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

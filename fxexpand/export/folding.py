@@ -1,0 +1,41 @@
+"""Fuse a model for a file, which holds one path through its code in any case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxexpand import pipeline
+from fxexpand.evaluating import undisturbed
+from fxexpand.inputs import ExampleInputs, as_call
+from fxexpand.passes.fuse import combined
+from fxexpand.passes.placement import ONE_GRAPH
+from fxexpand.tracer import FAILURES
+
+
+def fused(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> nn.Module:
+    """``fuse(model)``; what code without a graph keeps apart is then folded in the program of the call.
+
+    ``fuse`` itself leaves that alone, since the result must hold for all paths through the code, in both
+    modes. The program is that of ``torch.export``, from which the file is made anyway.
+    """
+    parts = pipeline.fuse(model, example_inputs)
+    first = pipeline.report(parts)
+    if first.traced == ONE_GRAPH:
+        return parts
+    args, kwargs = as_call(example_inputs)
+    try:
+        with undisturbed(parts):
+            program = torch.export.export(parts, args, kwargs, dynamic_shapes=dynamic_shapes)
+    except FAILURES:  # torch.onnx has more ways
+        return parts
+    whole = pipeline.fuse(program, example_inputs)
+    second = pipeline.report(whole)
+    if not second.changed:
+        return parts
+    traced = f"{first.traced}; then as one program of torch.export"
+    whole.__dict__[pipeline.REPORT] = replace(combined([first, second]), traced=traced)
+    return whole

@@ -228,6 +228,7 @@ def test_a_budget_out_of_reach_says_what_is_reachable() -> None:
     assert count_flops(absolute, torch.randn(1, 8)).total <= 128
 
 
+@pytest.mark.usefixtures("even_clock")
 def test_a_latency_budget_factors_the_slow_layers() -> None:
     model: Any = nn.Sequential(nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 4))
     small: Any = factorize(model, torch.randn(256, 768), latency=0.7)

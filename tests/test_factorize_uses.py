@@ -311,6 +311,7 @@ def test_a_factored_layer_is_called_by_keyword_as_before() -> None:
     assert_same(result.graph_module(tokens), model(tokens), 1e-12)
 
 
+@pytest.mark.usefixtures("even_clock")
 @pytest.mark.parametrize("budget", [{"flops": 0.6}, {"latency": 0.6}], ids=str)
 def test_what_a_budget_cannot_see_is_left_and_says_why(budget: dict[str, float]) -> None:
     """A table costs no FLOPs and no time to speak of: it is no failure, and strict passes."""
@@ -331,6 +332,7 @@ def test_what_a_budget_cannot_see_is_left_and_says_why(budget: dict[str, float])
     assert list(cuts(small)) == ["wide"]
 
 
+@pytest.mark.usefixtures("even_clock")
 def test_a_layer_that_is_called_often_has_the_time_of_all_its_calls() -> None:
     """As the one block of ALBERT: of a single call, most of the time would be out of reach."""
 
@@ -348,6 +350,7 @@ def test_a_layer_that_is_called_often_has_the_time_of_all_its_calls() -> None:
     assert list(cuts(small)) == ["block"]
 
 
+@pytest.mark.usefixtures("even_clock")
 def test_shared_weights_are_not_timed_and_say_so() -> None:
     class Wide(Twice):
         def __init__(self) -> None:

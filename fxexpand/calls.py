@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
-from fxexpand.tracer import FAILURES, UntraceableError, signature_of
+from fxexpand.tracer import FAILURES, Leaf, UntraceableError, signature_of
 from fxexpand.tracing import symbolic
 
 PLAIN = (Tensor, bool, int, float, complex, str)
@@ -67,6 +67,25 @@ def _switches(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class Reading(NamedTuple):
+    """The graph of a part of a model.
+
+    Attributes:
+        graph_module: the graph.
+        leaf: the modules kept whole because their code has no graph; None where there are none.
+        error: why they have none.
+    """
+
+    graph_module: fx.GraphModule
+    leaf: Leaf | None = None
+    error: UntraceableError | None = None
+
+
+def _code_of(module: nn.Module) -> object:
+    """What modules with the same forward share: that of torch's containers is in what they hold."""
+    return module if type(module).__module__.startswith("torch.") else type(module)
+
+
 class Parts:
     """The example inputs of a model, and those that it gives to its parts."""
 
@@ -97,12 +116,24 @@ class Parts:
                 path = path.rpartition(".")[0]
         return False
 
-    def traced(self, module: nn.Module) -> fx.GraphModule:
+    def traced(self, module: nn.Module) -> Reading:
         """The graph of a part, checked on its inputs where they are known.
+
+        If code inside has no graph, the modules with such code are kept whole. What they return is known from
+        the inputs alone, so that without these there is no such graph.
 
         Raises: UntraceableError.
         """
         given = self.given(module)
+        try:
+            return Reading(self._symbolic(module, given))
+        except UntraceableError as error:
+            around = self._around(module, given, error) if given is not None else None
+            if around is None:
+                raise
+            return around
+
+    def _symbolic(self, module: nn.Module, given: ExampleInputs | None) -> fx.GraphModule:
         if module is self._model or given is None:
             return symbolic(module, example_inputs=given)
         try:
@@ -113,6 +144,24 @@ class Parts:
         except FAILURES:  # a second call with the same arguments may not be possible
             pass
         return symbolic(module)
+
+    def _around(self, module: nn.Module, given: ExampleInputs, error: UntraceableError) -> Reading | None:
+        """The graph around what fails: modules of one class at a time, as many layers have the same code."""
+        whole: set[object] = set()
+
+        def leaf(name: str, inner: nn.Module) -> bool:
+            return _code_of(inner) in whole
+
+        failed = error
+        while failed.within is not None and _code_of(failed.within) not in whole:
+            whole.add(_code_of(failed.within))
+            try:
+                return Reading(symbolic(module, leaf=leaf, example_inputs=given), leaf, error)
+            except UntraceableError as again:
+                failed = again
+            except FAILURES:
+                break
+        return None
 
     def given(self, module: nn.Module) -> ExampleInputs | None:
         """The example inputs of a part, where they are known."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.utils._pytree import tree_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +40,22 @@ def _copied(model: Model, shared: Iterable[Tensor]) -> Model:
         if not parameter.is_leaf:  # what torch makes of the parameters of scripted modules
             parameter.detach_().requires_grad_(old.requires_grad)
     return new
+
+
+def keep_attributes(graph_module: fx.GraphModule, old: nn.Module) -> None:
+    """Plain attributes of a module that became a graph: code around it may read them.
+
+    They are also put where torch's deepcopy of a graph module, which drops all others, looks for attributes.
+    """
+    kept = {
+        name: value
+        for name, value in vars(old).items()
+        if name not in vars(graph_module) and not name.startswith("_")
+    }
+    vars(graph_module).update(kept)
+    settable = {name: value for name, value in kept.items() if not hasattr(fx.GraphModule, name)}
+    if settable:
+        graph_module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = settable
 
 
 def _complete(old: fx.GraphModule, memo: dict[int, Any]) -> None:

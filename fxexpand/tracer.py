@@ -46,12 +46,16 @@ class UntraceableError(FxExpandError):
     Attributes:
         reason: why.
         differs: there is a graph, which computes something else than the model.
+        within: the innermost module in whose forward the trace failed; None for the model itself.
     """
 
-    def __init__(self, message: str, reason: str = "", differs: bool = False) -> None:
+    def __init__(
+        self, message: str, reason: str = "", differs: bool = False, within: nn.Module | None = None
+    ) -> None:
         super().__init__(message)
         self.reason = reason or message
         self.differs = differs
+        self.within = within
 
 
 def first_line(error: BaseException) -> str:
@@ -91,6 +95,7 @@ class RegionTracer(fx.Tracer):
         self._faithful = faithful
         self._names: dict[int, str] = {}
         self._gradients, self._autocasts = True, 0
+        self.failed: nn.Module | None = None  # the innermost module whose call raised
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See ``fx.Tracer.trace``."""
@@ -149,9 +154,13 @@ class RegionTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """See ``fx.Tracer.call_module``."""
-        if self._faithful and calls_more(m):
-            raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            if self._faithful and calls_more(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+                raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
+            return super().call_module(m, forward, args, kwargs)
+        except FAILURES:
+            self.failed = self.failed or m
+            raise
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """See ``fx.Tracer.create_node``."""

@@ -42,8 +42,10 @@ ALTERNATIVES = 64  # graphs of a model with other arguments that are looked at
 ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
 
 
-def _untraceable(model: nn.Module, reason: str, fix: str, differs: bool = False) -> UntraceableError:
-    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs)
+def _untraceable(
+    model: nn.Module, reason: str, fix: str, differs: bool = False, within: nn.Module | None = None
+) -> UntraceableError:
+    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs, within)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def fixes_arguments(graph_module: fx.GraphModule) -> bool:
 
 
 def alternatives(
-    model: nn.Module, example_inputs: ExampleInputs | None = None
+    model: nn.Module, example_inputs: ExampleInputs | None = None, leaf: Leaf | None = None
 ) -> Iterator[tuple[str, fx.GraphModule]]:
     """Other graphs of ``model``, for reading only, each with the arguments of ``trace`` that it does not fix.
 
@@ -162,7 +164,7 @@ def alternatives(
             if fixed[name] is None:
                 del others[name]
         try:
-            yield ", ".join(dict(chosen)), record(model, faithful=False, fixed=others)
+            yield ", ".join(dict(chosen)), record(model, leaf, faithful=False, fixed=others)
         except UntraceableError:
             continue
 
@@ -236,14 +238,17 @@ def record(
             for module in model.modules():
                 module.training = training
         random_state = torch.get_rng_state()
+        tracer: RegionTracer | None = None
         try:
             fixed = fixed_arguments(model, example_inputs) if fixed is None else fixed
-            graph = RegionTracer(leaf, fixed, faithful).trace(model)
+            tracer = RegionTracer(leaf, fixed, faithful)
+            graph = tracer.trace(model)
             graph_module = fx.GraphModule(model, graph, type(model).__name__)
         except FAILURES as error:
             reason = first_line(error)
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
-            raise _untraceable(model, reason, fix) from error
+            within = tracer.failed if tracer is not None else None
+            raise _untraceable(model, reason, fix, within=within) from error
         drawn = not torch.equal(random_state, torch.get_rng_state())
         torch.set_rng_state(random_state)
         written = [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]

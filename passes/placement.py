@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxexpand.calls import Parts
+from fxexpand.calls import Parts, Reading
+from fxexpand.copying import keep_attributes
 from fxexpand.graph import Census, works_in_place, written
 from fxexpand.inputs import ExampleInputs
 from fxexpand.lowrank.factored import Factorized
@@ -32,6 +32,7 @@ from fxexpand.report import Row
 from fxexpand.tracing import UntraceableError, alternatives, fixes_arguments, hooked, symbolic
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
+NO_GRAPH = "it would become part of a graph, and code in its module has none"
 ONE_GRAPH = "as one graph"
 SHARED = "another module holds a part of it, and may call that alone"
 
@@ -101,7 +102,7 @@ def _visit(
         return
     seen.add(module)
     try:
-        graph_module = calls.traced(module)
+        reading = calls.traced(module)
     except UntraceableError as error:
         if hooked(module) and "forward" not in vars(module):
             _visit(name, _without_hooks(module), calls, verify, edits, seen)
@@ -112,12 +113,19 @@ def _visit(
             if type(child) in LAYERS or isinstance(child, _BatchNorm):
                 count = sum(parameter.numel() for parameter in child.parameters())
                 reason = f"{name or type(module).__name__} cannot be traced: {error.reason}"
+                if error.within is not None and calls.given(module) is None:
+                    reason += (
+                        f". That is in a {type(error.within).__name__}: with example_inputs it is read around"
+                    )
                 edits.rows.append(Row(inner, describe(child), "refused", reason, count, count))
                 seen.add(child)
             else:
                 _visit(inner, child, calls, verify, edits, seen)
         return
     edits.graphs += 1
+    if reading.error is not None and not name:
+        edits.untraced = reading.error.reason
+    graph_module = reading.graph_module
     parts, around = dict(module.named_modules()), Census(graph_module).around
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
@@ -125,23 +133,25 @@ def _visit(
         if part is not None and part._modules and not whole and part not in around:
             _visit(f"{name}.{node.target}" if name else str(node.target), part, calls, verify, edits, seen)
     seen.update(set(parts.values()) - {inner for part in around for inner in part.modules()})
-    _fuse_graph(name, module, graph_module, calls, verify, edits)
+    _fuse_graph(name, module, reading, calls, verify, edits)
 
 
 def _fuse_graph(
-    name: str, module: nn.Module, graph_module: fx.GraphModule, calls: Parts, verify: bool, edits: Edits
+    name: str, module: nn.Module, reading: Reading, calls: Parts, verify: bool, edits: Edits
 ) -> None:
+    graph_module = reading.graph_module
     with split_norms(graph_module):
         walk = Walk(graph_module)
         groups = grouped(walk)
-        tree = _Tree(walk, module, groups, part=bool(name))
+        tree = _Tree(walk, module, groups, part=bool(name), fixed=reading.leaf is not None)
         tree.apart = {group.name for group in groups if tree.shared(group, calls)}
         graphs = tree.graphs()
-        conflicts = _conflicts(module, graph_module, tree, calls)
+        conflicts = _conflicts(module, reading, tree, calls)
+        no_place = NO_PLACE if reading.leaf is None else NO_GRAPH
         fusions = []
         for group in groups:
             where = tree.places[group.name]
-            reason = NO_PLACE if group.name in tree.unplaced else conflicts.get(group.name)
+            reason = no_place if group.name in tree.unplaced else conflicts.get(group.name)
             reason = SHARED if group.name in tree.apart else reason
             if reason is not None:
                 forms = group.values.values()
@@ -164,7 +174,7 @@ def _fuse_graph(
     for owner, graph in graphs.items():
         result = Fuse(inplace=True, verify=verify)(graph)
         old = module.get_submodule(owner)
-        _keep_attributes(result.graph_module, old)
+        keep_attributes(result.graph_module, old)
         edits.replaced[old] = result.graph_module
         prefix = f"{owner}." if owner else ""
         found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
@@ -172,13 +182,13 @@ def _fuse_graph(
     edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
 
 
-def _conflicts(module: nn.Module, graph_module: fx.GraphModule, tree: _Tree, calls: Parts) -> dict[str, str]:
+def _conflicts(module: nn.Module, reading: Reading, tree: _Tree, calls: Parts) -> dict[str, str]:
     """Groups that would be wrong for other arguments of the module, by their names: why."""
     placed = {name: where for name, where in tree.places.items() if where is not None}
     found: dict[str, str] = {}
-    if not placed or not fixes_arguments(graph_module):
+    if not placed or not fixes_arguments(reading.graph_module):
         return found
-    for argument, other in alternatives(module, calls.given(module)):
+    for argument, other in alternatives(module, calls.given(module), reading.leaf):
         with split_norms(other):
             walk = Walk(other)
             others = _Tree(walk, module, grouped(walk), part=True)
@@ -202,24 +212,12 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return bare
 
 
-def _keep_attributes(graph_module: fx.GraphModule, old: nn.Module) -> None:
-    """Plain attributes of a module that became a graph: code around it may read them.
-
-    They are also put where torch's deepcopy of a graph module, which drops all others, looks for attributes.
-    """
-    kept = {
-        name: value
-        for name, value in vars(old).items()
-        if name not in vars(graph_module) and not name.startswith("_")
-    }
-    vars(graph_module).update(kept)
-    settable = {name: value for name, value in kept.items() if not hasattr(fx.GraphModule, name)}
-    if settable:
-        graph_module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = settable
-
-
 class _Tree:
     """Where the nodes of a graph come from in the tree of modules.
+
+    Args:
+        part: there is a model around the root.
+        fixed: the root cannot become a graph, as code inside it has none.
 
     Attributes:
         places: by the name of a group, the modules to put in place of others by their paths, None for the new
@@ -227,9 +225,12 @@ class _Tree:
         apart: the names of the groups that are not to be carried out.
     """
 
-    def __init__(self, walk: Walk, root: nn.Module, groups: Sequence[Group], part: bool) -> None:
+    def __init__(
+        self, walk: Walk, root: nn.Module, groups: Sequence[Group], part: bool, fixed: bool = False
+    ) -> None:
         self._walk = walk
         self._part = part
+        self._fixed = fixed
         self._root = root
         self._inside: dict[str, list[fx.Node]] = {}
         self._calls: dict[str, set[str]] = {}
@@ -340,8 +341,8 @@ class _Tree:
     def _traced(self, owner: str) -> fx.GraphModule | None:
         """The graph of a module by itself; None where it has none that holds for each of its calls."""
         if not owner:
-            fixed = self._part and fixes_arguments(self._walk.graph_module)
-            return None if fixed else self._walk.graph_module
+            other = self._part and fixes_arguments(self._walk.graph_module)
+            return None if other or self._fixed else self._walk.graph_module
         try:
             graph_module = symbolic(self._root.get_submodule(owner))
         except UntraceableError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
+from fxexpand.paths import other_paths
 from fxexpand.tracer import FAILURES, Leaf, UntraceableError, signature_of
-from fxexpand.tracing import symbolic
+from fxexpand.tracing import alternatives, check_with_shapes, fixes_arguments, in_both_modes, symbolic
 
 PLAIN = (Tensor, bool, int, float, complex, str)
 
@@ -72,13 +73,15 @@ class Reading(NamedTuple):
 
     Attributes:
         graph_module: the graph.
-        leaf: the modules kept whole because their code has no graph; None where there are none.
-        error: why they have none.
+        leaf: the modules kept whole because their code has no graph; None if it is that of all paths.
+        error: why there is none of all paths.
+        others: the graphs of the other paths.
     """
 
     graph_module: fx.GraphModule
     leaf: Leaf | None = None
     error: UntraceableError | None = None
+    others: tuple[fx.GraphModule, ...] = ()
 
 
 def _code_of(module: nn.Module) -> object:
@@ -87,10 +90,17 @@ def _code_of(module: nn.Module) -> object:
 
 
 class Parts:
-    """The example inputs of a model, and those that it gives to its parts."""
+    """The example inputs of a model, and those that it gives to its parts.
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
+    Args:
+        one_path: where a part has no graph of all paths, take that of the inputs, and those of the others.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: ExampleInputs | None, one_path: bool = False
+    ) -> None:
         self._model = model
+        self._one_path = one_path
         self._example_inputs = example_inputs
         self._parts: dict[nn.Module, dict[str, Any]] | None = None
         self._inside: dict[nn.Module, set[int]] = {}
@@ -119,8 +129,7 @@ class Parts:
     def traced(self, module: nn.Module) -> Reading:
         """The graph of a part, checked on its inputs where they are known.
 
-        If code inside has no graph, the modules with such code are kept whole. What they return is known from
-        the inputs alone, so that without these there is no such graph.
+        With ``one_path``, control flow may go by sizes, and modules whose code has no graph are kept whole.
 
         Raises: UntraceableError.
         """
@@ -128,10 +137,10 @@ class Parts:
         try:
             return Reading(self._symbolic(module, given))
         except UntraceableError as error:
-            around = self._around(module, given, error) if given is not None else None
-            if around is None:
+            found = self._along(module, given, error) if self._one_path and given is not None else None
+            if found is None:
                 raise
-            return around
+            return found
 
     def _symbolic(self, module: nn.Module, given: ExampleInputs | None) -> fx.GraphModule:
         if module is self._model or given is None:
@@ -145,23 +154,36 @@ class Parts:
             pass
         return symbolic(module)
 
-    def _around(self, module: nn.Module, given: ExampleInputs, error: UntraceableError) -> Reading | None:
-        """The graph around what fails: modules of one class at a time, as many layers have the same code."""
+    def _along(self, module: nn.Module, given: ExampleInputs, error: UntraceableError) -> Reading | None:
+        """The graph of the path of the inputs, around what fails there too.
+
+        Modules of one class are kept whole together, as many layers have the same code.
+        """
         whole: set[object] = set()
 
         def leaf(name: str, inner: nn.Module) -> bool:
             return _code_of(inner) in whole
 
-        failed = error
-        while failed.within is not None and _code_of(failed.within) not in whole:
-            whole.add(_code_of(failed.within))
+        while True:
             try:
-                return Reading(symbolic(module, leaf=leaf, example_inputs=given), leaf, error)
-            except UntraceableError as again:
-                failed = again
+                graph_module = in_both_modes(module, leaf, given, along=())
+                others = tuple(other_paths(module, leaf, given, graph_module))
+                check_with_shapes(graph_module, module, given)
+                return Reading(graph_module, leaf, error, others)
+            except UntraceableError as failed:
+                if failed.within is None or _code_of(failed.within) in whole:
+                    return None
+                whole.add(_code_of(failed.within))
             except FAILURES:
-                break
-        return None
+                return None
+
+    def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, fx.GraphModule]]:
+        """Other graphs of a part, each with why a fold may not hold in it."""
+        if fixes_arguments(reading.graph_module):
+            for names, graph_module in alternatives(module, self.given(module), reading.leaf):
+                yield f"it holds for some values of the argument {names} only", graph_module
+        for graph_module in reading.others:
+            yield "it holds for some paths through the code only, which goes by sizes", graph_module
 
     def given(self, module: nn.Module) -> ExampleInputs | None:
         """The example inputs of a part, where they are known."""

@@ -232,8 +232,9 @@ def _fused(
         commit(folding)
         result: nn.Module = target
         reports = [folding.report]
-        while len(reports) == 1 or reports[-1].changed:  # a fold takes readers away, so that more may follow
-            edits = plan_fusing(result, example_inputs, verify)
+        one_path = False  # what holds in the parts with a graph goes first
+        while True:
+            edits = plan_fusing(result, example_inputs, verify, one_path)
             if inplace and target in edits.replaced:
                 raise SelectionError(
                     f"{type(target).__name__}: fusing changes the calls in its own forward, so it becomes a "
@@ -241,7 +242,12 @@ def _fused(
                 )
             result = commit_fusing(result, edits)
             reports.append(Report("fuse", tuple(edits.rows), edits.traced))
-        found = replace(combined(reports), traced=reports[1].traced)
+            if reports[-1].changed:  # a fold takes readers away, so that more may follow
+                continue
+            if one_path or not edits.untraced or example_inputs is None:
+                break
+            one_path = True
+        found = replace(combined(reports), traced=reports[-1].traced)
         if strict and found.refusals:
             raise RefusedError(found.refusals[0].message)
         if before and example_inputs is not None and found.changed:

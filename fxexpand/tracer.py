@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from itertools import chain
 from types import MethodType, ModuleType
@@ -21,6 +21,7 @@ from fxexpand.errors import FxExpandError
 from fxexpand.inputs import ExampleInputs, as_call
 from fxexpand.lowrank.factored import Factorized
 from fxexpand.ops import is_layer_norm
+from fxexpand.sizes import Sizes, UnknownValue
 
 Leaf: TypeAlias = Callable[[str, nn.Module], bool]
 
@@ -82,10 +83,24 @@ def calls_more(module: nn.Module) -> bool:
 
 
 class RegionTracer(fx.Tracer):
-    """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time."""
+    """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time.
+
+    Args:
+        sizes: lets control flow go by sizes.
+        along: how the first of these branches go; the others go as in ``sizes``.
+
+    Attributes:
+        decisions: how they all went.
+        failed: the innermost module of the model whose call raised.
+    """
 
     def __init__(
-        self, leaf: Leaf | None = None, fixed: Mapping[str, Any] | None = None, faithful: bool = True
+        self,
+        leaf: Leaf | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        faithful: bool = True,
+        sizes: Sizes | None = None,
+        along: Sequence[bool] = (),
     ) -> None:
         types, functions, modules = _library_leaves()
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
@@ -95,7 +110,9 @@ class RegionTracer(fx.Tracer):
         self._faithful = faithful
         self._names: dict[int, str] = {}
         self._gradients, self._autocasts = True, 0
-        self.failed: nn.Module | None = None  # the innermost module whose call raised
+        self._sizes, self._along = sizes, along
+        self.decisions: list[bool] = []
+        self.failed: nn.Module | None = None
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See ``fx.Tracer.trace``."""
@@ -159,8 +176,38 @@ class RegionTracer(fx.Tracer):
                 raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
             return super().call_module(m, forward, args, kwargs)
         except FAILURES:
-            self.failed = self.failed or m
+            if self.failed is None and m in (self.submodule_paths or ()):  # not one that a forward makes
+                self.failed = m
             raise
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """See ``fx.Tracer.proxy``."""
+        return super().proxy(node) if self._sizes is None else _Sized(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """As many items as a shape has; that of other things is not known."""
+        length = self.length(obj)
+        return super().iter(obj) if length is None else iter([obj[i] for i in range(length)])  # type: ignore[index]
+
+    def length(self, obj: fx.Proxy) -> int | None:
+        """The number of dimensions in a shape."""
+        known = self._known(obj)
+        return len(known) if isinstance(known, torch.Size) else None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Whether a condition on sizes holds."""
+        known = self._known(obj)
+        if not isinstance(known, bool | int | float | tuple | list):
+            return super().to_bool(obj)
+        place = len(self.decisions)
+        self.decisions.append(self._along[place] if place < len(self._along) else bool(known))
+        return self.decisions[-1]
+
+    def _known(self, obj: fx.Proxy) -> Any:
+        try:
+            return None if self._sizes is None else self._sizes.of(obj.node)
+        except UnknownValue:
+            return None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """See ``fx.Tracer.create_node``."""
@@ -202,6 +249,21 @@ class RegionTracer(fx.Tracer):
             return root_fn(root, *(made[name] for name in by_place), *more, **given)
 
         return traced, [self.root]
+
+
+class _Sized(fx.Proxy):
+    """A proxy that has a length, where it stands for a shape."""
+
+    def __len__(self) -> int:
+        length = self.tracer.length(self) if isinstance(self.tracer, RegionTracer) else None
+        return int(super().__len__()) if length is None else length  # that of fx raises
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _SizedAttribute(self, name)
+
+
+class _SizedAttribute(_Sized, fx.proxy.Attribute):
+    """An attribute of one."""
 
 
 @fx.has_side_effect

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from fxexpand.inputs import ExampleInputs, as_call, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.modes import guard, mode_of
 from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.sizes import Sizes
 from fxexpand.tracer import (
     FAILURES,
     Leaf,
@@ -38,6 +39,7 @@ from fxexpand.tracer import (
 from fxexpand.tracer import UntraceableError as UntraceableError
 from fxexpand.tracer import hooked as hooked
 
+DECISIONS = "fxexpand_decisions"  # in the meta of a graph module
 ALTERNATIVES = 64  # graphs of a model with other arguments that are looked at
 ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
 
@@ -122,15 +124,29 @@ def symbolic(
 
     Raises: UntraceableError.
     """
-    modes = (record(model, leaf, example_inputs, training=flag) for flag in (True, False))
-    graph_module, evaluation = modes
-    if not _same_graph(graph_module, evaluation, model):
-        graph_module = record(model, leaf, example_inputs)
-        guard(graph_module)
+    graph_module = in_both_modes(model, leaf, example_inputs)
     if example_inputs is not None:
-        _check_with_shapes(graph_module, model, example_inputs)
+        check_with_shapes(graph_module, model, example_inputs)
     elif isinstance(model, fx.GraphModule):
         _keep_records(model.graph, graph_module.graph)
+    return graph_module
+
+
+def in_both_modes(
+    model: nn.Module,
+    leaf: Leaf | None,
+    example_inputs: ExampleInputs | None,
+    along: Sequence[bool] | None = None,
+) -> fx.GraphModule:
+    """A trace that holds in both modes, or is guarded; see ``record``.
+
+    Raises: UntraceableError.
+    """
+    modes = (record(model, leaf, example_inputs, training=flag, along=along) for flag in (True, False))
+    graph_module, evaluation = modes
+    if not _same_graph(graph_module, evaluation, model):
+        graph_module = record(model, leaf, example_inputs, along=along)
+        guard(graph_module)
     return graph_module
 
 
@@ -215,12 +231,15 @@ def record(
     training: bool | None = None,
     faithful: bool = True,
     fixed: Mapping[str, Any] | None = None,
+    along: Sequence[bool] | None = None,
 ) -> fx.GraphModule:
     """One trace, in the modes that the modules are in or in the one given; the model is as before afterwards.
 
     Args:
         faithful: raise for what a graph cannot do again; without it the graph is for reading only.
         fixed: values of arguments, by the names of their placeholders; None takes those of ``trace``.
+        along: how the first branches go where control flow goes by sizes; the others go as those of the
+            example inputs do. The length of a shape is known then, too. None: such control flow raises.
 
     Raises: UntraceableError.
     """
@@ -241,7 +260,10 @@ def record(
         tracer: RegionTracer | None = None
         try:
             fixed = fixed_arguments(model, example_inputs) if fixed is None else fixed
-            tracer = RegionTracer(leaf, fixed, faithful)
+            sizes = None
+            if along is not None and example_inputs is not None:
+                sizes = Sizes(model, _by_name(model, example_inputs))
+            tracer = RegionTracer(leaf, fixed, faithful, sizes, along or ())
             graph = tracer.trace(model)
             graph_module = fx.GraphModule(model, graph, type(model).__name__)
         except FAILURES as error:
@@ -252,6 +274,7 @@ def record(
         drawn = not torch.equal(random_state, torch.get_rng_state())
         torch.set_rng_state(random_state)
         written = [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]
+    graph_module.meta[DECISIONS] = tuple(tracer.decisions)
     graph_module.training = model.training
     for name, module in graph_module.named_modules():
         if type(module) is nn.Module:  # fx makes these to hold what the graph calls, in training mode
@@ -263,6 +286,18 @@ def record(
         reason = f"it assigns to its buffer {written[0]}, which a graph does not record"
         raise _untraceable(model, reason, "Write into the buffer in place (copy_, add_).")
     return graph_module
+
+
+def decisions_of(graph_module: fx.GraphModule) -> tuple[bool, ...]:
+    """How the branches went where control flow goes by sizes; see ``record``."""
+    found: tuple[bool, ...] = graph_module.meta.get(DECISIONS, ())
+    return found
+
+
+def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
+    """The example inputs by the names of their placeholders, which a rest (``*args``) has not."""
+    args, kwargs = as_call(example_inputs)
+    return dict(signature_of(model).bind(*args, **kwargs).arguments)
 
 
 def _within(name: str, leaf: Leaf | None) -> Leaf | None:
@@ -320,10 +355,12 @@ def _keep_records(source: fx.Graph, trace: fx.Graph) -> None:
             after.meta |= {key: before.meta[key] for key in ("val", "tensor_meta") if key in before.meta}
 
 
-def _check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> None:
-    """Run both once: record shapes in the nodes' meta, and compare what is returned."""
-    args, kwargs = as_call(copy_inputs(example_inputs))
-    given = signature_of(model).bind(*args, **kwargs).arguments
+def check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run both once: record shapes in the nodes' meta, and compare what is returned.
+
+    Raises: UntraceableError: they return something else.
+    """
+    given = _by_name(model, copy_inputs(example_inputs))
     inputs: list[Any] = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         if node.target.startswith("**") and given.get(node.target[2:]):

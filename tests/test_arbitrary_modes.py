@@ -373,7 +373,7 @@ def test_the_report_says_how_the_model_was_read() -> None:
     whole, parts = Optional().eval(), Chooses().eval()
     assert fxexpand.report(fxexpand.fuse(whole)).traced == "as one graph"
     report = fxexpand.report(fxexpand.fuse(parts))
-    assert report.traced.startswith("in 1 parts, each a graph; the whole has none: ")
+    assert report.traced.startswith("in parts, 1 of them a graph; the whole has none: ")
     assert report.to_dict()["traced"] == report.traced and report.traced in str(report)
 
 

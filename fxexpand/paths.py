@@ -1,0 +1,67 @@
+"""The other paths through code that goes by sizes: what holds for the example inputs may not hold there."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from fxexpand.inputs import ExampleInputs
+from fxexpand.tracer import Leaf, UntraceableError, first_line
+from fxexpand.tracing import decisions_of, record
+
+PATHS = 16  # that are looked at, each by a trace
+RAISES = dis.opmap["RAISE_VARARGS"]
+TORCH = Path(torch.__file__).parent
+
+
+def other_paths(
+    model: nn.Module, leaf: Leaf | None, example_inputs: ExampleInputs, graph_module: fx.GraphModule
+) -> Iterator[fx.GraphModule]:
+    """The graphs of all paths but that of ``graph_module``, for reading only.
+
+    A path at the end of which the model raises is none: it checks its inputs.
+
+    Raises: UntraceableError: there are more than ``PATHS``, or one has no graph.
+    """
+    todo = _turned(decisions_of(graph_module), 0)
+    seen = 0
+    while todo:
+        seen += 1
+        if seen + len(todo) > PATHS:  # before any of them is traced in vain
+            reason = f"more than {PATHS} paths through its code go by sizes"
+            raise UntraceableError(f"{type(model).__name__}: {reason}.", reason)
+        along = todo.pop()
+        try:
+            found = record(model, leaf, example_inputs, faithful=False, along=along)
+        except Exception as error:  # the model raises what it likes
+            if _raised_by_the_model(error):
+                continue
+            if isinstance(error, UntraceableError):
+                raise
+            reason = first_line(error)
+            raise UntraceableError(f"{type(model).__name__}: {reason}.", reason) from error
+        todo += _turned(decisions_of(found), len(along))
+        yield found
+
+
+def _turned(decisions: Sequence[bool], start: int) -> list[tuple[bool, ...]]:
+    """Each decision from ``start`` on the other way round, after those before it."""
+    return [(*decisions[:i], not decisions[i]) for i in range(start, len(decisions))]
+
+
+def _raised_by_the_model(error: BaseException) -> bool:
+    """Whether a ``raise`` or an ``assert`` outside of torch raised it."""
+    if isinstance(error, UntraceableError) and error.__cause__ is not None:
+        error = error.__cause__
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None:
+        return False
+    code = at.tb_frame.f_code
+    theirs = Path(code.co_filename).is_relative_to(TORCH) or __package__ in at.tb_frame.f_globals["__name__"]
+    return code.co_code[at.tb_lasti] == RAISES and not theirs

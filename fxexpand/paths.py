@@ -13,7 +13,8 @@ from fxexpand.inputs import ExampleInputs
 from fxexpand.tracer import Leaf, UntraceableError, first_line
 from fxexpand.tracing import decisions_of, record
 
-PATHS = 16  # that are looked at, each by a trace
+PATHS = 16  # that are looked at, each by a trace ...
+NODES = 1000  # ... and of so many nodes together, but two in any case
 RAISES = dis.opmap["RAISE_VARARGS"]
 TORCH = Path(torch.__file__).parent
 
@@ -28,11 +29,11 @@ def other_paths(
     Raises: UntraceableError: there are more than ``PATHS``, or one has no graph.
     """
     todo = _turned(decisions_of(graph_module), 0)
+    limit = max(2, NODES // len(graph_module.graph.nodes))
     seen = 0
     while todo:
-        seen += 1
-        if seen + len(todo) > PATHS:  # before any of them is traced in vain
-            reason = f"more than {PATHS} paths through its code go by sizes"
+        if seen == limit or seen + len(todo) > PATHS:  # before any more are traced in vain
+            reason = f"its code goes by sizes, on more paths than can be looked at ({min(limit, PATHS)})"
             raise UntraceableError(f"{type(model).__name__}: {reason}.", reason)
         along = todo.pop()
         try:
@@ -44,6 +45,7 @@ def other_paths(
                 raise
             reason = first_line(error)
             raise UntraceableError(f"{type(model).__name__}: {reason}.", reason) from error
+        seen += 1
         todo += _turned(decisions_of(found), len(along))
         yield found
 

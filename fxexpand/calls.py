@@ -14,7 +14,14 @@ from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.paths import other_paths
 from fxexpand.tracer import FAILURES, Leaf, UntraceableError, signature_of
-from fxexpand.tracing import alternatives, check_with_shapes, fixes_arguments, in_both_modes, symbolic
+from fxexpand.tracing import (
+    alternatives,
+    check_with_shapes,
+    decisions_of,
+    fixes_arguments,
+    in_both_modes,
+    symbolic,
+)
 
 PLAIN = (Tensor, bool, int, float, complex, str)
 
@@ -167,6 +174,8 @@ class Parts:
         while True:
             try:
                 graph_module = in_both_modes(module, leaf, given, along=())
+                if whole and decisions_of(graph_module):
+                    return None  # what such parts return on the other paths is not known
                 others = tuple(other_paths(module, leaf, given, graph_module))
                 check_with_shapes(graph_module, module, given)
                 return Reading(graph_module, leaf, error, others)

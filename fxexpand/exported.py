@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.experimental import _config as settings
 
 from fxexpand.copying import CHECKS
 from fxexpand.evaluating import undisturbed
@@ -35,9 +36,11 @@ def _export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
     args, kwargs = as_call(example_inputs)
     free = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in tensors(example_inputs):
-        free[tensor] = dict.fromkeys(range(tensor.ndim), Dim.AUTO)
+        free[tensor] = {i: Dim.AUTO for i, length in enumerate(tensor.shape) if length != 1}
     shapes: Any = free.dynamic_shapes(model, args, kwargs)  # type: ignore[no-untyped-call]
-    with undisturbed(model), warnings.catch_warnings():
+    # Otherwise torch takes a free length for 2 or more, and the branch for that in a batch of one as well.
+    careful: Any = settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with undisturbed(model), careful, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a forward keeps what it computes, which is put back
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 

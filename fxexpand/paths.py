@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxexpand.inputs import ExampleInputs
-from fxexpand.tracer import Leaf, UntraceableError, first_line
+from fxexpand.tracer import Leaf, UntraceableError
 from fxexpand.tracing import decisions_of, record
 
 PATHS = 16  # that are looked at, each by a trace ...
@@ -30,21 +30,20 @@ def other_paths(
     """
     todo = _turned(decisions_of(graph_module), 0)
     limit = max(2, NODES // len(graph_module.graph.nodes))
-    seen = 0
+    seen = tried = 0
     while todo:
-        if seen == limit or seen + len(todo) > PATHS:  # before any more are traced in vain
+        tried += 1
+        if seen == limit or seen + len(todo) > PATHS or tried > 2 * PATHS:  # before more are traced in vain
             reason = f"its code goes by sizes, on more paths than can be looked at ({min(limit, PATHS)})"
             raise UntraceableError(f"{type(model).__name__}: {reason}.", reason)
         along = todo.pop()
         try:
             found = record(model, leaf, example_inputs, faithful=False, along=along)
-        except Exception as error:  # the model raises what it likes
-            if _raised_by_the_model(error):
-                continue
-            if isinstance(error, UntraceableError):
+        except UntraceableError as error:
+            if not _raised_by_the_model(error):
                 raise
-            reason = first_line(error)
-            raise UntraceableError(f"{type(model).__name__}: {reason}.", reason) from error
+            todo += _turned(error.decisions, len(along))  # it may raise for the sizes of the inputs only
+            continue
         seen += 1
         todo += _turned(decisions_of(found), len(along))
         yield found
@@ -55,15 +54,15 @@ def _turned(decisions: Sequence[bool], start: int) -> list[tuple[bool, ...]]:
     return [(*decisions[:i], not decisions[i]) for i in range(start, len(decisions))]
 
 
-def _raised_by_the_model(error: BaseException) -> bool:
+def _raised_by_the_model(error: UntraceableError) -> bool:
     """Whether a ``raise`` or an ``assert`` outside of torch raised it."""
-    if isinstance(error, UntraceableError) and error.__cause__ is not None:
-        error = error.__cause__
-    at = error.__traceback__
+    at = None if error.__cause__ is None else error.__cause__.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
     if at is None:
         return False
     code = at.tb_frame.f_code
-    theirs = Path(code.co_filename).is_relative_to(TORCH) or __package__ in at.tb_frame.f_globals["__name__"]
+    theirs = Path(code.co_filename).is_relative_to(TORCH) or __package__ in at.tb_frame.f_globals.get(
+        "__name__", ""
+    )
     return code.co_code[at.tb_lasti] == RAISES and not theirs

@@ -38,6 +38,7 @@ FAILURES = (
     ValueError,
 )
 
+BRANCHES = 64  # in one trace: a loop that goes by sizes may have no end on a path that no input takes
 STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
 
 
@@ -48,7 +49,10 @@ class UntraceableError(FxExpandError):
         reason: why.
         differs: there is a graph, which computes something else than the model.
         within: the innermost module in whose forward the trace failed; None for the model itself.
+        decisions: how the branches went before it failed; see ``RegionTracer``.
     """
+
+    decisions: tuple[bool, ...] = ()
 
     def __init__(
         self, message: str, reason: str = "", differs: bool = False, within: nn.Module | None = None
@@ -175,7 +179,7 @@ class RegionTracer(fx.Tracer):
             if self._faithful and calls_more(m) and not self.is_leaf_module(m, self.path_of_module(m)):
                 raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
             return super().call_module(m, forward, args, kwargs)
-        except FAILURES:
+        except Exception:  # whatever a model raises
             if self.failed is None and m in (self.submodule_paths or ()):  # not one that a forward makes
                 self.failed = m
             raise
@@ -200,6 +204,8 @@ class RegionTracer(fx.Tracer):
         if not isinstance(known, bool | int | float | tuple | list):
             return super().to_bool(obj)
         place = len(self.decisions)
+        if place == BRANCHES:
+            raise RuntimeError("its code goes by sizes, in too many branches to look at")
         self.decisions.append(self._along[place] if place < len(self._along) else bool(known))
         return self.decisions[-1]
 

@@ -8,8 +8,10 @@ the graph depends on is found by tracing in both modes.
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -266,11 +268,12 @@ def record(
             tracer = RegionTracer(leaf, fixed, faithful, sizes, along or ())
             graph = tracer.trace(model)
             graph_module = fx.GraphModule(model, graph, type(model).__name__)
-        except FAILURES as error:
-            reason = first_line(error)
+        except Exception as error:  # whatever a model raises
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
             within = tracer.failed if tracer is not None else None
-            raise _untraceable(model, reason, fix, within=within) from error
+            failed = _untraceable(model, first_line(error), fix, within=within)
+            failed.decisions = tuple(tracer.decisions) if tracer is not None else ()
+            raise failed from error
         drawn = not torch.equal(random_state, torch.get_rng_state())
         torch.set_rng_state(random_state)
         written = [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]
@@ -373,7 +376,8 @@ def check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_in
         random_state = torch.get_rng_state()
         expected = tensors_of(call(model, copy_inputs(example_inputs)))
         torch.set_rng_state(random_state)
-        actual = tensors_of(_OwnLists(graph_module).propagate(*inputs))
+        with redirect_stderr(io.StringIO()):  # where torch prints what it raises as well
+            actual = tensors_of(_OwnLists(graph_module).propagate(*inputs))
     if mode_of(graph_module) != "train":  # the model ran in eval mode
         _require_same(model, actual, expected)
 

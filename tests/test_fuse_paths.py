@@ -144,6 +144,10 @@ def test_what_holds_on_one_path_only_is_left() -> None:
     assert "goes by sizes" in row.reason
 
 
+class Wrong(Exception):
+    """The model's own."""
+
+
 def twice(net: Net, x: Tensor) -> Any:
     h = net.norm(net.conv(x))
     if x.shape[2] > 8:
@@ -165,19 +169,39 @@ def by_value(net: Net, x: Tensor) -> Any:
     return net.norm(h)
 
 
+def asserting(net: Net, x: Tensor) -> Any:
+    h = net.conv(x)
+    if x.shape[2] > 8:
+        assert x.shape[2] // 4 > 2 or x.shape[2] % 8  # which the example inputs would not meet here
+        h = h.relu()
+    return net.norm(h)
+
+
+def raising(net: Net, x: Tensor) -> Any:
+    h = net.conv(x)
+    if x.shape[2] > 8:
+        if x.shape[2] % 8 == 0:
+            raise Wrong
+        h = h.relu()
+    return net.norm(h)
+
+
+def endless(net: Net, x: Tensor) -> Any:
+    h = net.conv(x)
+    while h.shape[2] > 8:
+        h = h[:, :, 1:].relu()
+    return net.norm(h)
+
+
 def in_a_tuple(net: Net, x: Tensor) -> Any:
     h = net.odd(net.conv(x)), 1
     return net.norm(h[0] if isinstance(h, tuple) else h).relu() + net.norm(net.conv(x))
 
 
-@pytest.mark.parametrize("function", [twice, nested, by_value, in_a_tuple])
+@pytest.mark.parametrize("function", [twice, nested, by_value, asserting, raising, endless, in_a_tuple])
 def test_every_path_counts(function: Forward) -> None:
     small = fused(made(function), WIDE, X.abs() + 3, -X.abs() - 3)
     assert isinstance(small.norm, nn.BatchNorm2d)
-
-
-class Wrong(Exception):
-    """The model's own."""
 
 
 def checked(net: Net, x: Tensor) -> Any:

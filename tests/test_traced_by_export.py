@@ -73,6 +73,14 @@ def test_a_batch_of_one_is_left_free() -> None:
     assert_same(graph(X)["out"], model(X)["out"], EXACT)
 
 
+def test_a_batch_of_one_takes_its_own_branch_or_none() -> None:
+    model = Does(lambda module, x: x.relu() if x.shape[0] == 1 else x).double().eval()
+    graph = trace(model, example_inputs=X)
+    assert_same(graph(X), model(X), EXACT)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        graph(X[:1])
+
+
 class Single(nn.Module):
     """Takes a batch of one and no other."""
 

@@ -32,9 +32,8 @@ from benchmarks.settle import settle
 from benchmarks.surgery_cost import timed
 from benchmarks.traps import TRAPS
 from fxexpand import count_flops, fuse, measure_latency, report
-from fxexpand.outputs import worst_error
+from fxexpand.outputs import outputs_of, worst_error
 from fxexpand.table import short, table
-from fxexpand.verify import outputs_of
 
 # By the file in timm: those with fuse, reparameterize or switch_to_deploy.
 OWN = {

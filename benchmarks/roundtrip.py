@@ -29,9 +29,9 @@ from benchmarks.journey import settled, train
 from benchmarks.models import Network, timm_networks, torchvision_networks
 from benchmarks.processes import rows_of
 from fxexpand import Chain, expand, fuse, report
-from fxexpand.outputs import worst_error
+from fxexpand.outputs import outputs_of, worst_error
 from fxexpand.table import short, table
-from fxexpand.verify import outputs_of, tolerance
+from fxexpand.verify import tolerance
 
 QUICK = [
     "torchvision:resnet18",

@@ -27,9 +27,9 @@ from fxexpand.errors import FxExpandError
 from fxexpand.evaluating import evaluating
 from fxexpand.inputs import ExampleInputs, move
 from fxexpand.inputs import copy as copy_inputs
-from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.outputs import outputs_of, tensors_of, worst_error
 from fxexpand.tracing import regions
-from fxexpand.verify import outputs_of, rounded_to, tolerance
+from fxexpand.verify import rounded_to, tolerance
 
 RECIPE = Chain(depth=2, width=1)
 LIMIT = 1e-10  # of relative errors in float64

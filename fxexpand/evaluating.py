@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,18 +59,47 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     modes = [(module, module.training) for module in scripted if hasattr(module, "training")]  # not if frozen
     for module in model.modules():
-        held = vars(module)
-        saved.append((held, dict(held)))
-        saved.extend((value, value.copy()) for value in held.values() if isinstance(value, dict | set | list))
+        saved.extend((held, held.copy()) for held in containers(vars(module)))
     try:
         yield
     finally:
         for container, content in saved:
-            container.clear()
-            extend = container.extend if isinstance(container, list) else container.update
-            extend(content)
+            refill(container, content)
         for module, training in modes:  # which is no Python attribute
             module.training = training
+
+
+def containers(value: Any) -> Iterator[Any]:
+    """The dicts, sets and lists in a value, itself among them, to any depth."""
+    waiting, seen = [value], set()
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or not isinstance(found, dict | set | list | tuple):
+            continue
+        seen.add(id(found))
+        if not isinstance(found, tuple):
+            yield found
+        waiting.extend(found.values() if isinstance(found, dict) else found)
+
+
+def refill(container: Any, content: Any) -> None:
+    """Give a dict, a set or a list the content that it had; one that has it is not written to."""
+    if isinstance(container, set):
+        same = container == content
+    else:
+        now, then = (list(each.items() if isinstance(each, dict) else each) for each in (container, content))
+        same = len(now) == len(then) and all(map(_identical, now, then))
+    if same:
+        return
+    container.clear()
+    extend = container.extend if isinstance(container, list) else container.update
+    extend(content)
+
+
+def _identical(one: Any, two: Any) -> bool:
+    """Whether two values, or two items of dicts, are the same objects."""
+    pairs = isinstance(one, tuple) and isinstance(two, tuple) and len(one) == len(two)
+    return one is two or (pairs and all(map(operator.is_, one, two)))
 
 
 def _version(tensor: Tensor) -> int | None:

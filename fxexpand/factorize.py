@@ -19,13 +19,13 @@ from fxexpand.inputs import ExampleInputs
 from fxexpand.lowrank.cuts import Cut, Scheme
 from fxexpand.lowrank.factored import FACTORIZED, Factorized, factorize_layer, factors, tied_factors
 from fxexpand.lowrank.lp import Body
+from fxexpand.outputs import outputs_of
 from fxexpand.passes.factorize import Factorize, require_lenient, require_matched, summed
 from fxexpand.pipeline import REPORT, progress_bar, require_module
 from fxexpand.recipes import Chain
 from fxexpand.selection import Select, Selection
 from fxexpand.sites import Site, find_sites
 from fxexpand.surgery import restoring
-from fxexpand.verify import outputs_of
 
 Model = TypeVar("Model", bound=nn.Module)
 

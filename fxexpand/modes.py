@@ -35,7 +35,7 @@ class ModeGuard(nn.Module):
 
 def mode_of(graph_module: fx.GraphModule) -> Mode | None:
     """The only mode in which a graph made by ``trace`` holds; None where it holds in both."""
-    return next((module.mode for module in graph_module.children() if isinstance(module, ModeGuard)), None)
+    return next((module.mode for module in graph_module.modules() if isinstance(module, ModeGuard)), None)
 
 
 def guard(graph_module: fx.GraphModule) -> None:

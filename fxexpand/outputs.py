@@ -1,4 +1,4 @@
-"""Compare what two models return, whatever structure they return it in."""
+"""What a model returns, in whatever structure, and how it compares with what another one does."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxexpand.errors import VerificationError
+from fxexpand.evaluating import evaluating, undisturbed
+from fxexpand.inputs import ExampleInputs, call
+from fxexpand.inputs import copy as copy_inputs
+
+ROUNDINGS = 1000  # of two runs that do the same operations in the same order
+SEED = 0  # of what a model draws in evaluation mode
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -22,6 +28,30 @@ def tensors_of(output: Any) -> list[Tensor]:
             for field in dataclasses.fields(leaf):
                 found.extend(tensors_of(getattr(leaf, field.name)))
     return found
+
+
+def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The tensors ``model`` returns in evaluation mode; it is as before afterwards.
+
+    Random numbers are the same in each call, and the caller's go on where they were.
+    """
+    cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    with undisturbed(model), evaluating(model):
+        # Not torch.manual_seed, which would reset the generators of all GPUs too.
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+            generator.manual_seed(SEED)
+        return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
+
+
+def agree(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether two runs of the same operations returned the same, but for rounding."""
+    if all(tensor.is_meta for tensor in expected):
+        return True
+    eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
+    try:
+        return worst_error(actual, expected) <= min(ROUNDINGS * eps, 0.1)
+    except VerificationError:  # of other shapes
+        return False
 
 
 def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -16,6 +16,7 @@ from fxexpand.errors import FxExpandError, RefusedError, SelectionError
 from fxexpand.exported import module_of
 from fxexpand.inputs import ExampleInputs
 from fxexpand.layers import FORMS, Expanded, Form
+from fxexpand.outputs import outputs_of
 from fxexpand.passes.fuse import combined
 from fxexpand.passes.placement import commit_fusing, plan_fusing
 from fxexpand.recipes import INITS, Chain, Init, Recipe
@@ -24,7 +25,7 @@ from fxexpand.selection import Select, Selection
 from fxexpand.sharding import sharded_part
 from fxexpand.sites import find_sites, own_modules
 from fxexpand.surgery import Plan, commit, plan_expansion, plan_folding, restoring
-from fxexpand.verify import outputs_of, require_same_outputs
+from fxexpand.verify import require_same_outputs
 from fxexpand.weights import expanded_weights, originals
 
 Scope: TypeAlias = Literal["all", "expanded"]

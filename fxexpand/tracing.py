@@ -26,7 +26,7 @@ from fxexpand.exported import export, module_of
 from fxexpand.inputs import ExampleInputs, as_call, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.modes import guard, mode_of
-from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.outputs import agree, outputs_of, tensors_of
 from fxexpand.sizes import Sizes
 from fxexpand.tracer import (
     FAILURES,
@@ -43,7 +43,6 @@ from fxexpand.tracer import hooked as hooked
 
 DECISIONS = "fxexpand_decisions"  # in the meta of a graph module
 ALTERNATIVES = 64  # graphs of a model with other arguments that are looked at
-ROUNDINGS = 1000  # of a trace against its model: both do the same operations, in the same order
 
 
 def _untraceable(
@@ -104,18 +103,13 @@ def trace(
 def _exported(model: nn.Module, example_inputs: ExampleInputs, because: UntraceableError) -> fx.GraphModule:
     """The graph that torch.export makes, checked; ``because`` is why there is no symbolic one."""
     try:
-        program = export(model, example_inputs)
-    except FAILURES as error:
+        graph_module = module_of(export(model, example_inputs), model.training)
+    except (*FAILURES, SyntaxError) as error:  # of a guard for a string with quotes in it
         reason = f"{because.reason}; torch.export: {first_line(error)}"
         fix = "fxexpand.tracing.regions finds the parts that have a graph."
         raise _untraceable(model, reason, fix) from error
-    graph_module = module_of(program)
     if not model.training:
-        with evaluating(model):
-            expected, actual = (
-                tensors_of(call(module, copy_inputs(example_inputs))) for module in (model, graph_module)
-            )
-        _require_same(model, actual, expected)
+        _require_same(model, outputs_of(graph_module, example_inputs), outputs_of(model, example_inputs))
     return graph_module
 
 
@@ -383,9 +377,7 @@ def check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_in
 
 
 def _require_same(model: nn.Module, actual: list[Tensor], expected: list[Tensor]) -> None:
-    eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
-    limit = min(ROUNDINGS * eps, 0.1)
-    if not all(tensor.is_meta for tensor in expected) and worst_error(actual, expected) > limit:
+    if not agree(actual, expected):
         reason = "its trace computes something else: it goes by a type or a value that no trace sees"
         raise _untraceable(model, reason, "fxexpand.tracing.regions finds the parts that have a graph.", True)
 

@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxexpand.errors import VerificationError
 from fxexpand.evaluating import evaluating
-from fxexpand.inputs import ExampleInputs, call
-from fxexpand.inputs import copy as copy_inputs
+from fxexpand.inputs import ExampleInputs
 from fxexpand.kernel import Kernel, apply, cast
 from fxexpand.ops import LAYERS
-from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.outputs import outputs_of, worst_error
 from fxexpand.recipes import Skip
 
 PIECE = 2**20  # elements of a weight that are in float64 at a time at most: 8 MiB
@@ -207,12 +206,6 @@ def probe_size(kernel: Kernel) -> list[int]:
         else:
             size.append(max(step + span - sum(padding), max(padding) + 1))
     return size
-
-
-def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors ``model`` returns in evaluation mode; it is as before afterwards."""
-    with evaluating(model):
-        return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
 
 
 def require_same_outputs(

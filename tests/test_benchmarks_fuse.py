@@ -18,8 +18,7 @@ from benchmarks import evidence, fuse_zoo, fuzz_fuse
 from benchmarks.models import Network
 from benchmarks.operators import operators
 from benchmarks.traps import TRAPS
-from fxexpand.outputs import worst_error
-from fxexpand.verify import outputs_of
+from fxexpand.outputs import outputs_of, worst_error
 
 TINY = Network("timm", "test_resnet")
 

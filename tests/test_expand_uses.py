@@ -362,3 +362,21 @@ def test_values_that_are_not_finite_are_named_where_they_come_in() -> None:
     in_weight_space: Any = expand(Twice().double())
     with pytest.raises(FxExpandError, match="weight"):
         in_weight_space.kernel = torch.full((6, 6), torch.inf, dtype=torch.float64)
+
+
+def test_what_draws_in_evaluation_mode_is_compared_with_the_same_draws() -> None:
+    """The factors are random, too: a comparison after them must not go on from there."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(x)
+            return out + torch.randn_like(out)
+
+    model, state = Noisy().double(), torch.get_rng_state()
+    fuse(expand(model, example_inputs=X, generator=torch.Generator()), example_inputs=X)
+    assert torch.equal(torch.get_rng_state(), state)
+    fuse(expand(model, example_inputs=X), example_inputs=X)

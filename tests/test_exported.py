@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import fxexpand
 from fxexpand import Chain
 from fxexpand.errors import RefusedError, UnusableWeightError
+from fxexpand.exported import module_of
+from fxexpand.modes import mode_of
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -137,6 +139,21 @@ def test_a_program_is_in_the_mode_that_was_exported(tmp_path: Path) -> None:
     assert trains.training and "batch_norm" in trains.code
     with pytest.raises(RefusedError, match="training"):
         fxexpand.export_onnx(trains, tmp_path / "trains.onnx", x)
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_operators_without_a_flag(training: bool) -> None:
+    """A BatchNorm that was decomposed, and attention."""
+    x = torch.randn(2, 3, 6, 5)
+    norm = torch.export.export(nn.BatchNorm2d(3).train(training), (x,)).run_decompositions()
+    assert mode_of(module_of(norm)) == ("train" if training else "eval")
+    attention = module_of(torch.export.export(Attention().train(training), (x,)))
+    assert attention.training == training and mode_of(attention) == ("train" if training else None)
 
 
 @pytest.mark.parametrize("kind", ["real", "fake", "symbolic"])

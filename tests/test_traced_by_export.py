@@ -167,6 +167,7 @@ class Does(nn.Module):
         self.scale: Tensor
         self.register_buffer("scale", torch.tensor(2.0))
         self.cache: list[Tensor] = []
+        self.deep: dict[str, tuple[list[Tensor]]] = {}
         self.function = function
 
     def forward(self, x: Tensor) -> Any:
@@ -201,6 +202,138 @@ def test_what_stops_a_symbolic_trace(case: str) -> None:
     found = graph(X)
     model.scale = torch.tensor(2.0, dtype=torch.float64)
     assert_same(found, model(X), EXACT)
+
+
+BY_ONE: dict[str, Callable[[Does, Tensor], Any]] = {
+    "a batch of one": lambda module, x: x * 2 if x.shape[0] == 1 else x,
+    "batches": lambda module, x: x * 2 if x.shape[0] > 1 else x,
+    "a height of one": lambda module, x: x * 2 if x.shape[2] == 1 else x,
+}
+
+
+@pytest.mark.parametrize("case", BY_ONE)
+def test_a_length_of_one_that_the_code_goes_by_is_another_path(case: str) -> None:
+    """By itself torch.export takes free lengths for 2 or more, and checks nothing."""
+    model = Does(BY_ONE[case]).double().eval()
+    graph = trace(model, example_inputs=X)
+    assert_same(graph(X[1:].repeat(4, 1, 1, 1)), model(X[1:].repeat(4, 1, 1, 1)), EXACT)
+    for x in (X[:1], X[:, :, :1]):
+        try:
+            found = graph(x)
+        except AssertionError as error:
+            assert "Guard failed" in str(error)
+        else:
+            assert_same(found, model(x), EXACT)
+
+
+def pasted(module: Does, x: Tensor) -> Tensor:
+    whole = x.new_zeros(x.shape[0], 3, 4, 4)
+    whole[:, :, :2] = x[..., :2, :4]
+    return whole if x.shape[2] > 2 else -whole
+
+
+def test_a_batch_of_one_is_free_where_only_torch_looks_whether_it_is_one() -> None:
+    model = Does(pasted).double().eval()
+    graph = trace(model, example_inputs=X)
+    assert_same(graph(X[:1]), model(X[:1]), EXACT)
+
+
+def test_a_length_of_one_that_is_broadcast_is_fixed() -> None:
+    class Shifted(Does):
+        def forward(self, x: Tensor, shift: Tensor) -> Any:  # type: ignore[override]
+            return self.conv(x) + shift if x.shape[2] != 7 else x
+
+    model, shift = Shifted(torch.relu).double().eval(), torch.randn(2, 1, 1, 6, dtype=torch.float64)
+    graph = trace(model, example_inputs=(X, shift))
+    assert_same(graph(X, shift), model(X, shift), EXACT)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        graph(X, shift.expand(2, 3, 1, 6))
+
+
+def counting(module: Does, x: Tensor) -> Tensor:
+    return x * module.scale.add_(1.0)
+
+
+def keeping(module: Does, x: Tensor) -> Tensor:
+    module.kept = x
+    return x
+
+
+def collecting(module: Does, x: Tensor) -> Tensor:
+    module.deep["a"][0].append(x)
+    return x
+
+
+KEEPS: dict[str, Callable[[Does, Tensor], Any]] = {
+    "a buffer written": counting,
+    "noise": lambda module, x: x + torch.rand_like(x),
+    "an attribute": keeping,
+    "in a list in a dict": collecting,
+}
+
+
+@pytest.mark.parametrize("case", KEEPS)
+def test_what_a_forward_writes_and_draws_is_compared_and_put_back(case: str) -> None:
+    model = Does(lambda module, x: KEEPS[case](module, x) if x.shape[0] < 9 else x).double().eval()
+    model.deep = {"a": ([],)}
+    attributes = dict(vars(model))
+    graph, reference = trace(model, example_inputs=X), copy.deepcopy(model)
+    assert vars(model) == attributes and model.deep == {"a": ([],)} and float(model.scale) == 2.0
+    torch.manual_seed(0)
+    expected = reference(X)
+    torch.manual_seed(0)
+    assert_same(graph(X), expected, EXACT)
+    assert float(model.scale) == float(reference.scale)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_code_that_goes_by_the_mode_is_in_that_of_the_model(training: bool) -> None:
+    model = Branching()
+    model.norm.eval()  # as in fine-tuning
+    model.drop = nn.Identity()  # type: ignore[assignment]
+    model.train(training).norm.eval()
+    graph = trace(model, example_inputs=X.float())
+    assert mode_of(graph) == ("train" if training else "eval") and graph.training == training
+    by_flag = Does(lambda module, x: x * (2 if module.training else 3) if x.shape[0] < 9 else x).train(
+        training
+    )
+    graph = trace(by_flag, example_inputs=X.float())
+    assert_same(graph(X.float()), by_flag(X.float()), EXACT)
+    with pytest.raises(UntraceableError, match="holds in that mode only"):
+        graph.train(not training)(X.float())
+
+
+def test_the_graph_is_traced_again_and_inside_another_model() -> None:
+    model = network()
+    graph = trace(model, example_inputs=X)
+    assert not graph._forward_hooks and not graph._forward_pre_hooks
+    again = symbolic(graph, example_inputs=X)
+    assert mode_of(again) == "eval"
+    around = symbolic(nn.Sequential(graph, nn.Identity()))
+    assert mode_of(around) == "eval"
+    assert_same(around(X)["out"], model(X)["out"], EXACT)
+    with pytest.raises(UntraceableError, match="holds in that mode only"):
+        around.train()(X)
+
+
+def test_torch_export_prints_and_logs_nothing(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, x = Does(lambda module, x: x if x.sum() > 0 else -x).eval(), X.float()
+    with pytest.raises(UntraceableError):
+        trace(model, example_inputs=x)
+    for fuse in (False, True):
+        with pytest.raises(FxExpandError, match=r"^Does: torch cannot export it"):
+            fxexpand.export_onnx(model, tmp_path / "model.onnx", x, fuse=fuse)
+    trace(network(), example_inputs={"x": X, "mask": torch.rand(1, 1, 6, 4, dtype=torch.float64)})
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_a_string_that_torch_cannot_guard_is_an_error() -> None:
+    class Chosen(Does):
+        def forward(self, x: Tensor, how: str) -> Any:  # type: ignore[override]
+            return self.conv(x) if how == "it's" and x.shape[0] < 9 else x
+
+    with pytest.raises(UntraceableError, match=r"control flow; torch\.export: .*literal"):
+        trace(Chosen(torch.relu).eval(), example_inputs=(X.float(), "it's"))
 
 
 def test_neither_way_is_an_error_with_both_reasons() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxexpand import pipeline
-from fxexpand.evaluating import undisturbed
-from fxexpand.inputs import ExampleInputs, as_call
+from fxexpand.exported import program_of
+from fxexpand.inputs import ExampleInputs
 from fxexpand.passes.fuse import combined
 from fxexpand.passes.placement import ONE_GRAPH
 from fxexpand.tracer import FAILURES
@@ -26,10 +25,8 @@ def fused(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) 
     first = pipeline.report(parts)
     if first.traced == ONE_GRAPH:
         return parts
-    args, kwargs = as_call(example_inputs)
     try:
-        with undisturbed(parts):
-            program = torch.export.export(parts, args, kwargs, dynamic_shapes=dynamic_shapes)
+        program = program_of(parts, example_inputs, dynamic_shapes)
     except FAILURES:  # torch.onnx has more ways
         return parts
     whole = pipeline.fuse(program, example_inputs)

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxexpand import __version__, pipeline
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
-from fxexpand.evaluating import evaluating
+from fxexpand.evaluating import evaluating, undisturbed
 from fxexpand.export.files import (
     count_operators,
     dimensions,
@@ -39,6 +38,7 @@ from fxexpand.export.folding import fused
 from fxexpand.export.free_sizes import axis_names, larger
 from fxexpand.export.free_sizes import dynamic_shapes as free_sizes
 from fxexpand.export.sessions import feeds, open_session, required
+from fxexpand.exported import muted
 from fxexpand.inputs import ExampleInputs, as_call, batch_size, call, move, resize_batch, tensors
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.outputs import tensors_of, worst_error
@@ -302,7 +302,7 @@ def _write(
     )
     args, kwargs = _as_torch_reads(model, *as_call(example_inputs))
     try:
-        with evaluating(model), _quiet():
+        with undisturbed(model), evaluating(model), muted(), _quiet():
             program = torch.onnx.export(
                 model,
                 args,
@@ -381,18 +381,16 @@ def _check(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings that torch.onnx and the libraries under it raise, or log, about themselves."""
+    """Silence what torch.onnx and the libraries under it log about themselves."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _require_free_batch(program: onnx.ModelProto) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,19 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxexpand.evaluating import evaluating
+from fxexpand.evaluating import evaluating, undisturbed
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
-from fxexpand.paths import other_paths
+from fxexpand.paths import alternatives, other_paths
 from fxexpand.tracer import FAILURES, Leaf, UntraceableError, signature_of
-from fxexpand.tracing import (
-    alternatives,
-    check_with_shapes,
-    decisions_of,
-    fixes_arguments,
-    in_both_modes,
-    symbolic,
-)
+from fxexpand.tracing import check_with_shapes, fixes_arguments, in_both_modes, symbolic
 
 PLAIN = (Tensor, bool, int, float, complex, str)
 
@@ -59,7 +55,7 @@ def observed_calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[nn.M
         if not isinstance(part, torch.jit.ScriptModule)
     ]
     try:
-        with evaluating(model):
+        with undisturbed(model), evaluating(model):
             call(model, copy_inputs(example_inputs))
     finally:
         for handle in handles:
@@ -94,6 +90,21 @@ class Reading(NamedTuple):
 def _code_of(module: nn.Module) -> object:
     """What modules with the same forward share: that of torch's containers is in what they hold."""
     return module if type(module).__module__.startswith("torch.") else type(module)
+
+
+def _lacks(module: nn.Module) -> bool:
+    """Whether its forward sometimes returns None: what a trace stands for is something or nothing always."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    steps = [] if code is None else list(dis.get_instructions(code))
+    places = {step.offset: i for i, step in enumerate(steps)}
+    found: set[bool] = set()
+    for step, after in itertools.pairwise(steps):
+        while after.opname.startswith("JUMP_FORWARD"):  # of "return x if ... else None"
+            after = steps[places[after.argval]]
+        if after.opname in ("RETURN_VALUE", "RETURN_CONST"):
+            last = after if after.opname == "RETURN_CONST" else step
+            found.add(last.opname in ("LOAD_CONST", "RETURN_CONST") and last.argval is None)
+    return len(found) == 2
 
 
 class Parts:
@@ -174,22 +185,21 @@ class Parts:
         while True:
             try:
                 graph_module = in_both_modes(module, leaf, given, along=())
-                if whole and decisions_of(graph_module):
-                    return None  # what such parts return on the other paths is not known
                 others = tuple(other_paths(module, leaf, given, graph_module))
                 check_with_shapes(graph_module, module, given)
                 return Reading(graph_module, leaf, error, others)
             except UntraceableError as failed:
-                if failed.within is None or _code_of(failed.within) in whole:
+                if failed.within is None or _code_of(failed.within) in whole or _lacks(failed.within):
                     return None
                 whole.add(_code_of(failed.within))
             except FAILURES:
                 return None
 
-    def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, fx.GraphModule]]:
-        """Other graphs of a part, each with why a fold may not hold in it."""
+    def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, fx.GraphModule | None]]:
+        """Other graphs of a part, each with why a fold may not hold in it; None for one that is not known."""
         if fixes_arguments(reading.graph_module):
-            for names, graph_module in alternatives(module, self.given(module), reading.leaf):
+            nodes = len(reading.graph_module.graph.nodes)
+            for names, graph_module in alternatives(module, reading.leaf, self.given(module), nodes):
                 yield f"it holds for some values of the argument {names} only", graph_module
         for graph_module in reading.others:
             yield "it holds for some paths through the code only, which goes by sizes", graph_module

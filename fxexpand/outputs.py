@@ -35,12 +35,17 @@ def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
 
     Random numbers are the same in each call, and the caller's go on where they were.
     """
-    cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     with undisturbed(model), evaluating(model):
-        # Not torch.manual_seed, which would reset the generators of all GPUs too.
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
-            generator.manual_seed(SEED)
+        seed(model)
         return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
+
+
+def seed(model: nn.Module) -> None:
+    """Have ``model`` draw what it draws in ``outputs_of``; ``evaluating`` puts the random state back."""
+    cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    # Not torch.manual_seed, which would reset the generators of all GPUs too.
+    for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+        generator.manual_seed(SEED)
 
 
 def agree(actual: list[Tensor], expected: list[Tensor]) -> bool:

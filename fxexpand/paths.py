@@ -1,20 +1,25 @@
-"""The other paths through code that goes by sizes: what holds for the example inputs may not hold there."""
+"""The other paths through code: what holds for the example inputs may not hold there."""
 
 from __future__ import annotations
 
 import dis
+import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxexpand.inputs import ExampleInputs
-from fxexpand.tracer import Leaf, UntraceableError
+from fxexpand.tracer import Leaf, UntraceableError, fixed_arguments
 from fxexpand.tracing import decisions_of, record
 
 PATHS = 16  # that are looked at, each by a trace ...
 NODES = 1000  # ... and of so many nodes together, but two in any case
+ALTERNATIVES = 64  # sets of other arguments that are looked at
 RAISES = dis.opmap["RAISE_VARARGS"]
 TORCH = Path(torch.__file__).parent
 
@@ -29,7 +34,70 @@ def other_paths(
     Raises: UntraceableError: there are more than ``PATHS``, or one has no graph.
     """
     todo = _turned(decisions_of(graph_module), 0)
-    limit = max(2, NODES // len(graph_module.graph.nodes))
+    yield from _explored(model, leaf, example_inputs, todo, len(graph_module.graph.nodes))
+
+
+def alternatives(
+    model: nn.Module, leaf: Leaf | None, example_inputs: ExampleInputs | None, nodes: int
+) -> Iterator[tuple[str, fx.GraphModule | None]]:
+    """Other graphs of ``model``, for reading only, each with the arguments of ``trace`` that it does not fix.
+
+    A flag is the other way round, a None is something, ``*args`` hold one, a string is another that the
+    forward names; first each alone, then together, up to ``ALTERNATIVES``. Each with all of its paths, those
+    that go by values among them; with None instead of a graph where these are too many, or one has no graph.
+
+    Args:
+        nodes: in the graph of the model.
+    """
+    fixed = fixed_arguments(model, example_inputs)
+    words = _words(type(model))
+    changes: list[tuple[str, Any]] = []
+    for name, value in fixed.items():
+        if isinstance(value, str):
+            changes += [(name, word) for word in words if word != value and word.isidentifier()]
+        elif not name.startswith("**"):
+            changes.append((name, None if value is None else not value))
+    counts = range(1, len(changes) + 1)
+    together = itertools.chain.from_iterable(itertools.combinations(changes, count) for count in counts)
+    for chosen in itertools.islice(together, ALTERNATIVES):
+        others = {**fixed, **dict(chosen)}
+        for name, _ in chosen:
+            if fixed[name] is None:
+                del others[name]
+        names = ", ".join(dict(chosen))
+        try:
+            for graph_module in _explored(model, leaf, example_inputs, [()], nodes, fixed=others, blind=True):
+                yield names, graph_module
+        except UntraceableError:
+            yield names, None
+
+
+def _words(kind: type) -> list[str]:
+    """The strings in the code of a forward and of the methods that it names."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # type: ignore[attr-defined]
+    codes = [] if code is None else [code]
+    for name in getattr(code, "co_names", ()):
+        method = inspect.unwrap(getattr(kind, name, None) or _words)
+        if isinstance(method, FunctionType) and method is not _words:
+            codes.append(method.__code__)
+    found: dict[str, None] = {}
+    for each in codes:
+        consts = each.co_consts
+        codes += [inner for inner in consts if isinstance(inner, CodeType)]
+        found |= dict.fromkeys(word for word in consts if isinstance(word, str))
+    return list(found)
+
+
+def _explored(
+    model: nn.Module,
+    leaf: Leaf | None,
+    example_inputs: ExampleInputs | None,
+    todo: list[tuple[bool, ...]],
+    nodes: int,
+    **options: Any,
+) -> Iterator[fx.GraphModule]:
+    """The graphs of the paths ``todo``, and of those that branch off."""
+    limit = max(2, NODES // nodes)
     seen = tried = 0
     while todo:
         tried += 1
@@ -38,7 +106,7 @@ def other_paths(
             raise UntraceableError(f"{type(model).__name__}: {reason}.", reason)
         along = todo.pop()
         try:
-            found = record(model, leaf, example_inputs, faithful=False, along=along)
+            found = record(model, leaf, example_inputs, faithful=False, along=along, **options)
         except UntraceableError as error:
             if not _raised_by_the_model(error):
                 raise

@@ -52,15 +52,19 @@ class UntraceableError(FxExpandError):
         decisions: how the branches went before it failed; see ``RegionTracer``.
     """
 
-    decisions: tuple[bool, ...] = ()
-
     def __init__(
-        self, message: str, reason: str = "", differs: bool = False, within: nn.Module | None = None
+        self,
+        message: str,
+        reason: str = "",
+        differs: bool = False,
+        within: nn.Module | None = None,
+        decisions: Sequence[bool] = (),
     ) -> None:
         super().__init__(message)
         self.reason = reason or message
         self.differs = differs
         self.within = within
+        self.decisions = tuple(decisions)
 
 
 def first_line(error: BaseException) -> str:
@@ -92,10 +96,14 @@ class RegionTracer(fx.Tracer):
     Args:
         sizes: lets control flow go by sizes.
         along: how the first of these branches go; the others go as in ``sizes``.
+        blind: branches that go by anything else are taken as not to be gone into, for a graph that is only
+            read; they are decisions, too.
 
     Attributes:
         decisions: how they all went.
         failed: the innermost module of the model whose call raised.
+        stopped: why there is no graph, whatever the model makes of that error.
+        wordy: the paths of modules that are called with other than one argument, or by its name.
     """
 
     def __init__(
@@ -105,6 +113,7 @@ class RegionTracer(fx.Tracer):
         faithful: bool = True,
         sizes: Sizes | None = None,
         along: Sequence[bool] = (),
+        blind: bool = False,
     ) -> None:
         types, functions, modules = _library_leaves()
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
@@ -114,9 +123,11 @@ class RegionTracer(fx.Tracer):
         self._faithful = faithful
         self._names: dict[int, str] = {}
         self._gradients, self._autocasts = True, 0
-        self._sizes, self._along = sizes, along
+        self._sizes, self._along, self._blind = sizes, along, blind
         self.decisions: list[bool] = []
         self.failed: nn.Module | None = None
+        self.stopped: Exception | None = None
+        self.wordy: set[str] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See ``fx.Tracer.trace``."""
@@ -124,6 +135,8 @@ class RegionTracer(fx.Tracer):
         self._names = {id(tensor): name for name, tensor in tensors}
         self._gradients, self._autocasts = torch.is_grad_enabled(), _open_autocasts()
         graph = super().trace(root, concrete_args)
+        if self.stopped is not None:  # which the model caught
+            raise self.stopped
         for node in graph.nodes:
             if isinstance(node.type, str):  # which torch 2.9 writes into the code, and cannot pickle
                 node.type = None
@@ -175,6 +188,8 @@ class RegionTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """See ``fx.Tracer.call_module``."""
+        if (len(args) != 1 or kwargs) and m in (self.submodule_paths or ()):
+            self.wordy.add(self.path_of_module(m))
         try:
             if self._faithful and calls_more(m) and not self.is_leaf_module(m, self.path_of_module(m)):
                 raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
@@ -186,7 +201,7 @@ class RegionTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """See ``fx.Tracer.proxy``."""
-        return super().proxy(node) if self._sizes is None else _Sized(node, self)
+        return _Sized(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """As many items as a shape has; that of other things is not known."""
@@ -201,12 +216,21 @@ class RegionTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Whether a condition on sizes holds."""
         known = self._known(obj)
-        if not isinstance(known, bool | int | float | tuple | list):
+        if isinstance(known, bool | int | float | tuple | list):
+            return self._decided(bool(known))
+        if self._blind:
+            return self._decided(False)
+        try:
             return super().to_bool(obj)
+        except fx.proxy.TraceError as error:
+            self.stopped = error
+            raise
+
+    def _decided(self, default: bool) -> bool:
         place = len(self.decisions)
         if place == BRANCHES:
             raise RuntimeError("its code goes by sizes, in too many branches to look at")
-        self.decisions.append(self._along[place] if place < len(self._along) else bool(known))
+        self.decisions.append(self._along[place] if place < len(self._along) else default)
         return self.decisions[-1]
 
     def _known(self, obj: fx.Proxy) -> Any:
@@ -240,7 +264,7 @@ class RegionTracer(fx.Tracer):
         if any(name.startswith("*") and name not in self._fixed for name in names):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         made: dict[str, Any] = {name: self._proxy_placeholder(name, None, known, forward) for name in names}
-        # ``*args`` is empty in a trace, but for one where a graph is only read: see ``alternatives``.
+        # ``*args`` is empty in a trace, but for one where a graph is only read: see ``paths.alternatives``.
         more = [made[name][0] for name in names if name.count("*") == 1 and self._fixed.get(name)]
         for name in [name for name in names if name in self._fixed]:
             expected = self._fixed[name]
@@ -258,11 +282,19 @@ class RegionTracer(fx.Tracer):
 
 
 class _Sized(fx.Proxy):
-    """A proxy that has a length, where it stands for a shape."""
+    """A proxy that has a length where it stands for a shape, and a hash for fx alone."""
+
+    tracer: RegionTracer
 
     def __len__(self) -> int:
-        length = self.tracer.length(self) if isinstance(self.tracer, RegionTracer) else None
+        length = self.tracer.length(self)
         return int(super().__len__()) if length is None else length  # that of fx raises
+
+    def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fxexpand.")):
+            return super().__hash__()
+        # A set or a dict that holds the size would not find it: the hash of a proxy is not that of its value.
+        raise TypeError("its code looks for a value in a set or a dict, or keeps what it computed for it")
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _SizedAttribute(self, name)

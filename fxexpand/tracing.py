@@ -7,10 +7,9 @@ the graph depends on is found by tracing in both modes.
 
 from __future__ import annotations
 
-import inspect
 import io
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import chain
@@ -23,11 +22,11 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from fxexpand.evaluating import evaluating, undisturbed
 from fxexpand.exported import export, module_of
-from fxexpand.inputs import ExampleInputs, as_call, call
+from fxexpand.inputs import ExampleInputs, as_call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.modes import guard, mode_of
-from fxexpand.outputs import agree, outputs_of, tensors_of
-from fxexpand.sizes import Sizes
+from fxexpand.outputs import agree, outputs_of, seed, tensors_of
+from fxexpand.sizes import Sizes, UnknownValue
 from fxexpand.tracer import (
     FAILURES,
     Leaf,
@@ -41,14 +40,19 @@ from fxexpand.tracer import (
 from fxexpand.tracer import UntraceableError as UntraceableError
 from fxexpand.tracer import hooked as hooked
 
-DECISIONS = "fxexpand_decisions"  # in the meta of a graph module
-ALTERNATIVES = 64  # graphs of a model with other arguments that are looked at
+# In the meta of a graph module, what its tracer found; see ``RegionTracer``.
+DECISIONS, WORDY = "fxexpand_decisions", "fxexpand_wordy"
 
 
 def _untraceable(
-    model: nn.Module, reason: str, fix: str, differs: bool = False, within: nn.Module | None = None
+    model: nn.Module,
+    reason: str,
+    fix: str,
+    differs: bool = False,
+    within: nn.Module | None = None,
+    decisions: Sequence[bool] = (),
 ) -> UntraceableError:
-    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs, within)
+    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs, within, decisions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +144,8 @@ def in_both_modes(
     """
     modes = (record(model, leaf, example_inputs, training=flag, along=along) for flag in (True, False))
     graph_module, evaluation = modes
-    if not _same_graph(graph_module, evaluation, model):
+    same = decisions_of(graph_module) == decisions_of(evaluation)  # which a graph does not show
+    if not same or not _same_graph(graph_module, evaluation, model):
         graph_module = record(model, leaf, example_inputs, along=along)
         guard(graph_module)
     return graph_module
@@ -149,36 +154,6 @@ def in_both_modes(
 def fixes_arguments(graph_module: fx.GraphModule) -> bool:
     """Whether a graph made by ``trace`` raises when some argument is not the one it was traced with."""
     return any(node.target is require_argument for node in graph_module.graph.nodes)
-
-
-def alternatives(
-    model: nn.Module, example_inputs: ExampleInputs | None = None, leaf: Leaf | None = None
-) -> Iterator[tuple[str, fx.GraphModule]]:
-    """Other graphs of ``model``, for reading only, each with the arguments of ``trace`` that it does not fix.
-
-    A flag is the other way round, a None is something, ``*args`` hold one, a string is another that the
-    forward names; first each alone, then together, up to ``ALTERNATIVES``. What cannot be traced is left out.
-    """
-    fixed = fixed_arguments(model, example_inputs)
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    words = [each for each in getattr(code, "co_consts", ()) if isinstance(each, str)]
-    changes: list[tuple[str, Any]] = []
-    for name, value in fixed.items():
-        if isinstance(value, str):
-            changes += [(name, word) for word in words if word != value and word.isidentifier()]
-        elif not name.startswith("**"):
-            changes.append((name, None if value is None else not value))
-    counts = range(1, len(changes) + 1)
-    together = itertools.chain.from_iterable(itertools.combinations(changes, count) for count in counts)
-    for chosen in itertools.islice(together, ALTERNATIVES):
-        others = {**fixed, **dict(chosen)}
-        for name, _ in chosen:
-            if fixed[name] is None:
-                del others[name]
-        try:
-            yield ", ".join(dict(chosen)), record(model, leaf, faithful=False, fixed=others)
-        except UntraceableError:
-            continue
 
 
 def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
@@ -228,6 +203,7 @@ def record(
     faithful: bool = True,
     fixed: Mapping[str, Any] | None = None,
     along: Sequence[bool] | None = None,
+    blind: bool = False,
 ) -> fx.GraphModule:
     """One trace, in the modes that the modules are in or in the one given; the model is as before afterwards.
 
@@ -236,6 +212,7 @@ def record(
         fixed: values of arguments, by the names of their placeholders; None takes those of ``trace``.
         along: how the first branches go where control flow goes by sizes; the others go as those of the
             example inputs do. The length of a shape is known then, too. None: such control flow raises.
+        blind: branches that go by anything else are taken, too; see ``RegionTracer``.
 
     Raises: UntraceableError.
     """
@@ -252,26 +229,31 @@ def record(
         if training is not None:
             for module in model.modules():
                 module.training = training
-        random_state = torch.get_rng_state()
+        numbers = _numbers(model)
+        random_state, pythons = torch.get_rng_state(), random.getstate()
         tracer: RegionTracer | None = None
         try:
-            fixed = fixed_arguments(model, example_inputs) if fixed is None else fixed
+            own = fixed_arguments(model, example_inputs)
+            fixed = own if fixed is None else fixed
             sizes = None
             if along is not None and example_inputs is not None:
-                sizes = Sizes(model, _by_name(model, example_inputs))
-            tracer = RegionTracer(leaf, fixed, faithful, sizes, along or ())
+                other = {name: UnknownValue("it is no example") for name in own if name not in fixed}
+                sizes = Sizes(model, _by_name(model, example_inputs) | other)
+            tracer = RegionTracer(leaf, fixed, faithful, sizes, along or (), blind)
             graph = tracer.trace(model)
             graph_module = fx.GraphModule(model, graph, type(model).__name__)
         except Exception as error:  # whatever a model raises
+            cause = error if tracer is None or tracer.stopped is None else tracer.stopped
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
-            within = tracer.failed if tracer is not None else None
-            failed = _untraceable(model, first_line(error), fix, within=within)
-            failed.decisions = tuple(tracer.decisions) if tracer is not None else ()
-            raise failed from error
-        drawn = not torch.equal(random_state, torch.get_rng_state())
-        torch.set_rng_state(random_state)
+            within, decisions = (None, []) if tracer is None else (tracer.failed, tracer.decisions)
+            raise _untraceable(model, first_line(cause), fix, within=within, decisions=decisions) from cause
+        finally:
+            drawn = not torch.equal(random_state, torch.get_rng_state()) or random.getstate() != pythons
+            torch.set_rng_state(random_state)
+            random.setstate(pythons)
+        counted = [key[1] for key, value in _numbers(model).items() if numbers.get(key, value) != value]
         written = [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]
-    graph_module.meta[DECISIONS] = tuple(tracer.decisions)
+    graph_module.meta |= {DECISIONS: tuple(tracer.decisions), WORDY: tracer.wordy}
     graph_module.training = model.training
     for name, module in graph_module.named_modules():
         if type(module) is nn.Module:  # fx makes these to hold what the graph calls, in training mode
@@ -279,10 +261,20 @@ def record(
     if faithful and drawn:
         reason = "it draws random numbers of constant shape, and a graph would repeat one draw"
         raise _untraceable(model, reason, "Put them into a module of their own, and name it as a leaf.")
+    if faithful and counted:
+        reason = f"it assigns to its attribute {counted[0]}, which a graph does not record"
+        raise _untraceable(model, reason, "Put it into a module of its own, and name it as a leaf.")
     if faithful and written:
         reason = f"it assigns to its buffer {written[0]}, which a graph does not record"
         raise _untraceable(model, reason, "Write into the buffer in place (copy_, add_).")
     return graph_module
+
+
+def _numbers(model: nn.Module) -> dict[tuple[int, str], float]:
+    """The attributes of modules that are numbers, such as a count of their calls."""
+    held = ((id(module), vars(module)) for module in model.modules())
+    return {(key, name): value for key, named in held for name, value in named.items()
+            if isinstance(value, int | float)}  # fmt: skip
 
 
 def decisions_of(graph_module: fx.GraphModule) -> tuple[bool, ...]:
@@ -366,12 +358,11 @@ def check_with_shapes(graph_module: fx.GraphModule, model: nn.Module, example_in
             inputs.extend(given.get(node.target[1:], ()))
         else:
             inputs.append(given[node.target] if node.target in given else node.args[0])
-    with evaluating(model):
-        random_state = torch.get_rng_state()
-        expected = tensors_of(call(model, copy_inputs(example_inputs)))
-        torch.set_rng_state(random_state)
-        with redirect_stderr(io.StringIO()):  # where torch prints what it raises as well
-            actual = tensors_of(_OwnLists(graph_module).propagate(*inputs))
+    expected = outputs_of(model, example_inputs)
+    quiet = redirect_stderr(io.StringIO())  # where torch prints what it raises as well
+    with undisturbed(model), evaluating(model), quiet:
+        seed(model)
+        actual = tensors_of(_OwnLists(graph_module).propagate(*inputs))
     if mode_of(graph_module) != "train":  # the model ran in eval mode
         _require_same(model, actual, expected)
 

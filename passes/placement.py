@@ -185,19 +185,18 @@ def _conflicts(module: nn.Module, reading: Reading, tree: Tree, calls: Parts) ->
     """Groups that would be wrong for other arguments of the module or other sizes, by their names: why."""
     placed = {name: where for name, where in tree.places.items() if where is not None}
     found: dict[str, str] = {}
+    mine: dict[str, object] = {group.name: tree.outline(group) for group in tree.groups}
     for reason, other in calls.others(module, reading) if placed else ():
+        if other is None:
+            return dict.fromkeys(placed, reason) | found
         with split_norms(other):
             walk = Walk(other)
             others = Tree(walk, module, grouped(walk), part=True, one_path=tree.one_path)
-            same = [_outline(where) for where in others.places.values() if where is not None]
+            same = [others.outline(group) for group in others.groups]
             for name, where in placed.items():
-                if others.calls_any(where) and _outline(where) not in same:
+                if others.uses_any(where) and mine[name] not in same:
                     found.setdefault(name, reason)
     return found
-
-
-def _outline(where: dict[str, nn.Module | None]) -> dict[str, bool]:
-    return {path: new is None for path, new in where.items()}
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

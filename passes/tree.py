@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect, bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from fxexpand.calls import Parts
 from fxexpand.graph import works_in_place, written
@@ -15,7 +17,9 @@ from fxexpand.passes.form import Form
 from fxexpand.passes.fuse import Group
 from fxexpand.passes.shapes import NDIM
 from fxexpand.passes.split import LayerNormAffine, shown
-from fxexpand.tracing import UntraceableError, fixes_arguments, symbolic
+from fxexpand.tracing import WORDY, UntraceableError, fixes_arguments, symbolic
+
+KNOWN = ("torch.nn.", "fxexpand.")  # where modules come from that do not write into their inputs
 
 
 class Tree:
@@ -28,6 +32,7 @@ class Tree:
     Attributes:
         places: by the name of a group, the modules to put in place of others by their paths, None for the new
             layer; None where that alone does not do it.
+        groups: what is to be fused.
         apart: the names of the groups that are not to be carried out.
     """
 
@@ -38,6 +43,7 @@ class Tree:
         self._part = part
         self.one_path = one_path
         self._root = root
+        self._wordy = walk.graph_module.meta.get(WORDY, ())
         self._inside: dict[str, list[fx.Node]] = {}
         self._calls: dict[str, set[str]] = {}
         for node in walk.order:
@@ -46,13 +52,15 @@ class Tree:
                 self._calls.setdefault(path, set()).add(call)
                 if computes:
                     self._inside.setdefault(path, []).append(node)
+        self._read = {
+            path for node in walk.order if node.op == "get_attr" for path in self._read_by_others(node)
+        }
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in root.named_modules(remove_duplicate=False):
             self._names.setdefault(module, []).append(name)
-        self._groups = groups
+        self.groups = groups
         self._dead = walk.dead()
-        writes = (place for node, place in walk.order.items() if works_in_place(walk.graph_module, node))
-        self._writes = list(writes)
+        self._writes = [place for node, place in walk.order.items() if self._may_write(node)]
         self._written_by = set(self._writes)
         self._nodes = [next(iter(group.values.values())).nodes for group in groups]
         self._shared = Counter(node for nodes in self._nodes for node in nodes)
@@ -61,10 +69,37 @@ class Tree:
         self.apart: set[str] = set()
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
-    def calls_any(self, paths: Iterable[str]) -> bool:
-        """Whether one of these modules is called in the graph."""
+    def uses_any(self, paths: Iterable[str]) -> bool:
+        """Whether one of these modules is called in the graph, or a tensor of it is read."""
         called = {str(node.target) for node in self._walk.order if node.op == "call_module"}
-        return any(path in self._calls or path in called for path in paths)
+        read = [str(node.target) for node in self._walk.order if node.op == "get_attr"]
+        return any(p in self._calls or p in called or any(within(name, p) for name in read) for p in paths)
+
+    def outline(self, group: Group) -> object:
+        """The same where the same modules are replaced by the same layer; None where none are."""
+        where = self.places[group.name]
+        if where is None:
+            return None
+        form = next(iter(group.values.values()))
+        places = {node: i for i, node in enumerate(self._walk.in_order(form))}
+
+        def told(node: fx.Node) -> Any:
+            if node in places:
+                return places[node]
+            if node not in self._walk.reader.constants:
+                return node is form.source
+            return node.op, node.target, self._arguments(node, told)
+
+        made = [(node.op, node.target, self._arguments(node, told)) for node in places]
+        return [*((path, new is None) for path, new in where.items()), *made]
+
+    def _arguments(self, node: fx.Node, told: Callable[[fx.Node], Any]) -> object:
+        return map_arg(node.args, told), map_arg(node.kwargs, told)
+
+    def _may_write(self, node: fx.Node) -> bool:
+        """Whether a call may write into its argument; code without a graph may do so."""
+        known = node.op != "call_module" or type(self._walk.module(node)).__module__.startswith(KNOWN)
+        return works_in_place(self._walk.graph_module, node) or (self.one_path and not known)
 
     def shared(self, group: Group, calls: Parts) -> bool:
         """Whether a module that is to be replaced is held by another one as well."""
@@ -78,7 +113,7 @@ class Tree:
         groups = self._undivided(
             [
                 group
-                for group in self._groups
+                for group in self.groups
                 if (self.places[group.name] is not None or not self._slight(group))
                 and group.name not in self.apart
             ]
@@ -91,7 +126,7 @@ class Tree:
             found = self._graphs_for(groups)
         if found is None:
             groups, found = self._undivided(placed), {}
-        self.unplaced = {group.name for group in self._groups} - {group.name for group in groups}
+        self.unplaced = {group.name for group in self.groups} - {group.name for group in groups}
         return found
 
     def _slight(self, group: Group) -> bool:
@@ -105,7 +140,7 @@ class Tree:
         """Those that share no node with a group that stays away: one value goes for all or for none."""
         kept = list(groups)
         while True:
-            away = {node for group in self._groups if group not in kept for node in self._nodes_of(group)}
+            away = {node for group in self.groups if group not in kept for node in self._nodes_of(group)}
             found = [group for group in kept if not away & self._nodes_of(group)]
             if len(found) == len(kept):
                 return kept
@@ -179,6 +214,8 @@ class Tree:
         if self.one_path:
             return None
         path = self._owner(group)
+        if path in self._wordy or path in self._read:
+            return None
         nodes = self._nodes_of(group)
         viewed = any(form.before or form.after for form in group.values.values())
         if viewed or not path or not set(self._inside[path]) <= nodes or not self._named_once(path):
@@ -233,6 +270,14 @@ class Tree:
                     return False
         return True
 
+    def _read_by_others(self, node: fx.Node) -> Iterator[str]:
+        """The modules that hold the tensor ``node`` reads, where code outside of them uses it."""
+        path = str(node.target).rpartition(".")[0]
+        while path:
+            if any(path not in self._stack(user) for user in node.users):
+                yield path
+            path = path.rpartition(".")[0]
+
     def _unit(self, node: fx.Node, calls: int, mine: set[fx.Node]) -> str | None:
         """The module that does nothing but what a node and others of ``mine`` do, at all of its calls."""
         if node.op == "call_module":
@@ -240,7 +285,7 @@ class Tree:
         else:
             path = self._stack(node)[-1]
             made = len(self._calls.get(path, ()))
-            if not mine.issuperset(self._inside.get(path, ())):
+            if path in self._wordy or path in self._read or not mine.issuperset(self._inside.get(path, ())):
                 return None
         return path if path and made == calls and self._named_once(path) else None
 

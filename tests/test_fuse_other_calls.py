@@ -1,0 +1,230 @@
+"""What holds for one call need not hold for another: other arguments, sizes and values, call by call."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxexpand
+from fxexpand.tracing import UntraceableError, symbolic
+from tests.compare import assert_same
+from tests.networks import perturb
+
+X = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+SMALL = X[:, :, :4]
+EXACT = 1e-10
+
+
+class Gain(nn.Module):
+    """A factor per channel, or one that the caller adds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(4, 1, 1) + 1)
+
+    def forward(self, x: Tensor, more: float = 1.0) -> Tensor:
+        return x * self.factor * more
+
+
+class Sized(Gain):
+    """A factor that goes by sizes."""
+
+    def forward(self, x: Tensor, more: float = 1.0) -> Tensor:
+        return x * (2.0 if x.shape[2] > 4 else 3.0)
+
+
+class Part(nn.Module):
+    """Goes by values, and what it does is given."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x) if x.sum() > -1e9 and x.shape[2] > 4 else None
+
+
+class Net(nn.Module):
+    """Layers; subclasses have the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.gain, self.sized = Gain(), Sized()
+        self.maybe = Part(torch.abs)
+        self.calls = 0
+
+
+class Keyword(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.gain(x=self.conv(x))
+
+
+class Second(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.gain(self.conv(x), 2.0)
+
+
+class KeywordElsewhere(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        return self.gain(x=h) if x.shape[2] < 5 else self.gain(h)
+
+
+class ConstantBySize(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.sized(self.conv(x))
+
+
+class ReadElsewhere(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.norm(self.conv(x))
+        return h * self.norm.weight.sum() if x.shape[2] < 5 else h
+
+
+class Caught(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        try:
+            h = h * (2 if x.sum() > -1e9 else 5)
+        except torch.fx.proxy.TraceError:
+            h = h * 3
+        return self.norm(h)
+
+
+class Table(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        return self.norm(h.relu() if {4: True}.get(x.shape[2]) else h)
+
+
+class SetBySize(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        return self.norm(h.relu() if x.shape[2] in {4, 5} and x.shape[3] > 1 else h)
+
+
+class SometimesNone(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        return self.norm(h.relu() if self.maybe(x) is None else h)
+
+
+class Drawing(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        return self.norm(h.relu() if random.random() < 0.5 else h)
+
+
+class Counting(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        self.calls += 1
+        return self.norm(h.relu() if self.calls > 1 else h)
+
+
+class ByMode(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = self.conv(x)
+        if x.shape[2] < 5:
+            return self.norm(h if self.training else h.relu())
+        return self.norm(h)
+
+
+CASES = [
+    Keyword, Second, KeywordElsewhere, ConstantBySize, ReadElsewhere, Caught, Table, SetBySize, SometimesNone,
+    Drawing, Counting, ByMode,
+]  # fmt: skip
+
+
+def made(kind: type[Net]) -> Net:
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    perturb(model)
+    return model
+
+
+def compare(model: nn.Module, example: Tensor | None, *calls: tuple[Any, ...]) -> Any:
+    """Fused, and compared call by call."""
+    small = fxexpand.fuse(model, example)
+    one, two = copy.deepcopy(model), copy.deepcopy(small)
+    for arguments in calls:
+        random.seed(3)
+        expected = one(*arguments)
+        random.seed(3)
+        assert_same(two(*arguments), expected, EXACT)
+    return small
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("kind", CASES)
+def test_a_fold_holds_for_every_call(kind: type[Net], example: Tensor | None) -> None:
+    compare(made(kind), example, (X,), (SMALL,), (-X,), (X,))
+
+
+class Flag(Net):
+    def forward(self, x: Tensor, flag: bool = False) -> Any:
+        h = self.conv(x)
+        if flag and x.sum() > -1e9:
+            h = h.relu()
+        return self.norm(h)
+
+
+class FlagBySize(Net):
+    def forward(self, x: Tensor, flag: bool = False) -> Any:
+        h = self.conv(x)
+        return self.norm(h.relu() if flag and x.shape[2] < 5 else h)
+
+
+class Word(Net):
+    def forward(self, x: Tensor, how: str = "no") -> Any:
+        return self.norm(self.act(self.conv(x), how))
+
+    def act(self, h: Tensor, how: str) -> Tensor:
+        return h.relu() if how == "relu" else h
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize(("kind", "value"), [(Flag, True), (FlagBySize, True), (Word, "relu")])
+def test_a_fold_holds_for_other_arguments(kind: type[Net], value: Any, example: Tensor | None) -> None:
+    small = compare(made(kind), example, (X,), (SMALL,), (X, value), (SMALL, value))
+    assert isinstance(small.norm, nn.BatchNorm2d)
+
+
+def test_other_arguments_that_change_nothing_between_the_layers_end_no_fold() -> None:
+    class After(Net):
+        def forward(self, x: Tensor, flag: bool = False) -> Any:
+            h = self.norm(self.conv(x)).relu()
+            return h.sqrt() if flag and x.sum() > 0 else h
+
+    small = compare(made(After), X, (X,), (X, True), (-X, True))
+    assert isinstance(small.norm, nn.Identity)
+
+
+def test_a_part_that_sometimes_returns_nothing_is_seen_in_its_code() -> None:
+    """It is not kept whole: what is returned stands for something in all of a trace."""
+    assert fxexpand.report(fxexpand.fuse(made(SometimesNone), X)).changed == ()
+
+    class Always(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.abs() if x.sum() > -1e9 else x
+
+    model = made(SometimesNone)
+    model.maybe = Always()  # type: ignore[assignment]
+    assert len(fxexpand.report(compare(model, X, (X,), (SMALL,))).changed) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Table, "in a set or a dict"), (Drawing, "random"), (Counting, "attribute calls")]
+)
+def test_what_a_graph_would_freeze_is_an_error(kind: type[Net], reason: str) -> None:
+    state, attributes = random.getstate(), dict(vars(model := made(kind)))
+    with pytest.raises(UntraceableError, match=reason):
+        symbolic(model)
+    assert random.getstate() == state and vars(model) == attributes

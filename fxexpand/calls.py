@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fxexpand.evaluating import evaluating, undisturbed
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
-from fxexpand.paths import alternatives, other_paths
+from fxexpand.paths import Whole, alternatives, other_paths
 from fxexpand.tracer import FAILURES, Leaf, UntraceableError, signature_of
 from fxexpand.tracing import check_with_shapes, fixes_arguments, in_both_modes, symbolic
 
@@ -87,26 +84,6 @@ class Reading(NamedTuple):
     others: tuple[fx.GraphModule, ...] = ()
 
 
-def _code_of(module: nn.Module) -> object:
-    """What modules with the same forward share: that of torch's containers is in what they hold."""
-    return module if type(module).__module__.startswith("torch.") else type(module)
-
-
-def _lacks(module: nn.Module) -> bool:
-    """Whether its forward sometimes returns None: what a trace stands for is something or nothing always."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    steps = [] if code is None else list(dis.get_instructions(code))
-    places = {step.offset: i for i, step in enumerate(steps)}
-    found: set[bool] = set()
-    for step, after in itertools.pairwise(steps):
-        while after.opname.startswith("JUMP_FORWARD"):  # of "return x if ... else None"
-            after = steps[places[after.argval]]
-        if after.opname in ("RETURN_VALUE", "RETURN_CONST"):
-            last = after if after.opname == "RETURN_CONST" else step
-            found.add(last.opname in ("LOAD_CONST", "RETURN_CONST") and last.argval is None)
-    return len(found) == 2
-
-
 class Parts:
     """The example inputs of a model, and those that it gives to its parts.
 
@@ -173,15 +150,8 @@ class Parts:
         return symbolic(module)
 
     def _along(self, module: nn.Module, given: ExampleInputs, error: UntraceableError) -> Reading | None:
-        """The graph of the path of the inputs, around what fails there too.
-
-        Modules of one class are kept whole together, as many layers have the same code.
-        """
-        whole: set[object] = set()
-
-        def leaf(name: str, inner: nn.Module) -> bool:
-            return _code_of(inner) in whole
-
+        """The graph of the path of the inputs, around what fails there too."""
+        leaf = Whole()
         while True:
             try:
                 graph_module = in_both_modes(module, leaf, given, along=())
@@ -189,9 +159,8 @@ class Parts:
                 check_with_shapes(graph_module, module, given)
                 return Reading(graph_module, leaf, error, others)
             except UntraceableError as failed:
-                if failed.within is None or _code_of(failed.within) in whole or _lacks(failed.within):
+                if not leaf.add(failed.within):
                     return None
-                whole.add(_code_of(failed.within))
             except FAILURES:
                 return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -51,15 +52,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The attributes of all modules are restored afterwards, training flags and plain containers among them.
+    """The attributes of all modules are restored afterwards: training flags, containers, configs among them.
 
     fx stores constants on the model it traces, and a forward may keep what it computes (a cache).
     """
-    saved: list[tuple[Any, Any]] = []
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     modes = [(module, module.training) for module in scripted if hasattr(module, "training")]  # not if frozen
-    for module in model.modules():
-        saved.extend((held, held.copy()) for held in containers(vars(module)))
+    held = containers([vars(module) for module in model.modules()])
+    saved = [(container, container.copy()) for container in held]
     try:
         yield
     finally:
@@ -70,16 +70,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def containers(value: Any) -> Iterator[Any]:
-    """The dicts, sets and lists in a value, itself among them, to any depth."""
+    """The dicts, sets and lists in a value, itself among them, to any depth; attributes of a config, too."""
     waiting, seen = [value], set()
     while waiting:
         found = waiting.pop()
-        if id(found) in seen or not isinstance(found, dict | set | list | tuple):
+        if id(found) in seen:
             continue
         seen.add(id(found))
-        if not isinstance(found, tuple):
+        if isinstance(found, dict | set | list):
             yield found
-        waiting.extend(found.values() if isinstance(found, dict) else found)
+        if isinstance(found, dict | set | list | tuple):
+            waiting.extend(found.values() if isinstance(found, dict) else found)
+        elif _holds_values(found):
+            waiting.append(vars(found))
+
+
+def _holds_values(value: Any) -> bool:
+    """Whether it is an object of the model's own that is no part of it, such as a config."""
+    kind = type(value)
+    other = isinstance(value, nn.Module | Tensor | Enum) or callable(value)
+    return hasattr(value, "__dict__") and not other and not kind.__module__.startswith(("torch.", "builtins"))
 
 
 def refill(container: Any, content: Any) -> None:

@@ -18,10 +18,48 @@ from fxexpand.tracer import Leaf, UntraceableError, fixed_arguments
 from fxexpand.tracing import decisions_of, record
 
 PATHS = 16  # that are looked at, each by a trace ...
-NODES = 1000  # ... and of so many nodes together, but two in any case
+NODES = 2500  # ... and of so many nodes together, but two in any case
 ALTERNATIVES = 64  # sets of other arguments that are looked at
 RAISES = dis.opmap["RAISE_VARARGS"]
 TORCH = Path(torch.__file__).parent
+
+
+class Whole:
+    """A leaf: modules whose code has no graph, those of a class together, as layers have the same code."""
+
+    def __init__(self, leaf: Leaf | None = None) -> None:
+        self._leaf = leaf
+        self._codes: set[object] = set()
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return _code_of(module) in self._codes or (self._leaf is not None and self._leaf(name, module))
+
+    def add(self, module: nn.Module | None) -> bool:
+        """Keep it whole; False where that is done already, or is no help."""
+        if module is None or _code_of(module) in self._codes or _lacks(module):
+            return False
+        self._codes.add(_code_of(module))
+        return True
+
+
+def _code_of(module: nn.Module) -> object:
+    """What modules with the same forward share: that of torch's containers is in what they hold."""
+    return module if type(module).__module__.startswith("torch.") else type(module)
+
+
+def _lacks(module: nn.Module) -> bool:
+    """Whether its forward sometimes returns None: what a trace stands for is something or nothing always."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    steps = [] if code is None else list(dis.get_instructions(code))
+    places = {step.offset: i for i, step in enumerate(steps)}
+    found: set[bool] = set()
+    for step, after in itertools.pairwise(steps):
+        while after.opname.startswith("JUMP_FORWARD"):  # of "return x if ... else None"
+            after = steps[places[after.argval]]
+        if after.opname in ("RETURN_VALUE", "RETURN_CONST"):
+            last = after if after.opname == "RETURN_CONST" else step
+            found.add(last.opname in ("LOAD_CONST", "RETURN_CONST") and last.argval is None)
+    return len(found) == 2
 
 
 def other_paths(
@@ -44,7 +82,7 @@ def alternatives(
 
     A flag is the other way round, a None is something, ``*args`` hold one, a string is another that the
     forward names; first each alone, then together, up to ``ALTERNATIVES``. Each with all of its paths, those
-    that go by values among them; with None instead of a graph where these are too many, or one has no graph.
+    that go by values among them, and around parts without a graph; None where that is not to be had.
 
     Args:
         nodes: in the graph of the model.
@@ -64,12 +102,25 @@ def alternatives(
         for name, _ in chosen:
             if fixed[name] is None:
                 del others[name]
-        names = ", ".join(dict(chosen))
+        for graph_module in _around(model, leaf, example_inputs, nodes, others):
+            yield ", ".join(dict(chosen)), graph_module
+
+
+def _around(
+    model: nn.Module,
+    leaf: Leaf | None,
+    example_inputs: ExampleInputs | None,
+    nodes: int,
+    fixed: dict[str, Any],
+) -> list[fx.GraphModule | None]:
+    """The graphs of all paths for some arguments, around the parts that have none."""
+    whole = Whole(leaf)
+    while True:
         try:
-            for graph_module in _explored(model, leaf, example_inputs, [()], nodes, fixed=others, blind=True):
-                yield names, graph_module
-        except UntraceableError:
-            yield names, None
+            return [*_explored(model, whole, example_inputs, [()], nodes, fixed=fixed, blind=True)]
+        except UntraceableError as error:
+            if not whole.add(error.within):
+                return [None]
 
 
 def _words(kind: type) -> list[str]:
@@ -96,7 +147,7 @@ def _explored(
     nodes: int,
     **options: Any,
 ) -> Iterator[fx.GraphModule]:
-    """The graphs of the paths ``todo``, and of those that branch off."""
+    """The graphs of the paths ``todo``, and of those that branch off; see ``unfinished``."""
     limit = max(2, NODES // nodes)
     seen = tried = 0
     while todo:
@@ -108,12 +159,15 @@ def _explored(
         try:
             found = record(model, leaf, example_inputs, faithful=False, along=along, **options)
         except UntraceableError as error:
-            if not _raised_by_the_model(error):
-                raise
             todo += _turned(error.decisions, len(along))  # it may raise for the sizes of the inputs only
-            continue
+            if _raised_by_the_model(error):
+                continue
+            if error.begun is None:
+                raise
+            found = error.begun
+        else:
+            todo += _turned(decisions_of(found), len(along))
         seen += 1
-        todo += _turned(decisions_of(found), len(along))
         yield found
 
 

@@ -50,21 +50,19 @@ class UntraceableError(FxExpandError):
         differs: there is a graph, which computes something else than the model.
         within: the innermost module in whose forward the trace failed; None for the model itself.
         decisions: how the branches went before it failed; see ``RegionTracer``.
+        begun: the graph up to there, of a blind trace in which the model's own code failed.
     """
 
+    decisions: tuple[bool, ...] = ()
+    begun: fx.GraphModule | None = None
+
     def __init__(
-        self,
-        message: str,
-        reason: str = "",
-        differs: bool = False,
-        within: nn.Module | None = None,
-        decisions: Sequence[bool] = (),
+        self, message: str, reason: str = "", differs: bool = False, within: nn.Module | None = None
     ) -> None:
         super().__init__(message)
         self.reason = reason or message
         self.differs = differs
         self.within = within
-        self.decisions = tuple(decisions)
 
 
 def first_line(error: BaseException) -> str:
@@ -187,15 +185,17 @@ class RegionTracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """See ``fx.Tracer.call_module``."""
-        if (len(args) != 1 or kwargs) and m in (self.submodule_paths or ()):
+        """See ``fx.Tracer.call_module``; what a forward makes itself (``nn.Softmax(1)(x)``) is its code."""
+        if m not in (self.submodule_paths or ()):
+            return forward(*args, **kwargs)
+        if len(args) != 1 or kwargs:
             self.wordy.add(self.path_of_module(m))
         try:
             if self._faithful and calls_more(m) and not self.is_leaf_module(m, self.path_of_module(m)):
                 raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
             return super().call_module(m, forward, args, kwargs)
         except Exception:  # whatever a model raises
-            if self.failed is None and m in (self.submodule_paths or ()):  # not one that a forward makes
+            if self.failed is None:
                 self.failed = m
             raise
 
@@ -204,14 +204,14 @@ class RegionTracer(fx.Tracer):
         return _Sized(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """As many items as a shape has; that of other things is not known."""
+        """As many items as there are, where that is known."""
         length = self.length(obj)
         return super().iter(obj) if length is None else iter([obj[i] for i in range(length)])  # type: ignore[index]
 
     def length(self, obj: fx.Proxy) -> int | None:
-        """The number of dimensions in a shape."""
+        """The number of dimensions in a shape, or of items in a tuple of sizes."""
         known = self._known(obj)
-        return len(known) if isinstance(known, torch.Size) else None
+        return len(known) if isinstance(known, tuple | list) else None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Whether a condition on sizes holds."""

@@ -41,18 +41,13 @@ from fxexpand.tracer import UntraceableError as UntraceableError
 from fxexpand.tracer import hooked as hooked
 
 # In the meta of a graph module, what its tracer found; see ``RegionTracer``.
-DECISIONS, WORDY = "fxexpand_decisions", "fxexpand_wordy"
+DECISIONS, WORDY, BEGUN = "fxexpand_decisions", "fxexpand_wordy", "fxexpand_begun"
 
 
 def _untraceable(
-    model: nn.Module,
-    reason: str,
-    fix: str,
-    differs: bool = False,
-    within: nn.Module | None = None,
-    decisions: Sequence[bool] = (),
+    model: nn.Module, reason: str, fix: str, differs: bool = False, within: nn.Module | None = None
 ) -> UntraceableError:
-    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs, within, decisions)
+    return UntraceableError(f"{_title(model)}: {reason}. {fix}", reason, differs, within)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +207,8 @@ def record(
         fixed: values of arguments, by the names of their placeholders; None takes those of ``trace``.
         along: how the first branches go where control flow goes by sizes; the others go as those of the
             example inputs do. The length of a shape is known then, too. None: such control flow raises.
-        blind: branches that go by anything else are taken, too; see ``RegionTracer``.
+        blind: branches that go by anything else are taken, too; see ``RegionTracer``. An error then holds
+            the graph that has begun.
 
     Raises: UntraceableError.
     """
@@ -245,8 +241,11 @@ def record(
         except Exception as error:  # whatever a model raises
             cause = error if tracer is None or tracer.stopped is None else tracer.stopped
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
-            within, decisions = (None, []) if tracer is None else (tracer.failed, tracer.decisions)
-            raise _untraceable(model, first_line(cause), fix, within=within, decisions=decisions) from cause
+            failed = _untraceable(model, first_line(cause), fix)
+            if tracer is not None:
+                failed.within, failed.decisions = tracer.failed, tuple(tracer.decisions)
+                failed.begun = _begun(model, tracer) if blind and tracer.failed is None else None
+            raise failed from cause
         finally:
             drawn = not torch.equal(random_state, torch.get_rng_state()) or random.getstate() != pythons
             torch.set_rng_state(random_state)
@@ -270,6 +269,15 @@ def record(
     return graph_module
 
 
+def _begun(model: nn.Module, tracer: RegionTracer) -> fx.GraphModule:
+    """The graph of what was traced before the model's own code failed; it returns what nothing reads yet."""
+    graph = tracer.graph
+    graph.output(tuple(node for node in graph.nodes if not node.users))
+    graph_module = fx.GraphModule(model, graph, type(model).__name__)
+    graph_module.meta |= {DECISIONS: tuple(tracer.decisions), WORDY: tracer.wordy, BEGUN: True}
+    return graph_module
+
+
 def _numbers(model: nn.Module) -> dict[tuple[int, str], float]:
     """The attributes of modules that are numbers, such as a count of their calls."""
     held = ((id(module), vars(module)) for module in model.modules())
@@ -281,6 +289,11 @@ def decisions_of(graph_module: fx.GraphModule) -> tuple[bool, ...]:
     """How the branches went where control flow goes by sizes; see ``record``."""
     found: tuple[bool, ...] = graph_module.meta.get(DECISIONS, ())
     return found
+
+
+def unfinished(graph_module: fx.GraphModule) -> bool:
+    """Whether the code of the model failed at the end of the graph; see ``UntraceableError.begun``."""
+    return BEGUN in graph_module.meta
 
 
 def _by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:

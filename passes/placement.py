@@ -26,7 +26,7 @@ from fxexpand.passes.fuse import Fuse, grouped, new_layer, rows
 from fxexpand.passes.split import split_norms
 from fxexpand.passes.tree import Tree, within
 from fxexpand.report import Row
-from fxexpand.tracing import UntraceableError, hooked
+from fxexpand.tracing import UntraceableError, hooked, unfinished
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
 NO_GRAPH = "it would become part of a graph, and its module has none that holds for all sizes"
@@ -183,19 +183,21 @@ def _fuse_graph(
 
 def _conflicts(module: nn.Module, reading: Reading, tree: Tree, calls: Parts) -> dict[str, str]:
     """Groups that would be wrong for other arguments of the module or other sizes, by their names: why."""
-    placed = {name: where for name, where in tree.places.items() if where is not None}
+    placed = {group: tree.outline(group) for group in tree.groups if tree.places[group.name] is not None}
     found: dict[str, str] = {}
-    mine: dict[str, object] = {group.name: tree.outline(group) for group in tree.groups}
     for reason, other in calls.others(module, reading) if placed else ():
         if other is None:
-            return dict.fromkeys(placed, reason) | found
+            return {group.name: reason for group in placed} | found
         with split_norms(other):
             walk = Walk(other)
             others = Tree(walk, module, grouped(walk), part=True, one_path=tree.one_path)
             same = [others.outline(group) for group in others.groups]
-            for name, where in placed.items():
-                if others.uses_any(where) and mine[name] not in same:
-                    found.setdefault(name, reason)
+            for group, outline in placed.items():
+                used = others.uses_any(tree.places[group.name] or ())
+                # Where the module's own code fails, that of the parts which it has called by then is known.
+                unknown = unfinished(other) and (not used or tree.owner(group) == "")
+                if unknown or (used and outline not in same):
+                    found.setdefault(group.name, reason)
     return found
 
 

@@ -70,10 +70,10 @@ class Tree:
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
     def uses_any(self, paths: Iterable[str]) -> bool:
-        """Whether one of these modules is called in the graph, or a tensor of it is read."""
-        called = {str(node.target) for node in self._walk.order if node.op == "call_module"}
-        read = [str(node.target) for node in self._walk.order if node.op == "get_attr"]
-        return any(p in self._calls or p in called or any(within(name, p) for name in read) for p in paths)
+        """Whether one of the modules, or one around it, is called in the graph, or a tensor of it is read."""
+        targets = [str(node.target) for node in self._walk.order if node.op in ("call_module", "get_attr")]
+        near = (within(path, target) or within(target, path) for path in paths for target in targets)
+        return any(path in self._calls for path in paths) or any(near)
 
     def outline(self, group: Group) -> object:
         """The same where the same modules are replaced by the same layer; None where none are."""
@@ -103,7 +103,7 @@ class Tree:
 
     def shared(self, group: Group, calls: Parts) -> bool:
         """Whether a module that is to be replaced is held by another one as well."""
-        return calls.shared(self._root, self._owner(group), self.places[group.name] or ())
+        return calls.shared(self._root, self.owner(group), self.places[group.name] or ())
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """The modules that become graphs, by their paths, with those graphs: none inside another.
@@ -121,7 +121,7 @@ class Tree:
         placed = [group for group in groups if self.places[group.name] is not None]
         found = self._graphs_for(groups)
         if found is None:
-            held = [group for group in groups if self._holder(self._owner(group)) is not None]
+            held = [group for group in groups if self._holder(self.owner(group)) is not None]
             groups = self._undivided([group for group in groups if group in placed or group in held])
             found = self._graphs_for(groups)
         if found is None:
@@ -150,11 +150,11 @@ class Tree:
         return {node for form in group.values.values() for node in form.nodes}
 
     def _graphs_for(self, groups: Sequence[Group]) -> dict[str, fx.GraphModule] | None:
-        owners = {self._owner(group) for group in groups if self.places[group.name] is None}
+        owners = {self.owner(group) for group in groups if self.places[group.name] is None}
         while True:
             owners = {o for o in owners if not any(o != other and within(o, other) for other in owners)}
             torn = {
-                self._owner(group)
+                self.owner(group)
                 for group in groups
                 if len({any(within(path, o) for o in owners) for path in self.places[group.name] or ()}) > 1
             }
@@ -203,7 +203,7 @@ class Tree:
         stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
         return ["", *(stack[:-1] if node.op == "call_module" else stack)]
 
-    def _owner(self, group: Group) -> str:
+    def owner(self, group: Group) -> str:
         """The smallest module whose forward makes all calls of a group."""
         stacks = zip(*(self._stack(node) for node in self._nodes_of(group)), strict=False)
         shared: list[str] = [level[0] for level in stacks if len(set(level)) == 1]
@@ -213,7 +213,7 @@ class Tree:
         """The module that does nothing else."""
         if self.one_path:
             return None
-        path = self._owner(group)
+        path = self.owner(group)
         if path in self._wordy or path in self._read:
             return None
         nodes = self._nodes_of(group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,3 +229,77 @@ def test_what_a_graph_would_freeze_is_an_error(kind: type[Net], reason: str) -> 
     with pytest.raises(UntraceableError, match=reason):
         symbolic(model)
     assert random.getstate() == state and vars(model) == attributes
+
+
+class Classifier(Net):
+    """As those of transformers: a loss for labels, by modules made on the spot, and a note in the config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(problem=None, inner=SimpleNamespace(labels=4))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        h = self.norm(self.conv(x)).relu().mean((2, 3))
+        if labels is None:
+            return h
+        if self.config.problem is None:
+            single = labels.dtype == torch.long and self.config.inner.labels > 1
+            self.config.problem = "single" if single else "multi"
+        if self.config.problem == "single":
+            return nn.CrossEntropyLoss()(h.view(-1, self.config.inner.labels), labels)
+        return nn.BCEWithLogitsLoss()(h, labels)
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+def test_a_loss_for_labels_ends_no_fold_and_leaves_the_config_alone(example: Tensor | None) -> None:
+    labels = torch.tensor([1, 3])
+    model = made(Classifier)
+    small = compare(model, example, (X,), (X, labels))
+    assert isinstance(small.norm, nn.Identity)
+    assert model.config.problem is None is small.config.problem  # type: ignore[union-attr]
+
+
+class Unreadable(Net):
+    """Its own code has no graph for another argument; a part that was called before that has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.tail = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Any:
+        h = self.body(x).relu()
+        if length is None:
+            return self.norm(self.tail(h).relu()) + h
+        h = h[:, :, : int(length)]
+        return self.norm(self.tail[1](self.tail[0](h).relu()))
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+def test_what_follows_code_without_a_graph_is_not_known(example: Tensor | None) -> None:
+    small = compare(made(Unreadable), example, (X,), (X, torch.tensor(2)))
+    assert isinstance(small.body, nn.Conv2d) and isinstance(small.tail[1], nn.BatchNorm2d)
+    row = next(row for row in fxexpand.report(small).refusals if row.site == "tail.0")
+    assert "some values of the argument length" in row.reason
+
+
+class PartUnreadable(Net):
+    """A part has no graph for another argument; what is around it has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = Cut()
+
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Any:
+        return self.norm(self.conv(self.cut(x, length))).relu()
+
+
+class Cut(nn.Module):
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
+        return x if length is None else x[:, :, : int(length)]
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+def test_what_is_around_a_part_without_a_graph_is_known(example: Tensor | None) -> None:
+    small = compare(made(PartUnreadable), example, (X,), (X, torch.tensor(2)))
+    assert isinstance(small.norm, nn.Identity)

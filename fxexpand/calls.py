@@ -155,14 +155,16 @@ class Parts:
         while True:
             try:
                 graph_module = in_both_modes(module, leaf, given, along=())
-                others = tuple(other_paths(module, leaf, given, graph_module))
-                check_with_shapes(graph_module, module, given)
-                return Reading(graph_module, leaf, error, others)
+                break
             except UntraceableError as failed:
                 if not leaf.add(failed.within):
                     return None
-            except FAILURES:
-                return None
+        try:
+            others = tuple(other_paths(module, leaf, given, graph_module))
+            check_with_shapes(graph_module, module, given)
+        except (UntraceableError, *FAILURES):  # what it calls is read by itself then
+            return None
+        return Reading(graph_module, leaf, error, others)
 
     def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, fx.GraphModule | None]]:
         """Other graphs of a part, each with why a fold may not hold in it; None for one that is not known."""

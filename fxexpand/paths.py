@@ -17,8 +17,8 @@ from fxexpand.inputs import ExampleInputs
 from fxexpand.tracer import Leaf, UntraceableError, fixed_arguments
 from fxexpand.tracing import decisions_of, record
 
-PATHS = 16  # that are looked at, each by a trace ...
-NODES = 2500  # ... and of so many nodes together, but two in any case
+PATHS = 32  # that are looked at, each by a trace ...
+NODES = 5000  # ... and of so many nodes together, but two in any case
 ALTERNATIVES = 64  # sets of other arguments that are looked at
 RAISES = dis.opmap["RAISE_VARARGS"]
 TORCH = Path(torch.__file__).parent
@@ -81,8 +81,8 @@ def alternatives(
     """Other graphs of ``model``, for reading only, each with the arguments of ``trace`` that it does not fix.
 
     A flag is the other way round, a None is something, ``*args`` hold one, a string is another that the
-    forward names; first each alone, then together, up to ``ALTERNATIVES``. Each with all of its paths, those
-    that go by values among them, and around parts without a graph; None where that is not to be had.
+    forward names. First each alone, on all paths, those that go by values among them; then together, up to
+    ``ALTERNATIVES``, on one path each. All around parts without a graph; None where there is none even so.
 
     Args:
         nodes: in the graph of the model.
@@ -102,7 +102,7 @@ def alternatives(
         for name, _ in chosen:
             if fixed[name] is None:
                 del others[name]
-        for graph_module in _around(model, leaf, example_inputs, nodes, others):
+        for graph_module in _around(model, leaf, example_inputs, nodes, others, len(chosen) == 1):
             yield ", ".join(dict(chosen)), graph_module
 
 
@@ -112,12 +112,14 @@ def _around(
     example_inputs: ExampleInputs | None,
     nodes: int,
     fixed: dict[str, Any],
+    all_paths: bool,
 ) -> list[fx.GraphModule | None]:
-    """The graphs of all paths for some arguments, around the parts that have none."""
+    """The graphs for some arguments, around the parts that have none."""
     whole = Whole(leaf)
     while True:
         try:
-            return [*_explored(model, whole, example_inputs, [()], nodes, fixed=fixed, blind=True)]
+            found = _explored(model, whole, example_inputs, [()], nodes, fixed=fixed, blind=True)
+            return [*found] if all_paths else [*itertools.islice(found, 1)]
         except UntraceableError as error:
             if not whole.add(error.within):
                 return [None]

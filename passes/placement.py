@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -132,12 +133,16 @@ def _visit(
         if part is not None and part._modules and not whole and part not in around:
             _visit(f"{name}.{node.target}" if name else str(node.target), part, calls, verify, edits, seen)
     seen.update(set(parts.values()) - {inner for part in around for inner in part.modules()})
-    _fuse_graph(name, module, reading, calls, verify, edits)
+    for path in _fuse_graph(name, module, reading, calls, verify, edits):
+        part = module.get_submodule(path)
+        seen.difference_update(part.modules())
+        _visit(f"{name}.{path}" if name else path, part, calls, verify, edits, seen)
 
 
 def _fuse_graph(
     name: str, module: nn.Module, reading: Reading, calls: Parts, verify: bool, edits: Edits
-) -> None:
+) -> list[str]:
+    """Fuse one graph; returns the paths of modules in it that are left, to be read by themselves."""
     graph_module = reading.graph_module
     with split_norms(graph_module):
         walk = Walk(graph_module)
@@ -145,21 +150,21 @@ def _fuse_graph(
         tree = Tree(walk, module, groups, part=bool(name), one_path=reading.error is not None)
         tree.apart = {group.name for group in groups if tree.shared(group, calls)}
         graphs = tree.graphs()
-        conflicts = _conflicts(module, reading, tree, calls)
+        conflicts, alone = _conflicts(module, reading, tree, calls)
+        alone = [path for path in alone if not any(within(path, owner) for owner in graphs)]
+        graphs = {owner: graph for owner, graph in graphs.items() if not _within_any(owner, alone)}
         no_place = NO_GRAPH if tree.one_path else NO_PLACE
         fusions = []
         for group in groups:
             where = tree.places[group.name]
+            if any(_within_any(path, alone) for path in (tree.owner(group), *(where or ()))):
+                continue
             reason = no_place if group.name in tree.unplaced else conflicts.get(group.name)
             reason = SHARED if group.name in tree.apart else reason
             if reason is not None:
                 forms = group.values.values()
                 walk.notes |= {node: (True, reason) for form in forms for node in walk.kernels(form)}
-            if (
-                where is None
-                or reason is not None
-                or any(within(path, owner) for path in where for owner in graphs)
-            ):
+            if where is None or reason is not None or any(_within_any(path, graphs) for path in where):
                 continue
             title = next(path for path, new in where.items() if new is None)
             fusion = new_layer(walk, replace(group, name=title), verify)
@@ -167,7 +172,8 @@ def _fuse_graph(
             for path, new in where.items():
                 old = module.get_submodule(path)
                 edits.replaced[old] = (fusion.module if new is None else new).train(old.training)
-        found = [row for row in rows(walk, fusions) if not any(within(row.site, owner) for owner in graphs)]
+        walk.notes = {node: note for node, note in walk.notes.items() if not tree.inside(node, alone)}
+        found = [row for row in rows(walk, fusions) if not _within_any(row.site, (*graphs, *alone))]
     if "" in graphs and module not in edits.modules:  # the copy of a module with hooks
         del graphs[""]
     for owner, graph in graphs.items():
@@ -179,26 +185,46 @@ def _fuse_graph(
         found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
     start = f"{name}." if name else ""
     edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
+    return alone
 
 
-def _conflicts(module: nn.Module, reading: Reading, tree: Tree, calls: Parts) -> dict[str, str]:
-    """Groups that would be wrong for other arguments of the module or other sizes, by their names: why."""
+def _within_any(path: str, owners: Iterable[str]) -> bool:
+    return any(within(path, owner) for owner in owners)
+
+
+def _conflicts(
+    module: nn.Module, reading: Reading, tree: Tree, calls: Parts
+) -> tuple[dict[str, str], list[str]]:
+    """Groups that would be wrong for other arguments of the module or other sizes, by their names: why.
+
+    And the parts to be read by themselves instead: all that differs is inside their own calls, which the
+    other arguments and sizes that they get themselves decide.
+    """
     placed = {group: tree.outline(group) for group in tree.groups if tree.places[group.name] is not None}
     found: dict[str, str] = {}
+    outside: set[str] = set()  # where code calls something inside of the owner
     for reason, other in calls.others(module, reading) if placed else ():
         if other is None:
-            return {group.name: reason for group in placed} | found
+            return {group.name: reason for group in placed} | found, []
         with split_norms(other):
             walk = Walk(other)
             others = Tree(walk, module, grouped(walk), part=True, one_path=tree.one_path)
-            same = [others.outline(group) for group in others.groups]
+            same: dict[frozenset[str], list[object]] = {}
+            for group in others.groups:
+                same.setdefault(frozenset(others.places[group.name] or ()), []).append(others.outline(group))
             for group, outline in placed.items():
-                used = others.uses_any(tree.places[group.name] or ())
+                where, owner = tree.places[group.name] or {}, tree.owner(group)
+                used = others.uses(where)
                 # Where the module's own code fails, that of the parts which it has called by then is known.
-                unknown = unfinished(other) and (not used or tree.owner(group) == "")
-                if unknown or (used and outline not in same):
+                unknown = unfinished(other) and (not used or owner == "")
+                if unknown or (used and outline not in same.get(frozenset(where), ())):
                     found.setdefault(group.name, reason)
-    return found
+                    if unfinished(other) or not all(others.inside(node, [owner]) for node in used):
+                        outside.add(group.name)
+    owners = {tree.owner(group) for group in placed if group.name in found} - {""}
+    mixed = [path for name in outside for path in tree.places[name] or ()]
+    owners = {owner for owner in owners if not any(within(path, owner) for path in mixed)}
+    return found, [owner for owner in sorted(owners) if not _within_any(owner, owners - {owner})]
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

@@ -52,6 +52,14 @@ class Tree:
                 self._calls.setdefault(path, set()).add(call)
                 if computes:
                     self._inside.setdefault(path, []).append(node)
+        self._touching: dict[str, list[fx.Node]] = {}  # by the modules that a call or a read is inside of
+        self._whole_calls: dict[str, list[fx.Node]] = {}
+        for node in walk.order:
+            named = _prefixes(shown(str(node.target))) if node.op in ("call_module", "get_attr") else []
+            for path in {*named, *(path for path, _ in node.meta.get("nn_module_stack", {}).values())}:
+                self._touching.setdefault(path, []).append(node)
+            if node.op == "call_module":
+                self._whole_calls.setdefault(shown(str(node.target)), []).append(node)
         self._read = {
             path for node in walk.order if node.op == "get_attr" for path in self._read_by_others(node)
         }
@@ -69,11 +77,19 @@ class Tree:
         self.apart: set[str] = set()
         self.places = {group.name: self._whole(group) or self._row(group) for group in groups}
 
-    def uses_any(self, paths: Iterable[str]) -> bool:
-        """Whether one of the modules, or one around it, is called in the graph, or a tensor of it is read."""
-        targets = [str(node.target) for node in self._walk.order if node.op in ("call_module", "get_attr")]
-        near = (within(path, target) or within(target, path) for path in paths for target in targets)
-        return any(path in self._calls for path in paths) or any(near)
+    def uses(self, paths: Iterable[str]) -> list[fx.Node]:
+        """Where one of the modules, or one around it, is called in the graph, or a tensor of it is read."""
+        found: dict[fx.Node, None] = {}
+        for path in paths:
+            found |= dict.fromkeys(self._touching.get(path, ()))
+            for around in _prefixes(path):
+                found |= dict.fromkeys(self._whole_calls.get(around, ()))
+        return list(found)
+
+    def inside(self, node: fx.Node, paths: Iterable[str]) -> bool:
+        """Whether a call of one of the modules makes it, or is it."""
+        stack = {path for path, _ in node.meta.get("nn_module_stack", {}).values()}
+        return any(path in stack for path in paths)
 
     def outline(self, group: Group) -> object:
         """The same where the same modules are replaced by the same layer; None where none are."""
@@ -295,6 +311,12 @@ class Tree:
 
     def _named_once(self, path: str) -> bool:
         return len(self._names[self._root.get_submodule(path)]) == 1
+
+
+def _prefixes(path: str) -> list[str]:
+    """The path and those of the modules around it, but the root."""
+    names = path.split(".")
+    return [".".join(names[: i + 1]) for i in range(len(names))]
 
 
 def within(path: str, owner: str) -> bool:

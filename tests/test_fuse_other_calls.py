@@ -303,3 +303,51 @@ class Cut(nn.Module):
 def test_what_is_around_a_part_without_a_graph_is_known(example: Tensor | None) -> None:
     small = compare(made(PartUnreadable), example, (X,), (X, torch.tensor(2)))
     assert isinstance(small.norm, nn.Identity)
+
+
+class Inside(Net):
+    """Another argument is handed on, so that what differs is inside of a part; or parts of it are called."""
+
+    def __init__(self, directly: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.directly = directly
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        h = self.conv(x).relu()
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            apart = mask is not None and self.directly
+            h = layer.norm(layer.conv(h).relu()) if apart else layer(h, mask)
+        return h
+
+
+class Layer(nn.Module):
+    """Its last layers are one for every mask, the first are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.first(x)
+        if mask is not None:
+            h = h * (mask if mask.ndim == h.ndim else mask[:, None])
+        h = self.conv(self.first_norm(h).view(*x.shape[:2], *x.shape[2:]).relu())
+        out: Tensor = self.norm(h).relu()
+        return out
+
+
+@pytest.mark.parametrize("directly", [False, True])
+def test_a_part_that_gets_another_argument_is_read_by_itself(directly: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = Inside(directly).double().eval()
+    perturb(model)
+    mask = torch.rand(2, 1, 8, 6, dtype=torch.float64)
+    small = compare(model, X, (X,), (X, mask), (X, mask[:, 0]), (SMALL, mask[:, :, :4]))
+    for layer in small.layers:
+        assert isinstance(layer.first_norm, nn.Identity if directly else nn.BatchNorm2d)
+        assert isinstance(layer.norm, nn.BatchNorm2d if directly else nn.Identity)
+    sites = [row.site for row in fxexpand.report(small).rows]
+    assert len(sites) == len(set(sites))

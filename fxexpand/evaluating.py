@@ -11,6 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What a config holds, and does not change by itself; containers are looked into.
+VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    Enum,
+    torch.dtype,
+    torch.device,
+    dict,
+    set,
+    list,
+    tuple,
+)
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -81,15 +99,18 @@ def containers(value: Any) -> Iterator[Any]:
             yield found
         if isinstance(found, dict | set | list | tuple):
             waiting.extend(found.values() if isinstance(found, dict) else found)
-        elif _holds_values(found):
+        elif _is_config(found):
             waiting.append(vars(found))
 
 
-def _holds_values(value: Any) -> bool:
-    """Whether it is an object of the model's own that is no part of it, such as a config."""
-    kind = type(value)
-    other = isinstance(value, nn.Module | Tensor | Enum) or callable(value)
-    return hasattr(value, "__dict__") and not other and not kind.__module__.startswith(("torch.", "builtins"))
+def _is_config(value: Any, depth: int = 3) -> bool:
+    """Whether it is an object of nothing but values and objects like it, unlike one that does something."""
+    if not hasattr(value, "__dict__") or isinstance(value, (nn.Module, Tensor, *VALUES)) or callable(value):
+        return False
+    held = vars(value).values()
+    return depth > 0 and all(
+        each is None or isinstance(each, VALUES) or _is_config(each, depth - 1) for each in held
+    )
 
 
 def refill(container: Any, content: Any) -> None:

@@ -72,18 +72,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """The attributes of all modules are restored afterwards: training flags, containers, configs among them.
 
-    fx stores constants on the model it traces, and a forward may keep what it computes (a cache).
+    fx stores constants on the model it traces, and a forward may keep what it computes (a cache). Where it
+    writes into a parameter, the attributes stay: one may say so (RWKV divides its weights once).
     """
-    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
-    modes = [(module, module.training) for module in scripted if hasattr(module, "training")]  # not if frozen
+    versions = [(parameter, _version(parameter)) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     held = containers([vars(module) for module in model.modules()])
     saved = [(container, container.copy()) for container in held]
     try:
         yield
     finally:
-        for container, content in saved:
-            refill(container, content)
-        for module, training in modes:  # which is no Python attribute
+        if all(_version(parameter) == version for parameter, version in versions):
+            for container, content in saved:
+                refill(container, content)
+        for module, training in modes:  # which is no Python attribute of a ScriptModule
             module.training = training
 
 

@@ -80,8 +80,7 @@ def program_of(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: 
     """
     args, kwargs = as_call(example_inputs)
     careful: Any = settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with undisturbed(model), careful, muted():
-        model.register_forward_hook(_putting_back(model))  # which goes with what is undisturbed
+    with undisturbed(model), careful, muted(), model.register_forward_hook(_putting_back(model)):
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 

@@ -354,3 +354,24 @@ def test_a_part_that_gets_another_argument_is_read_by_itself(directly: bool) -> 
         assert isinstance(layer.norm, nn.BatchNorm2d if directly else nn.Identity)
     sites = [row.site for row in fxexpand.report(small).rows]
     assert len(sites) == len(set(sites))
+
+
+class RescalesOnce(Net):
+    """As RWKV: the first call divides a weight, and a flag says so."""
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.calls:
+            with torch.no_grad():
+                self.conv.weight.div_(2)
+            self.calls = 1
+        return self.norm(self.conv(x)).relu()
+
+
+def test_a_weight_that_is_written_to_once_is_written_to_once() -> None:
+    model = made(RescalesOnce)
+    weight = model.conv.weight.detach().clone()
+    expected = copy.deepcopy(model)(X)
+    big = fxexpand.expand(model, fxexpand.Chain(depth=2, width=1), example_inputs=X)
+    for network in (model, fxexpand.fuse(model, X), big, fxexpand.fuse(big, X)):
+        assert_same(network(X), expected, EXACT)
+    assert_same(model.conv.weight.detach(), weight / 2, EXACT)

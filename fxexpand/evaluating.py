@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # What a config holds, and does not change by itself; containers are looked into.
 VALUES = (
@@ -136,5 +137,5 @@ def _identical(one: Any, two: Any) -> bool:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often the tensor was written to; None for an inference tensor, which does not count."""
-    return None if tensor.is_inference() else int(tensor._version)
+    """How often the tensor was written to; None for one that does not count: lazy, or of inference mode."""
+    return None if is_lazy(tensor) or tensor.is_inference() else int(tensor._version)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxexpand
+from fxexpand.modes import ModeGuard
 from fxexpand.tracing import UntraceableError, symbolic
 from tests.compare import assert_same
 from tests.networks import perturb
@@ -375,3 +376,24 @@ def test_a_weight_that_is_written_to_once_is_written_to_once() -> None:
     for network in (model, fxexpand.fuse(model, X), big, fxexpand.fuse(big, X)):
         assert_same(network(X), expected, EXACT)
     assert_same(model.conv.weight.detach(), weight / 2, EXACT)
+
+
+def test_modules_that_a_forward_makes_are_its_code() -> None:
+    class Making(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Any]) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Any:
+            return self.function(x)
+
+    model = Making(lambda x: nn.Softmax(1)(nn.Sequential(nn.ReLU(), nn.Dropout(0.5))(x)))
+    graph_module = symbolic(model)
+    assert not any(isinstance(module, ModeGuard) for module in graph_module.modules())
+    for training in (True, False):
+        torch.manual_seed(0)
+        expected = model.train(training)(X)
+        torch.manual_seed(0)
+        assert_same(graph_module.train(training)(X), expected, 0.0)
+    with pytest.raises(UntraceableError, match="parameter is not a member"):
+        symbolic(Making(lambda x: nn.Linear(6, 6)(x)))

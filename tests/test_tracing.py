@@ -74,19 +74,6 @@ def test_a_trace_shares_what_the_model_holds_and_leaves_it_alone() -> None:
     assert_same(graph_module(X), model(X), 0.0)
 
 
-def test_modules_that_a_forward_makes_are_its_code() -> None:
-    model = Module(lambda module, x: nn.Softmax(1)(nn.Sequential(nn.ReLU(), nn.Dropout(0.5))(x)))
-    graph_module = trace(model)
-    assert mode_of(graph_module) is None
-    for training in (True, False):
-        torch.manual_seed(0)
-        expected = model.train(training)(X)
-        torch.manual_seed(0)
-        assert_same(graph_module.train(training)(X), expected, 0.0)
-    with pytest.raises(UntraceableError, match="parameter is not a member"):
-        trace(Module(lambda module, x: nn.Linear(5, 5)(x)))
-
-
 def test_optional_arguments_are_fixed_and_guarded() -> None:
     model = Module(lambda module, x: x)
     mask = torch.rand(2, 4, 6, 5)

@@ -13,22 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 # What a config holds, and does not change by itself; containers are looked into.
-VALUES = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type,
-    Enum,
-    torch.dtype,
-    torch.device,
-    dict,
-    set,
-    list,
-    tuple,
-)
+VALUES = (int, float, complex, str, bytes, type, Enum, torch.dtype, torch.device, dict, set, list, tuple)
 
 
 @contextmanager

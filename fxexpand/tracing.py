@@ -225,7 +225,7 @@ def record(
         if training is not None:
             for module in model.modules():
                 module.training = training
-        numbers = _numbers(model)
+        numbers = _numbers(model) if faithful else {}
         random_state, pythons = torch.get_rng_state(), random.getstate()
         tracer: RegionTracer | None = None
         try:
@@ -236,8 +236,7 @@ def record(
                 other = {name: UnknownValue("it is no example") for name in own if name not in fixed}
                 sizes = Sizes(model, _by_name(model, example_inputs) | other)
             tracer = RegionTracer(leaf, fixed, faithful, sizes, along or (), blind)
-            graph = tracer.trace(model)
-            graph_module = fx.GraphModule(model, graph, type(model).__name__)
+            graph_module = _module(model, tracer, tracer.trace(model))
         except Exception as error:  # whatever a model raises
             cause = error if tracer is None or tracer.stopped is None else tracer.stopped
             fix = "fxexpand.tracing.regions finds the parts that have a graph."
@@ -250,9 +249,9 @@ def record(
             drawn = not torch.equal(random_state, torch.get_rng_state()) or random.getstate() != pythons
             torch.set_rng_state(random_state)
             random.setstate(pythons)
-        counted = [key[1] for key, value in _numbers(model).items() if numbers.get(key, value) != value]
+        after = _numbers(model) if faithful else {}
+        counted = [key[1] for key, value in after.items() if numbers.get(key, value) != value]
         written = [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]
-    graph_module.meta |= {DECISIONS: tuple(tracer.decisions), WORDY: tracer.wordy}
     graph_module.training = model.training
     for name, module in graph_module.named_modules():
         if type(module) is nn.Module:  # fx makes these to hold what the graph calls, in training mode
@@ -273,8 +272,14 @@ def _begun(model: nn.Module, tracer: RegionTracer) -> fx.GraphModule:
     """The graph of what was traced before the model's own code failed; it returns what nothing reads yet."""
     graph = tracer.graph
     graph.output(tuple(node for node in graph.nodes if not node.users))
+    graph_module = _module(model, tracer, graph)
+    graph_module.meta[BEGUN] = True
+    return graph_module
+
+
+def _module(model: nn.Module, tracer: RegionTracer, graph: fx.Graph) -> fx.GraphModule:
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
-    graph_module.meta |= {DECISIONS: tuple(tracer.decisions), WORDY: tracer.wordy, BEGUN: True}
+    graph_module.meta |= {DECISIONS: tuple(tracer.decisions), WORDY: tracer.wordy}
     return graph_module
 
 

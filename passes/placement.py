@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -25,7 +24,7 @@ from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
 from fxexpand.passes.fuse import Fuse, grouped, new_layer, rows
 from fxexpand.passes.split import split_norms
-from fxexpand.passes.tree import Tree, within
+from fxexpand.passes.tree import Tree, outermost, within, within_any
 from fxexpand.report import Row
 from fxexpand.tracing import UntraceableError, hooked, unfinished
 
@@ -151,20 +150,20 @@ def _fuse_graph(
         tree.apart = {group.name for group in groups if tree.shared(group, calls)}
         graphs = tree.graphs()
         conflicts, alone = _conflicts(module, reading, tree, calls)
-        alone = [path for path in alone if not any(within(path, owner) for owner in graphs)]
-        graphs = {owner: graph for owner, graph in graphs.items() if not _within_any(owner, alone)}
+        alone = [path for path in alone if not within_any(path, graphs)]
+        graphs = {owner: graph for owner, graph in graphs.items() if not within_any(owner, alone)}
         no_place = NO_GRAPH if tree.one_path else NO_PLACE
         fusions = []
         for group in groups:
             where = tree.places[group.name]
-            if any(_within_any(path, alone) for path in (tree.owner(group), *(where or ()))):
+            if any(within_any(path, alone) for path in (tree.owner(group), *(where or ()))):
                 continue
             reason = no_place if group.name in tree.unplaced else conflicts.get(group.name)
             reason = SHARED if group.name in tree.apart else reason
             if reason is not None:
                 forms = group.values.values()
                 walk.notes |= {node: (True, reason) for form in forms for node in walk.kernels(form)}
-            if where is None or reason is not None or any(_within_any(path, graphs) for path in where):
+            if where is None or reason is not None or any(within_any(path, graphs) for path in where):
                 continue
             title = next(path for path, new in where.items() if new is None)
             fusion = new_layer(walk, replace(group, name=title), verify)
@@ -173,7 +172,7 @@ def _fuse_graph(
                 old = module.get_submodule(path)
                 edits.replaced[old] = (fusion.module if new is None else new).train(old.training)
         walk.notes = {node: note for node, note in walk.notes.items() if not tree.inside(node, alone)}
-        found = [row for row in rows(walk, fusions) if not _within_any(row.site, (*graphs, *alone))]
+        found = [row for row in rows(walk, fusions) if not within_any(row.site, (*graphs, *alone))]
     if "" in graphs and module not in edits.modules:  # the copy of a module with hooks
         del graphs[""]
     for owner, graph in graphs.items():
@@ -188,10 +187,6 @@ def _fuse_graph(
     return alone
 
 
-def _within_any(path: str, owners: Iterable[str]) -> bool:
-    return any(within(path, owner) for owner in owners)
-
-
 def _conflicts(
     module: nn.Module, reading: Reading, tree: Tree, calls: Parts
 ) -> tuple[dict[str, str], list[str]]:
@@ -200,7 +195,7 @@ def _conflicts(
     And the parts to be read by themselves instead: all that differs is inside their own calls, which the
     other arguments and sizes that they get themselves decide.
     """
-    placed = {group: tree.outline(group) for group in tree.groups if tree.places[group.name] is not None}
+    placed = [group for group in tree.groups if tree.places[group.name] is not None]
     found: dict[str, str] = {}
     outside: set[str] = set()  # where code calls something inside of the owner
     for reason, other in calls.others(module, reading) if placed else ():
@@ -211,20 +206,22 @@ def _conflicts(
             others = Tree(walk, module, grouped(walk), part=True, one_path=tree.one_path)
             same: dict[frozenset[str], list[object]] = {}
             for group in others.groups:
-                same.setdefault(frozenset(others.places[group.name] or ()), []).append(others.outline(group))
-            for group, outline in placed.items():
+                same.setdefault(frozenset(others.places[group.name] or ()), []).append(
+                    others.outlines[group.name]
+                )
+            for group in placed:
                 where, owner = tree.places[group.name] or {}, tree.owner(group)
                 used = others.uses(where)
                 # Where the module's own code fails, that of the parts which it has called by then is known.
                 unknown = unfinished(other) and (not used or owner == "")
-                if unknown or (used and outline not in same.get(frozenset(where), ())):
+                if unknown or (used and tree.outlines[group.name] not in same.get(frozenset(where), ())):
                     found.setdefault(group.name, reason)
                     if unfinished(other) or not all(others.inside(node, [owner]) for node in used):
                         outside.add(group.name)
     owners = {tree.owner(group) for group in placed if group.name in found} - {""}
     mixed = [path for name in outside for path in tree.places[name] or ()]
     owners = {owner for owner in owners if not any(within(path, owner) for path in mixed)}
-    return found, [owner for owner in sorted(owners) if not _within_any(owner, owners - {owner})]
+    return found, outermost(owners)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect, bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -52,14 +53,6 @@ class Tree:
                 self._calls.setdefault(path, set()).add(call)
                 if computes:
                     self._inside.setdefault(path, []).append(node)
-        self._touching: dict[str, list[fx.Node]] = {}  # by the modules that a call or a read is inside of
-        self._whole_calls: dict[str, list[fx.Node]] = {}
-        for node in walk.order:
-            named = _prefixes(shown(str(node.target))) if node.op in ("call_module", "get_attr") else []
-            for path in {*named, *(path for path, _ in node.meta.get("nn_module_stack", {}).values())}:
-                self._touching.setdefault(path, []).append(node)
-            if node.op == "call_module":
-                self._whole_calls.setdefault(shown(str(node.target)), []).append(node)
         self._read = {
             path for node in walk.order if node.op == "get_attr" for path in self._read_by_others(node)
         }
@@ -79,20 +72,38 @@ class Tree:
 
     def uses(self, paths: Iterable[str]) -> list[fx.Node]:
         """Where one of the modules, or one around it, is called in the graph, or a tensor of it is read."""
+        touching, calls = self._by_module
         found: dict[fx.Node, None] = {}
         for path in paths:
-            found |= dict.fromkeys(self._touching.get(path, ()))
+            found |= dict.fromkeys(touching.get(path, ()))
             for around in _prefixes(path):
-                found |= dict.fromkeys(self._whole_calls.get(around, ()))
+                found |= dict.fromkeys(calls.get(around, ()))
         return list(found)
+
+    @cached_property
+    def _by_module(self) -> tuple[dict[str, list[fx.Node]], dict[str, list[fx.Node]]]:
+        """The nodes that touch a module or what is inside of it, and those that call it, by its path."""
+        touching: dict[str, list[fx.Node]] = {}
+        calls: dict[str, list[fx.Node]] = {}
+        for node in self._walk.order:
+            target = shown(str(node.target)) if node.op in ("call_module", "get_attr") else ""
+            for path in {*_prefixes(target), *_modules_around(node)}:
+                touching.setdefault(path, []).append(node)
+            if node.op == "call_module":
+                calls.setdefault(target, []).append(node)
+        return touching, calls
 
     def inside(self, node: fx.Node, paths: Iterable[str]) -> bool:
         """Whether a call of one of the modules makes it, or is it."""
-        stack = {path for path, _ in node.meta.get("nn_module_stack", {}).values()}
-        return any(path in stack for path in paths)
+        around = set(_modules_around(node))
+        return any(path in around for path in paths)
 
-    def outline(self, group: Group) -> object:
-        """The same where the same modules are replaced by the same layer; None where none are."""
+    @cached_property
+    def outlines(self) -> dict[str, object]:
+        """By the names of groups: the same where the same modules are replaced by the same layer."""
+        return {group.name: self._outline(group) for group in self.groups}
+
+    def _outline(self, group: Group) -> object:
         where = self.places[group.name]
         if where is None:
             return None
@@ -168,11 +179,11 @@ class Tree:
     def _graphs_for(self, groups: Sequence[Group]) -> dict[str, fx.GraphModule] | None:
         owners = {self.owner(group) for group in groups if self.places[group.name] is None}
         while True:
-            owners = {o for o in owners if not any(o != other and within(o, other) for other in owners)}
+            owners = set(outermost(owners))
             torn = {
                 self.owner(group)
                 for group in groups
-                if len({any(within(path, o) for o in owners) for path in self.places[group.name] or ()}) > 1
+                if len({within_any(path, owners) for path in self.places[group.name] or ()}) > 1
             }
             holders = [self._holder(owner) for owner in (*owners, *torn)]
             if None in holders:
@@ -216,7 +227,7 @@ class Tree:
 
     def _stack(self, node: fx.Node) -> list[str]:
         """The modules whose forward makes the call, from the root on."""
-        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        stack = _modules_around(node)
         return ["", *(stack[:-1] if node.op == "call_module" else stack)]
 
     def owner(self, group: Group) -> str:
@@ -288,11 +299,9 @@ class Tree:
 
     def _read_by_others(self, node: fx.Node) -> Iterator[str]:
         """The modules that hold the tensor ``node`` reads, where code outside of them uses it."""
-        path = str(node.target).rpartition(".")[0]
-        while path:
+        for path in _prefixes(str(node.target).rpartition(".")[0]):
             if any(path not in self._stack(user) for user in node.users):
                 yield path
-            path = path.rpartition(".")[0]
 
     def _unit(self, node: fx.Node, calls: int, mine: set[fx.Node]) -> str | None:
         """The module that does nothing but what a node and others of ``mine`` do, at all of its calls."""
@@ -315,10 +324,27 @@ class Tree:
 
 def _prefixes(path: str) -> list[str]:
     """The path and those of the modules around it, but the root."""
-    names = path.split(".")
+    names = path.split(".") if path else []
     return [".".join(names[: i + 1]) for i in range(len(names))]
+
+
+def _modules_around(node: fx.Node) -> list[str]:
+    """The paths of the modules whose calls make the node, from the outermost; that which it calls, too."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def within(path: str, owner: str) -> bool:
     """Whether the module at ``path`` is that at ``owner``, or inside it."""
     return not owner or path == owner or path.startswith(f"{owner}.")
+
+
+def within_any(path: str, owners: Iterable[str]) -> bool:
+    """Whether the module at ``path`` is one of these, or inside of one."""
+    return any(within(path, owner) for owner in owners)
+
+
+def outermost(paths: Collection[str]) -> list[str]:
+    """Those that are inside no other of them."""
+    return [
+        path for path in sorted(paths) if not any(path != other and within(path, other) for other in paths)
+    ]

@@ -157,7 +157,7 @@ def _explored(
         if seen == limit or seen + len(todo) > PATHS or tried > 2 * PATHS:  # before more are traced in vain
             reason = f"its code goes by sizes, on more paths than can be looked at ({min(limit, PATHS)})"
             raise UntraceableError(f"{type(model).__name__}: {reason}.", reason)
-        along = todo.pop()
+        along = todo.pop(0)  # those that branch off early first: the more there are, the sooner it shows
         try:
             found = record(model, leaf, example_inputs, faithful=False, along=along, **options)
         except UntraceableError as error:

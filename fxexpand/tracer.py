@@ -181,7 +181,8 @@ class RegionTracer(fx.Tracer):
             raise RuntimeError(f"it makes a {kind.__name__}, which a graph would make a plain dict")
         else:
             return plain
-        node.meta["is_wrapped"] = True  # a node again when a pickled graph is read
+        # A node again when a pickled graph is read. torch keeps the code of such a graph, and gets slower with it.
+        node.meta["is_wrapped"] = self._faithful
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -268,8 +269,7 @@ class RegionTracer(fx.Tracer):
         more = [made[name][0] for name in names if name.count("*") == 1 and self._fixed.get(name)]
         for name in [name for name in names if name in self._fixed]:
             expected = self._fixed[name]
-            guard = self.create_proxy("call_function", require_argument, (made[name], expected, name), {})
-            guard.node.meta["is_wrapped"] = True  # a node again when a pickled graph is read
+            self.create_proxy("call_function", require_argument, (made[name], expected, name), {})
             made[name] = expected
         by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         by_place = [p.name for p in parameters if not stars[p.name] and p.name not in by_name]
@@ -307,6 +307,9 @@ class _SizedAttribute(_Sized, fx.proxy.Attribute):
 @fx.has_side_effect
 def require_argument(value: Any, expected: Any, name: str) -> None:
     """Part of a graph: raise unless the argument has the value that the graph was traced with."""
+    if isinstance(value, fx.Proxy):  # a trace of that graph, as where a pickled one is read
+        value.tracer.create_proxy("call_function", require_argument, (value, expected, name), {})
+        return
     same = not value if name.startswith("*") else not isinstance(value, Tensor) and value == expected
     if not same:
         raise UntraceableError(

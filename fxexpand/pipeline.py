@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, TypeAlias, TypeVar, cast, get_args, overload
 
@@ -216,7 +217,8 @@ def fuse(
     if scope == "expanded":
         _carry_out(target, plan, before, compared)
         return target
-    return _fused(target, plan, before, example_inputs, verify, strict, inplace)
+    with _at_work("fuse", progress) as show:
+        return _fused(target, plan, before, example_inputs, verify, strict, inplace, show)
 
 
 def _fused(
@@ -227,6 +229,7 @@ def _fused(
     verify: bool,
     strict: bool,
     inplace: bool,
+    show: Callable[[str], None],
 ) -> Model:
     """Fold the expansions, then everything else; on an error ``target`` is as it was."""
     with restoring([*target.modules()]):
@@ -235,7 +238,7 @@ def _fused(
         reports = [folding.report]
         one_path = False  # what holds in the parts with a graph goes first
         while True:
-            edits = plan_fusing(result, example_inputs, verify, one_path)
+            edits = plan_fusing(result, example_inputs, verify, one_path, show)
             if inplace and target in edits.replaced:
                 raise SelectionError(
                     f"{type(target).__name__}: fusing changes the calls in its own forward, so it becomes a "
@@ -335,7 +338,7 @@ def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], I
 
     def track(items: Iterable[T]) -> Iterator[T]:
         listed = list(items)
-        if not (sys.stderr.isatty() if progress is None else progress):
+        if not _shows(progress):
             yield from listed
             return
         from rich.console import Console
@@ -350,3 +353,31 @@ def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], I
                 bar.update(task, advance=1, visible=shown)
 
     return track
+
+
+@contextmanager
+def _at_work(title: str, progress: bool | None) -> Iterator[Callable[[str], None]]:
+    """As ``progress_bar``, where no one knows how much there is to do: takes the name of what is done now."""
+    if not _shows(progress):
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    now = TextColumn("{task.fields[name]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), now)
+    start = time.monotonic()
+    # The stream of now: while models run, what they print to stderr goes elsewhere.
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task(title, total=None, visible=progress is True, name="")
+
+        def show(name: str) -> None:
+            visible = progress is True or time.monotonic() - start > 2.0
+            bar.update(task, name=escape(name), visible=visible)
+
+        yield show
+
+
+def _shows(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress

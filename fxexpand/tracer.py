@@ -181,7 +181,7 @@ class RegionTracer(fx.Tracer):
             raise RuntimeError(f"it makes a {kind.__name__}, which a graph would make a plain dict")
         else:
             return plain
-        # A node again when a pickled graph is read. torch keeps the code of such a graph, and gets slower with it.
+        # A node again when a pickled graph is read. torch keeps such code, and each later trace goes over it.
         node.meta["is_wrapped"] = self._faithful
         return node
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -38,10 +39,12 @@ SHARED = "another module holds a part of it, and may call that alone"
 class Edits:
     """What to do to a model of these modules: what to put in place of which, and the rows of the report.
 
-    ``graphs`` counts the parts that were traced; ``untraced`` is why the whole was not.
+    ``graphs`` counts the parts that were traced; ``untraced`` is why the whole was not. ``show`` takes the
+    name of each part and layer when it is worked on.
     """
 
     modules: set[nn.Module]
+    show: Callable[[str], None]
     replaced: dict[nn.Module, nn.Module] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     graphs: int = 0
@@ -55,18 +58,23 @@ class Edits:
 
 
 def plan_fusing(
-    model: nn.Module, example_inputs: ExampleInputs | None, verify: bool, one_path: bool = False
+    model: nn.Module,
+    example_inputs: ExampleInputs | None,
+    verify: bool,
+    one_path: bool,
+    show: Callable[[str], None],
 ) -> Edits:
     """Fuse every graph in ``model`` that can be traced; the model is not touched.
 
     Args:
         one_path: see ``Parts``.
+        show: see ``Edits``.
 
     Raises:
         UnusableWeightError: what would be folded holds NaN or Inf.
         VerificationError: a new layer computes something else than what it replaces.
     """
-    edits, seen = Edits(set(model.modules())), set[nn.Module]()
+    edits, seen = Edits(set(model.modules()), show), set[nn.Module]()
     _visit("", model, Parts(model, example_inputs, one_path), verify, edits, seen)
     told = {row.site for row in edits.rows}
     for name, module in model.named_modules():
@@ -103,6 +111,7 @@ def _visit(
     if module in seen:
         return
     seen.add(module)
+    edits.show(name or type(module).__name__)
     try:
         reading = calls.traced(module)
     except UntraceableError as error:
@@ -166,6 +175,7 @@ def _fuse_graph(
             if where is None or reason is not None or any(within_any(path, graphs) for path in where):
                 continue
             title = next(path for path, new in where.items() if new is None)
+            edits.show(f"{name}.{title}" if name else title)
             fusion = new_layer(walk, replace(group, name=title), verify)
             fusions.append(fusion)
             for path, new in where.items():

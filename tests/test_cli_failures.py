@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import json
 import os
@@ -270,8 +271,10 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
         "def net():\n    print('ready', flush=True)\n    time.sleep(60)\n    return Digits()\n"
     )
     command = [sys.executable, "-m", "fxexpand", "export", "slow:net", *ONE, "--out", "m.onnx"]
+    # What a shell without job control runs in its background starts with this signal ignored.
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=default
     ) as job:
         assert job.stderr is not None and job.stdout is not None
         assert job.stderr.readline() == "ready\n"  # what a model prints goes to stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
 
 import fxexpand
 from fxexpand import tracing
@@ -327,3 +329,46 @@ def test_the_cost_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
             fxexpand.fuse(model, torch.randn(2, 5, 6, dtype=torch.float64))
         counts.append(calls)
     assert counts[1] <= 2 * counts[0], counts
+
+
+class Flagged(nn.Module):
+    """Its graph checks a flag, and goes by sizes three times; it returns a mapping."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.conv, self.norm, self.kind = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), kind
+
+    def forward(self, x: Tensor, twice: bool = False) -> Any:
+        for size in x.shape[1:]:
+            x = x if size > 6 else x.relu()
+        y = self.norm(self.conv(x))
+        return self.kind(y=y.relu() if twice else y)
+
+
+@pytest.mark.parametrize(("kind", "more"), [(dict, 0), (OrderedDict, 8)])
+def test_no_fuse_makes_the_next_trace_slower(kind: type, more: int) -> None:
+    """fx keeps the functions that generated code asks it to wrap, and goes over all of them in each trace.
+
+    Those of graphs that may be pickled are few; there are many that are only read.
+    """
+    torch.manual_seed(0)
+    model = Flagged(kind).double().eval()
+    perturb(model)
+    fxexpand.fuse(model, X)
+    kept = len(_symbolic_trace._wrapped_fns_to_patch)
+    small = fxexpand.fuse(model, X)
+    assert len(_symbolic_trace._wrapped_fns_to_patch) <= kept + more
+    assert fxexpand.report(small).changed
+    assert_same(small(WIDE)["y"], model(WIDE)["y"], EXACT)
+
+
+def test_what_is_at_work_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    model = made(lambda net, x: net.last(net.odd(net.norm(net.conv(x)))))
+    fxexpand.fuse(model, X, progress=True)
+    found = capsys.readouterr()
+    assert found.out == "" and "fuse" in found.err and "odd" in found.err
+    fxexpand.fuse(model, X, progress=False)
+    assert capsys.readouterr() == ("", "")

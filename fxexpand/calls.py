@@ -84,11 +84,21 @@ class Reading(NamedTuple):
     others: tuple[fx.GraphModule, ...] = ()
 
 
+class _Failure:
+    """Why a part that holds these modules has no graph; ``everywhere``: not even one along its inputs."""
+
+    def __init__(self, inside: tuple[nn.Module, ...], error: UntraceableError) -> None:
+        self.inside = inside
+        # Without the frames, which hold what was traced.
+        self.error = UntraceableError(str(error), error.reason)
+        self.everywhere = False
+
+
 class Parts:
-    """The example inputs of a model, and those that it gives to its parts.
+    """The example inputs of a model, those that it gives to its parts, and the graphs of these.
 
     Args:
-        one_path: where a part has no graph of all paths, take that of the inputs, and those of the others.
+        one_path: where a part has no graph of all paths, take that of its inputs, and those of the others.
     """
 
     def __init__(
@@ -97,6 +107,7 @@ class Parts:
         self._model = model
         self._one_path = one_path
         self._example_inputs = example_inputs
+        self._failures: dict[nn.Module, _Failure] = {}
         self._parts: dict[nn.Module, dict[str, Any]] | None = None
         self._inside: dict[nn.Module, set[int]] = {}
         self._holders: dict[nn.Module, set[int]] = {}  # by their children: a copy without hooks has the same
@@ -104,6 +115,12 @@ class Parts:
             for child in module._modules.values():
                 if child is not None:
                     self._holders.setdefault(child, set()).add(id(module._modules))
+
+    def after(self, model: nn.Module, one_path: bool) -> Parts:
+        """Those of what has become of the model; what holds the same modules is not traced in vain again."""
+        parts = Parts(model, self._example_inputs, one_path)
+        parts._failures = self._failures
+        return parts
 
     def shared(self, root: nn.Module, owner: str, paths: Iterable[str]) -> bool:
         """Whether something else than ``owner`` holds one of the modules at ``paths``, which are inside it.
@@ -128,14 +145,19 @@ class Parts:
 
         Raises: UntraceableError.
         """
-        given = self.given(module)
-        try:
-            return Reading(self._symbolic(module, given))
-        except UntraceableError as error:
-            found = self._along(module, given, error) if self._one_path and given is not None else None
-            if found is None:
-                raise
-            return found
+        given, inside = self.given(module), tuple(module.modules())
+        failure = self._failures.get(module)
+        if failure is None or failure.inside != inside:
+            try:
+                return Reading(self._symbolic(module, given))
+            except UntraceableError as error:
+                failure = self._failures[module] = _Failure(inside, error)
+        if self._one_path and given is not None and not failure.everywhere:
+            found = self._along(module, given, failure.error)
+            if found is not None:
+                return found
+            failure.everywhere = True
+        raise failure.error
 
     def _symbolic(self, module: nn.Module, given: ExampleInputs | None) -> fx.GraphModule:
         if module is self._model or given is None:

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, TypeVar, cast, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from fxexpand.calls import Parts
 from fxexpand.copying import copied
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError
 from fxexpand.exported import module_of
@@ -237,8 +238,9 @@ def _fused(
         result: nn.Module = target
         reports = [folding.report]
         one_path = False  # what holds in the parts with a graph goes first
+        parts = Parts(result, example_inputs, one_path)
         while True:
-            edits = plan_fusing(result, example_inputs, verify, one_path, show)
+            edits = plan_fusing(result, parts, verify, show)
             if inplace and target in edits.replaced:
                 raise SelectionError(
                     f"{type(target).__name__}: fusing changes the calls in its own forward, so it becomes a "
@@ -246,11 +248,11 @@ def _fused(
                 )
             result = commit_fusing(result, edits)
             reports.append(Report("fuse", tuple(edits.rows), edits.traced))
-            if reports[-1].changed:  # a fold takes readers away, so that more may follow
-                continue
-            if one_path or not edits.untraced or example_inputs is None:
-                break
-            one_path = True
+            if not reports[-1].changed:  # a fold takes readers away, so that more may follow
+                if one_path or not edits.untraced or example_inputs is None:
+                    break
+                one_path = True
+            parts = parts.after(result, one_path)
         found = replace(combined(reports), traced=reports[-1].traced)
         if strict and found.refusals:
             raise RefusedError(found.refusals[0].message)

@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxexpand.calls import Parts, Reading
 from fxexpand.copying import keep_attributes
 from fxexpand.graph import Census
-from fxexpand.inputs import ExampleInputs
 from fxexpand.lowrank.factored import Factorized
 from fxexpand.ops import LAYERS, describe
 from fxexpand.passes.affine import Walk
@@ -57,17 +56,11 @@ class Edits:
         return parts if self.untraced else ONE_GRAPH
 
 
-def plan_fusing(
-    model: nn.Module,
-    example_inputs: ExampleInputs | None,
-    verify: bool,
-    one_path: bool,
-    show: Callable[[str], None],
-) -> Edits:
+def plan_fusing(model: nn.Module, parts: Parts, verify: bool, show: Callable[[str], None]) -> Edits:
     """Fuse every graph in ``model`` that can be traced; the model is not touched.
 
     Args:
-        one_path: see ``Parts``.
+        parts: of ``model``.
         show: see ``Edits``.
 
     Raises:
@@ -75,7 +68,7 @@ def plan_fusing(
         VerificationError: a new layer computes something else than what it replaces.
     """
     edits, seen = Edits(set(model.modules()), show), set[nn.Module]()
-    _visit("", model, Parts(model, example_inputs, one_path), verify, edits, seen)
+    _visit("", model, parts, verify, edits, seen)
     told = {row.site for row in edits.rows}
     for name, module in model.named_modules():
         affine = type(module) in LAYERS or isinstance(module, _BatchNorm)

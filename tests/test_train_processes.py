@@ -149,4 +149,4 @@ def test_a_process_of_torchrun_does_not_wait_for_threads(given: str, code: int, 
     )
     assert done.returncode == code, done.stderr
     assert (done.stdout if code == 0 else done.stderr).startswith(("fxexpand", "Usage"))
-    assert done.stdout.endswith("end\n") is not torchrun
+    assert done.stdout.endswith("shut down\n") is not torchrun

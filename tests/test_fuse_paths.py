@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
 import fxexpand
-from fxexpand import tracing
+from fxexpand import calls, tracing
 from fxexpand.errors import RefusedError
 from tests.compare import assert_same
 from tests.networks import perturb
@@ -360,6 +360,29 @@ def test_no_fuse_makes_the_next_trace_slower(kind: type, more: int) -> None:
     assert len(_symbolic_trace._wrapped_fns_to_patch) <= kept + more
     assert fxexpand.report(small).changed
     assert_same(small(WIDE)["y"], model(WIDE)["y"], EXACT)
+
+
+def test_what_has_no_graph_is_traced_again_only_where_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(made(lambda net, x: net.odd(net.conv(x))), nn.Conv2d(4, 4, 1).double())
+    traced: list[nn.Module] = []
+
+    def counted(module: nn.Module, **options: Any) -> Any:
+        traced.append(module)
+        return tracing.symbolic(module, **options)
+
+    monkeypatch.setattr(calls, "symbolic", counted)
+    parts = calls.Parts(model, X)
+    for one_path in (False, False, True):
+        parts = parts.after(model, one_path)
+        try:
+            reading = parts.traced(model[0])
+        except tracing.UntraceableError as error:
+            assert not one_path and "control flow" in str(error)
+    assert traced == [model[0], model[0]]  # with its inputs, and without
+    assert reading.error is not None and reading.leaf is not None
+    assert reading.leaf("odd", model[0].get_submodule("odd"))
+    model[0].odd = nn.ReLU()
+    assert parts.after(model, False).traced(model[0]).error is None
 
 
 def test_what_is_at_work_is_shown(

@@ -16,6 +16,7 @@ Measure: TypeAlias = Callable[[Item], dict[str, Any]]
 
 LIFETIME = 60  # rows of one process: what a library caches must not add up
 START = 120.0  # seconds that the imports of a process may take
+ENDING = 10.0  # seconds for its end
 DIED, LATE, FULL = "the process died (memory?)", "timeout", "out of memory"
 
 
@@ -58,7 +59,7 @@ def rows_of(
                     yield process.give_up()
     finally:
         for process in processes:
-            process.stop()
+            process.stop(at_once=process.busy)
 
 
 def _bound(memory: float | None) -> None:
@@ -148,13 +149,15 @@ class _Process(Generic[Item]):
         return self._replaced(LATE)
 
     def _replaced(self, reason: str) -> dict[str, Any]:
-        self.stop()
+        self.stop(at_once=True)
         self._start()
         seconds = round(time.monotonic() - self.since, 1)
         return {"name": str(self.item), "failures": [reason], "seconds": seconds}
 
-    def stop(self) -> None:
-        """Kill the process."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Close its link, at which it ends by itself and tidies up; kill it if it does not."""
+        self.link.close()
+        if not at_once:
+            self._process.join(ENDING)
         self._process.kill()
         self._process.join()
-        self.link.close()

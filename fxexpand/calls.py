@@ -13,7 +13,7 @@ from fxexpand.evaluating import evaluating, undisturbed
 from fxexpand.inputs import ExampleInputs, call
 from fxexpand.inputs import copy as copy_inputs
 from fxexpand.paths import Whole, alternatives, other_paths
-from fxexpand.tracer import FAILURES, Leaf, UntraceableError, signature_of
+from fxexpand.tracer import FAILURES, Leaf, UntraceableError, fixed_arguments, signature_of
 from fxexpand.tracing import check_with_shapes, fixes_arguments, in_both_modes, symbolic
 
 PLAIN = (Tensor, bool, int, float, complex, str)
@@ -165,7 +165,7 @@ class Parts:
         try:
             return symbolic(module, example_inputs=given)
         except UntraceableError as error:
-            if error.differs:
+            if error.differs or _fixes_the_same(module, given):
                 raise
         except FAILURES:  # a second call with the same arguments may not be possible
             pass
@@ -204,3 +204,11 @@ class Parts:
         if self._parts is None:
             self._parts = observed_calls(self._model, self._example_inputs)
         return self._parts.get(module)
+
+
+def _fixes_the_same(module: nn.Module, given: ExampleInputs) -> bool:
+    """Whether a trace with these inputs is that without any."""
+    try:
+        return fixed_arguments(module, given) == fixed_arguments(module, None)
+    except TypeError:  # they cannot be given by name
+        return False

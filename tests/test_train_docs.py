@@ -42,7 +42,8 @@ def test_the_script_finds_the_same_on_two_processes_as_on_one(tmp_path: Path) ->
         (tmp_path / name / "several.py").write_text(SCRIPT, encoding="utf-8")
         first = torchrun(COMMANDS[0], tmp_path / name, **environment)
         alone = COMMANDS[0].replace("--nproc-per-node 2", "--nproc-per-node 1")
-        results.append((first, torchrun(alone, tmp_path / name)))
+        outputs = (first, torchrun(alone, tmp_path / name))
+        results.append([output.splitlines()[-1] for output in outputs])  # gloo of torch 2.9 prints before
     (ddp, alone), (fsdp, alone_again) = results
     assert ddp == fsdp and ddp.startswith("2 processes: ")
     assert alone == alone_again and alone.startswith("1 processes: ")

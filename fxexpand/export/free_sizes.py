@@ -38,7 +38,9 @@ def dynamic_shapes(
 
     def dimension(name: str, length: int) -> Any:
         alike = sum(other == name for other, _ in known)
-        return known.setdefault((name, length), torch.export.Dim(f"{name}_{alike + 1}" if alike else name))
+        return known.setdefault(
+            (name, length), torch.export.Dim(f"{name}_{alike + 1}" if alike else name, min=1)
+        )
 
     def shape(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:

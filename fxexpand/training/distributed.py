@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def processes(device: torch.device) -> Iterator[Processes]:
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)
         else:
-            dist.init_process_group("gloo")
+            with _stdout_to_stderr():
+                dist.init_process_group("gloo")
     try:
         if dist.is_initialized():
             yield Processes(dist.get_rank(), dist.get_world_size(), device)
@@ -73,6 +75,19 @@ def processes(device: torch.device) -> Iterator[Processes]:
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Also of code in C++: gloo of torch 2.9 says that it is connected where people read results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def wrapped(model: nn.Module, group: Processes, *, shard: bool = False) -> nn.Module:

@@ -21,7 +21,8 @@ from fxexpand.lowrank.factored import FACTORIZED, Factorized, factorize_layer, f
 from fxexpand.lowrank.lp import Body
 from fxexpand.outputs import outputs_of
 from fxexpand.passes.factorize import Factorize, require_lenient, require_matched, summed
-from fxexpand.pipeline import REPORT, progress_bar, require_module
+from fxexpand.pipeline import REPORT, require_module
+from fxexpand.progress import progress_bar
 from fxexpand.recipes import Chain
 from fxexpand.selection import Select, Selection
 from fxexpand.sites import Site, find_sites

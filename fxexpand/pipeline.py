@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal, TypeAlias, TypeVar, cast, get_args, overload
 
@@ -21,6 +18,7 @@ from fxexpand.layers import FORMS, Expanded, Form
 from fxexpand.outputs import outputs_of
 from fxexpand.passes.fuse import combined
 from fxexpand.passes.placement import commit_fusing, plan_fusing
+from fxexpand.progress import at_work, progress_bar
 from fxexpand.recipes import INITS, Chain, Init, Recipe
 from fxexpand.report import Report
 from fxexpand.selection import Select, Selection
@@ -33,7 +31,6 @@ from fxexpand.weights import expanded_weights, originals
 Scope: TypeAlias = Literal["all", "expanded"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 Model = TypeVar("Model", bound=nn.Module)
-T = TypeVar("T")
 
 REPORT = "_fxexpand_report"  # the attribute of a model that holds its report
 
@@ -218,7 +215,7 @@ def fuse(
     if scope == "expanded":
         _carry_out(target, plan, before, compared)
         return target
-    with _at_work("fuse", progress) as show:
+    with at_work("fuse", progress) as show:
         return _fused(target, plan, before, example_inputs, verify, strict, inplace, show)
 
 
@@ -333,53 +330,3 @@ def _refuse_sharded(model: nn.Module, verb: str) -> None:
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load it into the "
             f"expanded model as it was before, and call {verb} on that."
         )
-
-
-def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], Iterable[T]]:
-    """Show a progress bar on stderr: always, never, or on a terminal once two seconds have passed."""
-
-    def track(items: Iterable[T]) -> Iterator[T]:
-        listed = list(items)
-        if not _shows(progress):
-            yield from listed
-            return
-        from rich.console import Console
-        from rich.progress import Progress
-
-        start, shown = time.monotonic(), progress is True
-        with Progress(console=Console(stderr=True), transient=True, disable=False) as bar:
-            task = bar.add_task(title, total=len(listed), visible=shown)
-            for item in listed:
-                yield item
-                shown = shown or time.monotonic() - start > 2.0
-                bar.update(task, advance=1, visible=shown)
-
-    return track
-
-
-@contextmanager
-def _at_work(title: str, progress: bool | None) -> Iterator[Callable[[str], None]]:
-    """As ``progress_bar``, where no one knows how much there is to do: takes the name of what is done now."""
-    if not _shows(progress):
-        yield lambda name: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    now = TextColumn("{task.fields[name]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), now)
-    start = time.monotonic()
-    # The stream of now: while models run, what they print to stderr goes elsewhere.
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task(title, total=None, visible=progress is True, name="")
-
-        def show(name: str) -> None:
-            visible = progress is True or time.monotonic() - start > 2.0
-            bar.update(task, name=escape(name), visible=visible)
-
-        yield show
-
-
-def _shows(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress

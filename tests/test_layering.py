@@ -26,6 +26,7 @@ ORDER = [
     "table",
     "markup",
     "figures",
+    "progress",
     "report",
     "geometry",
     "kernel",

@@ -112,4 +112,6 @@ def test_the_makefile_has_its_targets(target: str) -> None:
 def test_ci_runs_what_people_run() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make check" in script
+    assert "make test" in script
+    assert {"make lint", "make test"} <= set(script.splitlines())
     assert "\ncheck: lint test " in (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -28,6 +28,7 @@ from fxexpand.flops import count_flops
 from fxexpand.latency import LatencyReport, measure_latency
 from fxexpand.outputs import worst_error
 from fxexpand.pipeline import expand, fuse
+from fxexpand.progress import shows
 from fxexpand.rank import rank_report
 from fxexpand.recipes import Chain
 from fxexpand.training.data import Batches, Data, batches, digits
@@ -303,7 +304,7 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _bars(totals: dict[str, int], progress: bool | None) -> Iterator[Notify]:
     """One bar per task on stderr while the body runs; nothing where stderr is not a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
+    if not shows(progress):
         yield lambda task, steps: None
         return
     from rich.console import Console

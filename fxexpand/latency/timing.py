@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from fxexpand.latency.backends import Candidate
+from fxexpand.progress import shows
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ def _synchronize(device: torch.device) -> None:
 
 def tracked(items: Sequence[T], title: str, progress: bool | None) -> Iterator[T]:
     """The items, with a bar on stderr: always, never, or (None) on a terminal."""
-    if not (sys.stderr.isatty() if progress is None else progress):
+    if not shows(progress):
         yield from items
         return
     from rich.console import Console

@@ -42,8 +42,8 @@ bench-gpu: $(READY) ## measure on one CUDA GPU, into benchmarks/results/gpu.json
 	$(BIN)/python -m benchmarks.gpu
 
 bench-quick: $(READY) ## run every benchmark in its quick form; nothing is published
-	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
-		echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" --quick; done
+	@set -e; for file in $$(grep -l __main__ benchmarks/*.py benchmarks/*/[a-z]*.py); do \
+		echo "== $$file"; $(BIN)/python -m "$$(echo "$${file%.py}" | tr / .)" --quick; done
 
 zoo-quick: $(READY) ## sixty architectures of timm, torchvision and transformers: expand, train, fold back, fuse
 	$(BIN)/python -m benchmarks.zoo --quick

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxexpand.files import write_whole
+from fxexpand.reporting.files import write_whole
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER / "README.md"

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.models import Network
 from fxexpand import Chain, Recipe, count_flops, expand, fuse, report
-from fxexpand.inputs import ExampleInputs, tensors
 from fxexpand.recipes import DBB, OREPA, ACNet, DOConv, ExpandNetCK, ExpandNetCL, MobileOne, RepVGG
-from fxexpand.table import short, table
+from fxexpand.reporting.table import short, table
+from fxexpand.running.inputs import ExampleInputs, tensors
 
 
 class Plain(nn.Module):

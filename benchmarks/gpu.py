@@ -27,11 +27,11 @@ from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.models import Network
 from benchmarks.settle import settle
 from fxexpand import export_onnx, fuse, measure_latency
+from fxexpand.deploy.sessions import feeds, open_session
 from fxexpand.errors import FxExpandError
-from fxexpand.export.sessions import feeds, open_session
-from fxexpand.inputs import resize_batch
-from fxexpand.outputs import tensors_of, worst_error
-from fxexpand.table import short, table
+from fxexpand.reporting.table import short, table
+from fxexpand.running.inputs import resize_batch
+from fxexpand.running.outputs import tensors_of, worst_error
 
 NETWORKS = (
     Network("torchvision", "resnet18"),

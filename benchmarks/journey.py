@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.settle import settle
-from fxexpand.inputs import ExampleInputs, call
-from fxexpand.inputs import copy as copy_inputs
-from fxexpand.outputs import tensors_of
+from fxexpand.running.inputs import ExampleInputs, call
+from fxexpand.running.inputs import copy as copy_inputs
+from fxexpand.running.outputs import tensors_of
 
 
 def settled(build: Callable[[], nn.Module], inputs: ExampleInputs) -> nn.Module:

@@ -20,7 +20,7 @@ from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.models import Network
 from benchmarks.settle import settle
 from fxexpand import Chain, LatencyReport, expand, fuse, measure_latency
-from fxexpand.table import short, table
+from fxexpand.reporting.table import short, table
 
 NETWORKS = (
     Network("torchvision", "resnet18"),

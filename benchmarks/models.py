@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxexpand.inputs import ExampleInputs, call
+from fxexpand.running.inputs import ExampleInputs, call
 
 # One of each family, in a small variant.
 TIMM = [

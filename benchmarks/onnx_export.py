@@ -21,9 +21,9 @@ from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from benchmarks.models import Network
 from benchmarks.settle import settle
 from fxexpand import export_onnx, fuse
+from fxexpand.deploy.quantization import check_int8, weight_ranges
 from fxexpand.errors import FxExpandError
-from fxexpand.export.quantization import check_int8, weight_ranges
-from fxexpand.table import short, table
+from fxexpand.reporting.table import short, table
 
 NETWORKS = (
     Network("torchvision", "resnet18"),

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 from benchmarks.evidence import FOLDER, headline, machine, publish, save, variant
-from benchmarks.surgery_cost import timed
+from benchmarks.fusing.surgery_cost import timed
 from fxexpand import Chain, expand, fuse
-from fxexpand.table import table
+from fxexpand.reporting.table import table
 
 # Operators by the start of their names; what is none of these is "other".
 KINDS = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxexpand.inputs import ExampleInputs, call
-from fxexpand.inputs import copy as copy_inputs
+from fxexpand.running.inputs import ExampleInputs, call
+from fxexpand.running.inputs import copy as copy_inputs
 
 SMALL = 0.2  # constants below this are scales that switch a branch off
 

@@ -1,7 +1,8 @@
 """Expand a network's layers into linear chains for training, and fuse them back exactly.
 
-The contents page: what ``import fxexpand`` offers. Each name is documented where it is defined, and is loaded
-when it is first used (PEP 562), so that ``import fxexpand`` alone does not load torch.
+The contents page: ``import fxexpand`` offers the names of ``CONTENTS``. Each is documented where it is
+defined, and is loaded when it is first used (PEP 562), so that ``import fxexpand`` alone does not load torch.
+``__init__.pyi`` says the same to type checkers.
 """
 
 from __future__ import annotations
@@ -10,165 +11,177 @@ import importlib
 import importlib.util
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fxexpand.accumulation import accumulate
-    from fxexpand.compression import TrainedRankPruning
-    from fxexpand.errors import (
-        FxExpandError,
-        InexactError,
-        RefusedError,
-        SelectionError,
-        UnusableWeightError,
-        VerificationError,
-    )
-    from fxexpand.export import OnnxReport, check_int8, export_onnx, weight_ranges
-    from fxexpand.factorize import cuts, factorize
-    from fxexpand.flops import FlopReport, count_flops
-    from fxexpand.latency import LatencyReport, measure_latency
-    from fxexpand.optim import param_groups
-    from fxexpand.pipeline import expand, fuse, fused_state_dict, report
-    from fxexpand.rank import RankTracker, effective_rank, kernel_rank, rank_report
-    from fxexpand.recipes import (
-        DBB,
-        OREPA,
-        ACNet,
-        Chain,
-        DOConv,
-        ExpandNetCK,
-        ExpandNetCL,
-        ExpandNetFC,
-        MobileOne,
-        Recipe,
-        RepVGG,
-    )
-    from fxexpand.report import Report
-    from fxexpand.training import checkpoint
+from typing import Any
 
 __version__ = "0.1.0"
 
-# The module of each name: the imports above, for the interpreter. tests/test_public_api.py compares the two.
-_HOMES = {
-    "DBB": "recipes",
-    "OREPA": "recipes",
-    "ACNet": "recipes",
-    "Chain": "recipes",
-    "DOConv": "recipes",
-    "ExpandNetCK": "recipes",
-    "ExpandNetCL": "recipes",
-    "ExpandNetFC": "recipes",
-    "FlopReport": "flops",
-    "FxExpandError": "errors",
-    "InexactError": "errors",
-    "LatencyReport": "latency",
-    "MobileOne": "recipes",
-    "OnnxReport": "export",
-    "RankTracker": "rank",
-    "Recipe": "recipes",
-    "RefusedError": "errors",
-    "RepVGG": "recipes",
-    "Report": "report",
-    "SelectionError": "errors",
-    "TrainedRankPruning": "compression",
-    "UnusableWeightError": "errors",
-    "VerificationError": "errors",
-    "accumulate": "accumulation",
-    "check_int8": "export",
-    "checkpoint": "training",
-    "count_flops": "flops",
-    "cuts": "factorize",
-    "effective_rank": "rank",
-    "expand": "pipeline",
-    "export_onnx": "export",
-    "factorize": "factorize",
-    "fuse": "pipeline",
-    "fused_state_dict": "pipeline",
-    "kernel_rank": "rank",
-    "measure_latency": "latency",
-    "param_groups": "optim",
-    "rank_report": "rank",
-    "report": "pipeline",
-    "weight_ranges": "export",
+# The public names, by the module that defines them.
+CONTENTS = {
+    "deploy": ("OnnxReport", "check_int8", "export_onnx", "weight_ranges"),
+    "deploy.latency": ("LatencyReport", "measure_latency"),
+    "errors": (
+        "FxExpandError",
+        "InexactError",
+        "RefusedError",
+        "SelectionError",
+        "UnusableWeightError",
+        "VerificationError",
+    ),
+    "layers.accumulation": ("accumulate",),
+    "layers.param_groups": ("param_groups",),
+    "lowrank": ("RankTracker", "TrainedRankPruning", "effective_rank", "kernel_rank", "rank_report"),
+    "recipes": (
+        "DBB",
+        "OREPA",
+        "ACNet",
+        "Chain",
+        "DOConv",
+        "ExpandNetCK",
+        "ExpandNetCL",
+        "ExpandNetFC",
+        "MobileOne",
+        "Recipe",
+        "RepVGG",
+    ),
+    "reporting.rows": ("Report",),
+    "running.flops": ("FlopReport", "count_flops"),
+    "surgery.expand": ("expand",),
+    "surgery.factorize": ("cuts", "factorize"),
+    "surgery.fold": ("fused_state_dict",),
+    "surgery.fuse": ("fuse",),
+    "surgery.transaction": ("report",),
+    "training": ("checkpoint",),
 }
 
-__all__ = [
-    "DBB",
-    "OREPA",
-    "ACNet",
-    "Chain",
-    "DOConv",
-    "ExpandNetCK",
-    "ExpandNetCL",
-    "ExpandNetFC",
-    "FlopReport",
-    "FxExpandError",
-    "InexactError",
-    "LatencyReport",
-    "MobileOne",
-    "OnnxReport",
-    "RankTracker",
-    "Recipe",
-    "RefusedError",
-    "RepVGG",
-    "Report",
-    "SelectionError",
-    "TrainedRankPruning",
-    "UnusableWeightError",
-    "VerificationError",
-    "__version__",
-    "accumulate",
-    "check_int8",
-    "checkpoint",
-    "count_flops",
-    "cuts",
-    "effective_rank",
-    "expand",
-    "export_onnx",
-    "factorize",
-    "fuse",
-    "fused_state_dict",
-    "kernel_rank",
-    "measure_latency",
-    "param_groups",
-    "rank_report",
-    "report",
-    "weight_ranges",
-]
+# Where the contents of a module went that was here before. What was pickled, and code that imports the old
+# names, finds them there; a package that keeps its name has them itself.
+MOVED = {
+    "accumulation": "layers.accumulation",
+    "calls": "tracing.submodules",
+    "closest": "reporting.closest",
+    "compression": "lowrank",
+    "compression.allocation": "lowrank.allocation",
+    "compression.costs": "lowrank.costs",
+    "compression.criteria": "lowrank.criteria",
+    "compression.decisions": "lowrank.decisions",
+    "compression.report": "lowrank.factorize_report",
+    "compression.trp": "lowrank.trp",
+    "compression.watching": "lowrank.calibration",
+    "copying": "running.copying",
+    "demo": "training.demo",
+    "demo.experiment": "training.demo.experiment",
+    "demo.findings": "training.demo.findings",
+    "demo.network": "training.demo.network",
+    "demo.page": "training.demo.page",
+    "demo.plots": "training.demo.plots",
+    "evaluating": "running.evaluation",
+    "export": "deploy",
+    "export.files": "deploy.onnx_files",
+    "export.folding": "deploy.folding",
+    "export.free_sizes": "deploy.free_sizes",
+    "export.onnx": "deploy.onnx",
+    "export.quantization": "deploy.quantization",
+    "export.sessions": "deploy.sessions",
+    "exported": "tracing.export",
+    "factorize": "surgery.factorize",
+    "figures": "reporting.figures",
+    "files": "reporting.files",
+    "finite": "running.finite",
+    "flops": "running.flops",
+    "geometry": "kernel.geometry",
+    "graph": "tracing.edit",
+    "inputs": "running.inputs",
+    "latency": "deploy.latency",
+    "latency.backends": "deploy.latency.backends",
+    "latency.candidates": "deploy.latency.candidates",
+    "latency.intervals": "deploy.latency.intervals",
+    "latency.measure": "deploy.latency.measure",
+    "latency.page": "deploy.latency.page",
+    "latency.plots": "deploy.latency.plots",
+    "latency.timing": "deploy.latency.timing",
+    "lower": "kernel.lower",
+    "markup": "reporting.html",
+    "modes": "tracing.guards",
+    "ops": "kernel.modules kernel.library_layers",
+    "optim": "layers.param_groups",
+    "outputs": "running.outputs",
+    "passes.constants": "passes.affine.constants",
+    "passes.form": "passes.affine.candidates",
+    "passes.forms": "passes.affine.interpretation",
+    "passes.maps": "passes.affine.maps",
+    "passes.memory": "passes.affine.aliasing",
+    "passes.module_maps": "passes.operators.layers",
+    "passes.placement": "surgery.placement",
+    "passes.reader": "passes.affine.reader",
+    "passes.shapes": "passes.affine.shapes",
+    "passes.split": "passes.norms",
+    "passes.steps": "passes.affine.steps",
+    "passes.tree": "surgery.module_tree",
+    "paths": "tracing.paths",
+    "pipeline": "surgery.expand surgery.fuse surgery.fold surgery.transaction",
+    "products": "layers.products",
+    "progress": "reporting.progress",
+    "rank": "lowrank",
+    "rank.features": "lowrank.features",
+    "rank.plots": "lowrank.rank_plots",
+    "rank.report": "lowrank.model_ranks",
+    "rank.sketch": "lowrank.sketch",
+    "rank.spectra": "lowrank.measures",
+    "rank.tracker": "lowrank.tracker",
+    "report": "reporting.rows",
+    "selection": "recipes.selection",
+    "sharding": "layers.sharding",
+    "sites": "surgery.sites kernel.algebra",
+    "sizes": "tracing.example_values",
+    "table": "reporting.table",
+    "tracer": "tracing.guards tracing.tracer",
+    "uses": "surgery.uses",
+    "verify": "running.verify",
+    "weights": "layers.parametrized",
+}
+
+_HOMES = {name: home for home, names in CONTENTS.items() for name in names}
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
-if not TYPE_CHECKING:  # or type checkers would accept every name
+class _Moved(ModuleType):
+    """An old address: a module that looks its names up where they are now."""
 
-    def __getattr__(name: str) -> Any:
-        if name in _HOMES:
-            home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-            if not hasattr(home, name):  # a module of a package, which the package does not load: checkpoint
-                importlib.import_module(f"{home.__name__}.{name}")
-            value = getattr(home, name)
-        elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-            value = importlib.import_module(
-                f"{__name__}.{name}"
-            )  # fxexpand.passes, without importing it by name
-        else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value
-        return value
+    def __init__(self, name: str, homes: str) -> None:
+        super().__init__(name, f"Moved to {homes}.")
+        self.__dict__.update(__path__=[], _homes=homes.split())
+
+    def __getattr__(self, name: str) -> Any:
+        if (inner := f"{self.__name__}.{name}") in sys.modules:
+            return sys.modules[inner]
+        if not name.startswith("__"):
+            for home in self._homes:
+                module = importlib.import_module(f"fxexpand.{home}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+# An entry of sys.modules is found before the folder is looked at, and is not bound to a name in this module,
+# where ``report`` and ``factorize`` are functions.
+sys.modules.update({f"{__name__}.{old}": _Moved(f"{__name__}.{old}", new) for old, new in MOVED.items()})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        if not hasattr(home, name):  # a module of a package, which the package does not load: checkpoint
+            importlib.import_module(f"{home.__name__}.{name}")
+        value = getattr(home, name)
+    elif not name.startswith("_") and (
+        name in MOVED or importlib.util.find_spec(f"{__name__}.{name}") is not None
+    ):
+        value = importlib.import_module(f"{__name__}.{name}")  # fxexpand.passes, without importing it by name
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Contents(ModuleType):
-    """Where a public name is that of a module too, it stays the public one.
-
-    Python binds every submodule to its name in the package when it is imported: after ``import
-    fxexpand.report``, the function ``fxexpand.report`` would be gone.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Contents

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxexpand.closest import closest
-from fxexpand.copying import copied
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
-from fxexpand.evaluating import evaluating
-from fxexpand.inputs import ExampleInputs, call, copy, tensors
+from fxexpand.reporting.closest import closest
+from fxexpand.running.copying import copied
+from fxexpand.running.evaluation import evaluating
+from fxexpand.running.inputs import ExampleInputs, call, copy, tensors
 
 # What models raise where an input is of another shape, or None: transformers look at the attributes of None.
 _OF_INPUTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)

@@ -1,8 +1,9 @@
 """The compiler passes of fxexpand; import them as ``fxexpand.passes``.
 
-A pass is a frozen dataclass with its options as fields. Called on a GraphModule it returns a ``Result``: the
-new graph module, whether it changed, and a report of every site. All of them run inside torch.fx's pass
-managers.
+A pass is a frozen dataclass with its options as fields. Called on a GraphModule it returns a ``Result``:
+the new graph module, whether it changed, and a report of every site. All of them run inside torch.fx's pass
+managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` what they return, ``norms``
+splits norms while a graph is fused; ``operators`` and ``affine`` are rooms of their own.
 """
 
 from fxexpand.passes.expand import Expand

@@ -8,18 +8,17 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.copying import copied
 from fxexpand.errors import InexactError
-from fxexpand.finite import require_finite
-from fxexpand.graph import Census, expand_calls, finish, operand, site_of
-from fxexpand.kernel import Kernel
-from fxexpand.ops import LAYERS, describe, kernel_of
+from fxexpand.kernel.algebra import FLOATING, Kernel
+from fxexpand.kernel.modules import LAYERS, describe, kernel_of
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.recipes import Chain, Init, Recipe
-from fxexpand.report import Report, Row
-from fxexpand.selection import Select, Selection
-from fxexpand.sites import FLOATING
-from fxexpand.verify import block_error, require_small
+from fxexpand.recipes.selection import Select, Selection
+from fxexpand.reporting.rows import Report, Row
+from fxexpand.running.copying import copied
+from fxexpand.running.finite import require_finite
+from fxexpand.running.verify import block_error, require_small
+from fxexpand.tracing.edit import Census, expand_calls, finish, operand, site_of
 
 ELSEWHERE = "Use fxexpand.expand on the model before tracing"
 

@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.compression.costs import Target, unfit
-from fxexpand.compression.criteria import TRP_THRESHOLD, Approach, Criterion, Method, Ranks
-from fxexpand.compression.decisions import Decision, decide, totals
-from fxexpand.compression.report import FactorizeReport, FactorRow
-from fxexpand.copying import copied
 from fxexpand.errors import RefusedError, SelectionError
-from fxexpand.graph import Census, expand_calls, finish, operand, site_of
-from fxexpand.inputs import ExampleInputs
+from fxexpand.kernel.modules import describe
+from fxexpand.lowrank.costs import Target, unfit
+from fxexpand.lowrank.criteria import TRP_THRESHOLD, Approach, Criterion, Method, Ranks
 from fxexpand.lowrank.cuts import Scheme
+from fxexpand.lowrank.decisions import Decision, decide, totals
 from fxexpand.lowrank.factored import FACTORIZED, factors
+from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
 from fxexpand.lowrank.lp import Body
-from fxexpand.ops import describe
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.recipes import Chain
-from fxexpand.selection import Select, Selection
-from fxexpand.tracing import hooked
+from fxexpand.recipes.selection import Select, Selection
+from fxexpand.running.copying import copied
+from fxexpand.running.inputs import ExampleInputs
+from fxexpand.tracing.edit import Census, expand_calls, finish, operand, site_of
+from fxexpand.tracing.graphs import hooked
 
 ELSEWHERE = "Use fxexpand.factorize on the model before tracing"
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxexpand.copying import copied
 from fxexpand.errors import InexactError, UnusableWeightError
-from fxexpand.graph import call_alone, call_instead, extract, finish, put, read_early
-from fxexpand.kernel import Kernel, cast
-from fxexpand.lower import laid_out_as, to_module
-from fxexpand.ops import LAYERS, describe
-from fxexpand.passes.affine import Walk
-from fxexpand.passes.form import Form
-from fxexpand.passes.maps import Place
+from fxexpand.kernel.algebra import Kernel, cast
+from fxexpand.kernel.lower import laid_out_as, to_module
+from fxexpand.kernel.modules import LAYERS, describe
+from fxexpand.passes.affine.candidates import Form
+from fxexpand.passes.affine.extraction import Walk
+from fxexpand.passes.affine.maps import Place
+from fxexpand.passes.norms import shown, split_norms
 from fxexpand.passes.result import Result, require_graph_module
-from fxexpand.passes.split import shown, split_norms
-from fxexpand.report import Action, Report, Row
-from fxexpand.verify import fold_error, require_small
+from fxexpand.reporting.rows import Action, Report, Row
+from fxexpand.running.copying import copied
+from fxexpand.running.verify import fold_error, require_small
+from fxexpand.tracing.edit import call_alone, call_instead, extract, finish, put, read_early
 
 
 @dataclass(frozen=True)

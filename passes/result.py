@@ -7,7 +7,7 @@ from typing import cast
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxexpand.report import Report
+from fxexpand.reporting.rows import Report
 
 
 class Result(PassResult):

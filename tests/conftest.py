@@ -44,7 +44,7 @@ def even_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             run()
         return 1e-9 * (1 + int(counter.get_total_flops()))
 
-    monkeypatch.setattr("fxexpand.compression.costs._seconds", seconds)
+    monkeypatch.setattr("fxexpand.lowrank.costs._seconds", seconds)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

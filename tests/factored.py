@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import fxexpand
-from fxexpand.compression.report import FactorizeReport, FactorRow
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.lowrank.cuts import Scheme, matrix_of, weight_of
+from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
 from fxexpand.lowrank.projection import spectrum
-from fxexpand.ops import kernel_of
 
 
 def of_rank(module: nn.Module, rank: int, scheme: Scheme = "channel") -> Any:

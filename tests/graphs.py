@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxexpand.passes import Result
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.networks import perturb
 
 EXACT = 1e-10  # relative, in float64

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand import Chain
-from fxexpand.copying import copied
-from fxexpand.inputs import ExampleInputs, call
-from fxexpand.outputs import tensors_of
+from fxexpand.running.copying import copied
+from fxexpand.running.inputs import ExampleInputs, call
+from fxexpand.running.outputs import tensors_of
 from tests.compare import assert_same
 from tests.networks import perturb
 

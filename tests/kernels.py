@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxexpand.kernel import Kernel, apply
+from fxexpand.kernel.algebra import Kernel, apply
 
 MODES = ("reflect", "replicate", "circular")
 

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand import Chain, expand, fuse
-from fxexpand.accumulation import accumulate
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.layers import Expanded
+from fxexpand.layers.accumulation import accumulate
+from fxexpand.layers.expanded import Expanded
+from fxexpand.layers.parametrized import _READING, expanded_weights, originals
 from fxexpand.recipes import Recipe
-from fxexpand.weights import _READING, expanded_weights, originals
 from tests.compare import assert_same
 from tests.networks import ConvNet, Language, perturb
 

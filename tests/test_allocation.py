@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxexpand.compression.allocation import Option, allocate
 from fxexpand.errors import SelectionError
+from fxexpand.lowrank.allocation import Option, allocate
 
 number = st.floats(0.0, 10.0, allow_nan=False)
 layer = st.lists(st.builds(Option, number, number), min_size=1, max_size=5)

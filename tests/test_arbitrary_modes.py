@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import fxexpand
 from fxexpand import Chain
 from fxexpand.errors import VerificationError
-from fxexpand.outputs import outputs_of
-from fxexpand.tracing import UntraceableError, trace
-from fxexpand.verify import require_same_outputs, rounded_to
+from fxexpand.running.outputs import outputs_of
+from fxexpand.running.verify import require_same_outputs, rounded_to
+from fxexpand.tracing.graphs import UntraceableError, trace
 from tests.compare import assert_same, relative_error
 from tests.journeys import EXACT, journey, outputs, same
 from tests.networks import perturb

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.errors import InexactError
-from fxexpand.geometry import Geometry, Tree, association, composition, composition_macs
-from fxexpand.kernel import apply, compose, compose_all
+from fxexpand.kernel.algebra import apply, compose, compose_all
+from fxexpand.kernel.geometry import Geometry, Tree, association, composition, composition_macs
 from tests.compare import assert_same
 from tests.kernels import geometries, in_turn, kernel, outputs
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import evidence, mkl, profiles, roundtrip, surgery_cost, training_table
+from benchmarks import evidence, mkl, profiles
+from benchmarks.fusing import roundtrip, surgery_cost
 from benchmarks.models import Network, timm_networks, torchvision_networks
 from benchmarks.settle import settle
+from benchmarks.training import training_table
 from fxexpand import expand, fuse
-from fxexpand.outputs import worst_error
+from fxexpand.running.outputs import worst_error
 
 TINY = [Network("timm", "test_resnet"), Network("timm", "test_vit")]
 MISSING = Network("timm", "no_such_network")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import expand_then_compress, factorize, lp_low_rank, trp
+from benchmarks.compression import expand_then_compress, factorize, lp_low_rank, trp
 from benchmarks.evidence import save
+from fxexpand import factorize as factorize_model
 from fxexpand import report
 from fxexpand.training.data import Data, digits
 from tests.images import write_cifar
@@ -54,9 +55,7 @@ def test_a_wrong_factor_breaks_the_bounds() -> None:
 
 
 def factorize_of(model: nn.Module) -> nn.Module:
-    from fxexpand import factorize as compress
-
-    return compress(model, rank=3)
+    return factorize_model(model, rank=3)
 
 
 def test_expand_then_compress(few: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import evidence, fuse_zoo, fuzz_fuse
+from benchmarks import evidence
+from benchmarks.fusing import fuse_zoo, fuzz_fuse
+from benchmarks.fusing.operators import operators
+from benchmarks.fusing.traps import TRAPS
 from benchmarks.models import Network
-from benchmarks.operators import operators
-from benchmarks.traps import TRAPS
-from fxexpand.outputs import outputs_of, worst_error
+from fxexpand.running.outputs import outputs_of, worst_error
 
 TINY = Network("timm", "test_resnet")
 

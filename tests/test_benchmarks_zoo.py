@@ -14,14 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import evidence, zoo, zoo_row
+from benchmarks import evidence
 from benchmarks.journey import elsewhere, train, training_state
 from benchmarks.processes import DIED, FULL, LATE, rows_of
 from benchmarks.shorten import shorten
-from benchmarks.zoo_models import LARGE, Entry
-from benchmarks.zoo_names import chosen, file_of, in_order, quick
-from benchmarks.zoo_summary import summary
-from benchmarks.zoo_vision import vision
+from benchmarks.zoo import row as zoo_row
+from benchmarks.zoo import sweep as zoo
+from benchmarks.zoo.cases import LARGE
+from benchmarks.zoo.models import Entry
+from benchmarks.zoo.names import chosen, file_of, in_order, quick
+from benchmarks.zoo.summary import summary
+from benchmarks.zoo.vision import vision
 from fxexpand import expand, fuse
 
 TINY = Entry("timm", "test_vit")

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand import fuse, measure_latency, report
+from fxexpand.deploy.latency import candidates
+from fxexpand.deploy.latency.backends import prepare
+from fxexpand.deploy.latency.candidates import Conditions, ready
+from fxexpand.deploy.latency.page import latency_page
+from fxexpand.deploy.latency.plots import latency_bars
+from fxexpand.deploy.latency.timing import peak_bytes
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
-from fxexpand.latency import candidates
-from fxexpand.latency.backends import prepare
-from fxexpand.latency.candidates import Conditions, ready
-from fxexpand.latency.page import latency_page
-from fxexpand.latency.plots import latency_bars
-from fxexpand.latency.timing import peak_bytes
 from tests.networks import perturb
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.pipeline import expand
 from fxexpand.recipes import RepVGG
+from fxexpand.surgery.expand import expand
 from fxexpand.training import checkpoint
 from fxexpand.training.checkpoint import latest, load, restore, save, states, values_of, whole_state
 from tests.networks import ConvNet, Language, train_steps

@@ -21,13 +21,12 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import fxexpand
-from fxexpand import pipeline
 from fxexpand.cli import COMMANDS, app
 from fxexpand.cli.options import give_classes, recipe_of
 from fxexpand.cli.output import sites
-from fxexpand.demo import Digits
-from fxexpand.rank import rank_report
-from fxexpand.report import Report, Row
+from fxexpand.lowrank import rank_report
+from fxexpand.reporting.rows import Report, Row
+from fxexpand.training.demo import Digits
 from fxexpand.zoo import load_model
 
 DIGITS = "fxexpand.demo:Digits"
@@ -52,7 +51,7 @@ def settled() -> nn.Module:
 
 def expanded() -> nn.Module:
     """The same, expanded."""
-    return pipeline.expand(settled())
+    return fxexpand.expand(settled())
 
 
 def narrow(text: str) -> bool:
@@ -180,7 +179,7 @@ def test_rank_compares_and_plots(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scope", ["all", "expanded"])
 def test_fuse_saves_what_loads_as_it_says(tmp_path: Path, scope: str, recipe: str) -> None:
     """A BatchNorm inside gives a layer a bias that the original has not, and so another state dict."""
-    big = pipeline.expand(settled(), recipe_of(recipe))
+    big = fxexpand.expand(settled(), recipe_of(recipe))
     torch.save(big.state_dict(), tmp_path / "big.pt")
     out = tmp_path / "small.safetensors"
     words = ("fuse", DIGITS, "--recipe", recipe, "--weights", tmp_path / "big.pt", "--scope", scope)
@@ -206,7 +205,7 @@ def test_weights_of_other_classes_are_read_by_every_command(name: str, tmp_path:
     model, file, images = load_model(name), tmp_path / "w.safetensors", torch.randn(2, 3, 64, 64)
     assert give_classes(name, model.eval(), 7)
     save_file(model.state_dict(), file)
-    torch.save(pipeline.expand(model, fxexpand.Chain(depth=2, width=1)).state_dict(), tmp_path / "big.pt")
+    torch.save(fxexpand.expand(model, fxexpand.Chain(depth=2, width=1)).state_dict(), tmp_path / "big.pt")
     common = ("--weights", file, "--input", "1,3,64,64", "--json")
     read = {}
     for command, *options in (
@@ -235,7 +234,7 @@ def test_weights_of_other_classes_are_read_by_every_command(name: str, tmp_path:
 def test_weights_with_the_biases_of_folded_norms_are_read(tmp_path: Path) -> None:
     """As `fxexpand train --recipe RepVGG` writes them: a layer that had no bias has one."""
     name, file = f"{__name__}:Nested", tmp_path / "w.safetensors"
-    small = pipeline.fuse(pipeline.expand(Nested(), fxexpand.RepVGG()), scope="expanded").eval()
+    small = fxexpand.fuse(fxexpand.expand(Nested(), fxexpand.RepVGG()), scope="expanded").eval()
     nn.init.normal_(small.get_parameter("one.0.bias"))
     save_file(small.state_dict(), file)
     common = ("--weights", file, "--input", "2,3,8,8", "--json")
@@ -294,7 +293,7 @@ class Nested(nn.Module):
 
 
 def test_a_fused_graph_is_in_the_mode_of_the_model(tmp_path: Path) -> None:
-    fused = pipeline.fuse(nn.Sequential(Nested()).eval())
+    fused = fxexpand.fuse(nn.Sequential(Nested()).eval())
     assert isinstance(fused[0], torch.fx.GraphModule)
     assert not any(module.training for module in fused.modules())
     result = run("export", f"{__name__}:Nested", "--input", "1,3,8,8", "--out", tmp_path / "m.onnx", "--fuse")

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxexpand
-from fxexpand import pipeline
-from fxexpand.demo import Digits, experiment
+from fxexpand.training.demo import Digits, experiment
 from tests.test_cli import DIGITS, ONE, run, tiny
 
 W = "--weights"
@@ -169,7 +168,7 @@ def test_weights_that_do_not_fit_are_an_error(
 
 
 def test_an_expanded_checkpoint_asks_for_the_recipe(tmp_path: Path) -> None:
-    torch.save(pipeline.expand(Digits()).state_dict(), tmp_path / "w.pt")
+    torch.save(fxexpand.expand(Digits()).state_dict(), tmp_path / "w.pt")
     result = run("rank", DIGITS, W, tmp_path / "w.pt")
     assert result.exit_code == 2 and "Say with --recipe how it was expanded" in result.stderr
 
@@ -179,22 +178,22 @@ def test_nan_in_a_checkpoint_names_the_parameter(recipe: fxexpand.Recipe) -> Non
     """In an original one, when an expanded model loads it; in an expanded one, when it is fused."""
     bad = Digits().state_dict()
     bad["conv2.weight"][0, 0, 0, 0] = torch.nan
-    big = pipeline.expand(Digits(), recipe)
+    big = fxexpand.expand(Digits(), recipe)
     with pytest.raises(fxexpand.UnusableWeightError, match=r"^conv2\.weight \(Conv2d\): holds NaN or Inf"):
         big.load_state_dict(bad)
-    state = pipeline.expand(Digits(), recipe).state_dict()
+    state = fxexpand.expand(Digits(), recipe).state_dict()
     name = next(key for key in state if key.startswith("conv2.expansion") and key.endswith("weight"))
     state[name].view(-1)[3] = torch.inf
     big.load_state_dict(state)
     with pytest.raises(fxexpand.UnusableWeightError, match=rf"^{name} \("):
-        pipeline.fuse(big.eval(), scope="expanded")
-    words = pipeline.expand(nn.Embedding(7, 5), recipe=fxexpand.Chain())
+        fxexpand.fuse(big.eval(), scope="expanded")
+    words = fxexpand.expand(nn.Embedding(7, 5), recipe=fxexpand.Chain())
     with pytest.raises(fxexpand.UnusableWeightError, match=r"^weight \(Embedding\)"):
         words.load_state_dict({"weight": torch.full((7, 5), torch.inf)})
     with torch.no_grad():
         next(words.parameters()).fill_(torch.nan)
     with pytest.raises(fxexpand.UnusableWeightError, match=r"^weight, factor 0 \("):
-        pipeline.fuse(words, scope="expanded")
+        fxexpand.fuse(words, scope="expanded")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
 
 def test_a_failed_proof_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: nn.Module, **options: Any) -> nn.Module:
-        fused = pipeline.fuse(model, **options)
+        fused = fxexpand.fuse(model, **options)
         with torch.no_grad():
             fused.get_parameter("fc1.weight").mul_(1.01)
         return fused

@@ -13,11 +13,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxexpand import geometry
 from fxexpand.errors import InexactError
-from fxexpand.geometry import Geometry
-from fxexpand.kernel import Kernel, add, apply, cast, compose, compose_all, identity, scale
-from fxexpand.ops import kernel_of
+from fxexpand.kernel import geometry
+from fxexpand.kernel.algebra import Kernel, add, apply, cast, compose, compose_all, identity, scale
+from fxexpand.kernel.geometry import Geometry
+from fxexpand.kernel.modules import kernel_of
 from tests.compare import assert_different, assert_same, relative_error
 from tests.kernels import MODES, geometries, in_turn, kernel, outputs, perturbed
 
@@ -33,7 +33,7 @@ def naive(outer: Kernel, inner: Kernel) -> Kernel:
     with (
         mock.patch.object(geometry, "_plain_reason", none),
         mock.patch.object(geometry, "_transposed_reason", none),
-        mock.patch("fxexpand.kernel.composition", geometry._composition),
+        mock.patch("fxexpand.kernel.algebra.composition", geometry._composition),
     ):
         return compose(outer, inner)
 

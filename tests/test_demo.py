@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxexpand import pipeline
-from fxexpand.demo import FILES, Digits, experiment, run
-from fxexpand.demo.findings import Findings
-from fxexpand.rank import rank_report
+import fxexpand
+from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Chain
 from fxexpand.training.data import digits
+from fxexpand.training.demo import FILES, Digits, experiment, run
+from fxexpand.training.demo.findings import Findings
 from fxexpand.training.loop import Schedule
 from tests.compare import assert_same
 
@@ -157,7 +157,7 @@ def test_without_the_extras_the_rest_is_done(tmp_path: Path, monkeypatch: pytest
 
 def perturbed(model: nn.Module, **options: Any) -> nn.Module:
     """A fuse that is off by 0.1 % in one layer."""
-    fused = pipeline.fuse(model, **options)
+    fused = fxexpand.fuse(model, **options)
     with torch.no_grad():
         fused.get_parameter("conv2.weight").mul_(1.001)
     return fused

@@ -16,12 +16,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fxexpand.accumulation import accumulate
 from fxexpand.errors import FxExpandError
-from fxexpand.layers import Expanded
-from fxexpand.optim import param_groups
-from fxexpand.pipeline import expand, fuse, fused_state_dict
+from fxexpand.layers.accumulation import accumulate
+from fxexpand.layers.expanded import Expanded
+from fxexpand.layers.param_groups import param_groups
 from fxexpand.recipes import OREPA
+from fxexpand.surgery.expand import expand
+from fxexpand.surgery.fold import fused_state_dict
+from fxexpand.surgery.fuse import fuse
 from fxexpand.training import checkpoint
 from fxexpand.training.distributed import Processes, wrapped
 from tests.compare import assert_different, assert_same

@@ -66,7 +66,7 @@ def test_the_api_page_has_every_public_name() -> None:
         r"^::: fxexpand\.([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     whole = {name for name in named if (ROOT / "fxexpand" / f"{name.replace('.', '/')}.py").exists()}
-    for name, home in fxexpand._HOMES.items():
+    for name, home in [(name, home) for home, names in fxexpand.CONTENTS.items() for name in names]:
         last = [path for path in named if path.rpartition(".")[2] == name]
         assert home in whole or last, f"docs/api.md lacks {name}"
 

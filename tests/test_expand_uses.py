@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from fxexpand import DBB, Chain, DOConv, ExpandNetCL, RepVGG, expand, factorize, fuse
-from fxexpand.accumulation import accumulate
 from fxexpand.errors import FxExpandError, InexactError
+from fxexpand.layers.accumulation import accumulate
 from tests.compare import assert_same
 from tests.networks import perturb
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxexpand.deploy import export_onnx
+from fxexpand.deploy import onnx as writing
+from fxexpand.deploy.onnx_files import fingerprint
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
-from fxexpand.export import export_onnx
-from fxexpand.export import onnx as writing
-from fxexpand.export.files import fingerprint
 from tests.compare import assert_different, assert_same
 
 onnx = pytest.importorskip("onnx")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxexpand.deploy import check_int8, export_onnx
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.export import check_int8, export_onnx
 from tests.compare import assert_same
 from tests.networks import Writer
 

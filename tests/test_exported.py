@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import fxexpand
 from fxexpand import Chain
 from fxexpand.errors import RefusedError, UnusableWeightError
-from fxexpand.exported import module_of
-from fxexpand.modes import mode_of
+from fxexpand.tracing import trace
+from fxexpand.tracing.export import module_of
+from fxexpand.tracing.guards import mode_of
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -172,7 +173,7 @@ def test_a_graph_of_make_fx_is_fused(kind: Any) -> None:
 def test_a_graph_module_keeps_the_shapes_of_its_trace() -> None:
     model = perturb(Mixed().double().eval())
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
-    fused = fxexpand.fuse(fxexpand.tracing.trace(model, example_inputs=x))
+    fused = fxexpand.fuse(trace(model, example_inputs=x))
     layers = [m for m in fused.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == 2 and not any("BatchNorm" in type(m).__name__ for m in fused.modules())
     assert_same(fused(x), model(x), EXACT)

@@ -21,8 +21,8 @@ from fxexpand import (
     effective_rank,
     factorize,
 )
-from fxexpand.compression.report import FactorizeReport
-from fxexpand.kernel import compose
+from fxexpand.kernel.algebra import compose
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.lowrank.cuts import SCHEMES, Cut, Scheme, factors_of, matrix_of, schemes_of, weight_of
 from fxexpand.lowrank.factored import (
     Factorized,
@@ -31,8 +31,8 @@ from fxexpand.lowrank.factored import (
     FactorizedLinear,
     Rows,
 )
+from fxexpand.lowrank.factorize_report import FactorizeReport
 from fxexpand.lowrank.projection import spectrum
-from fxexpand.ops import kernel_of
 from tests.compare import assert_different, assert_same
 from tests.factored import of_rank, rows_of
 from tests.networks import ConvNet, Language, assert_untouched, perturb, snapshot, train_steps

@@ -21,12 +21,12 @@ from fxexpand import (
     factorize,
     fuse,
 )
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.lowrank.cuts import Cut, matrix_of
 from fxexpand.lowrank.factored import Factorized, factorize_layer, factors
 from fxexpand.lowrank.projection import spectrum
-from fxexpand.ops import kernel_of
 from fxexpand.passes import Expand, Factorize, Fuse
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_different, assert_same
 from tests.graphs import EXACT, action, assert_as_before, called, reason, residual, state_of
 from tests.networks import ConvNet, Language, perturb

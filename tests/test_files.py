@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fxexpand.files import write_whole
+from fxexpand.reporting.files import write_whole
 
 
 def test_text_and_bytes_arrive_and_nothing_else_stays(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 
 import pytest
 
-from fxexpand.demo.findings import Findings, Proof, Run, Spread, combined
-from fxexpand.latency import Difference, LatencyReport, Measurement
+from fxexpand.deploy.latency import Difference, LatencyReport, Measurement
+from fxexpand.training.demo.findings import Findings, Proof, Run, Spread, combined
 from fxexpand.training.loop import History, Schedule
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxexpand.flops import count_flops
-from fxexpand.table import short, table
+from fxexpand.reporting.table import short, table
+from fxexpand.running.flops import count_flops
 
 
 class Twice(nn.Module):

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand import Chain, expand
 from fxexpand.errors import InexactError
-from fxexpand.layers import _on_rows, _unfolds
-from fxexpand.ops import kernel_of
-from fxexpand.products import MatrixChain, Way, matrix_chain
+from fxexpand.kernel.modules import kernel_of
+from fxexpand.layers.expanded import _on_rows, _unfolds
+from fxexpand.layers.products import MatrixChain, Way, matrix_chain
 from fxexpand.recipes import fold
 from tests.compare import assert_different, assert_same
 

@@ -25,7 +25,7 @@ import fxexpand
 import fxexpand.kernel
 from fxexpand import RefusedError, VerificationError
 from fxexpand.passes import Fuse
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.blocks import BLOCKS, Branches, K
 from tests.compare import assert_different, assert_same, relative_error
 from tests.networks import assert_untouched, perturb, snapshot

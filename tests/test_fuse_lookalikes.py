@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand.passes import Fuse
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_same
 from tests.networks import perturb
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import fxexpand
 from fxexpand import RefusedError, SelectionError, UnusableWeightError, VerificationError, fuse, report
 from fxexpand.passes import Fuse
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_same
 from tests.networks import assert_untouched, perturb, snapshot
 

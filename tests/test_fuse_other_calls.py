@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fxexpand
-from fxexpand.modes import ModeGuard
-from fxexpand.tracing import UntraceableError, symbolic
+from fxexpand.tracing.graphs import UntraceableError, symbolic
+from fxexpand.tracing.guards import ModeGuard
 from tests.compare import assert_same
 from tests.networks import perturb
 

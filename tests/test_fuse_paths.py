@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import _symbolic_trace
 
 import fxexpand
-from fxexpand import calls, tracing
 from fxexpand.errors import RefusedError
+from fxexpand.tracing import graphs as tracing
+from fxexpand.tracing import submodules as calls
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -322,8 +323,8 @@ def test_the_cost_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
             return original(*args, **kwargs)  # noqa: B023
 
         with monkeypatch.context() as patch:
-            for module in ("tracing", "paths"):
-                patch.setattr(f"fxexpand.{module}.record", counted)
+            for module in ("graphs", "paths"):
+                patch.setattr(f"fxexpand.tracing.{module}.record", counted)
             model = nn.ModuleDict({str(i): Layer() for i in range(depth)}).double().eval()
             model.forward = lambda x, layers=model: [x := layer(x) for layer in layers.values()][-1]
             fxexpand.fuse(model, torch.randn(2, 5, 6, dtype=torch.float64))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxexpand import fuse, report
 from fxexpand.passes import Fuse
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_different, assert_same
 
 norm_act = pytest.importorskip("timm.layers.norm_act")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fxexpand import expand, fuse, report
 from fxexpand.passes import Expand, Factorize, Fuse
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_same
 from tests.networks import ConvNet, perturb, train_steps
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxexpand import inputs
 from fxexpand.errors import SelectionError, VerificationError
-from fxexpand.evaluating import evaluating
-from fxexpand.outputs import tensors_of, worst_error
+from fxexpand.running import inputs
+from fxexpand.running.evaluation import evaluating
+from fxexpand.running.outputs import tensors_of, worst_error
 
 
 class Scaled(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel import (
+from fxexpand.kernel.algebra import (
     Kernel,
     add,
     apply,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import fxexpand
+from fxexpand.deploy.latency import Difference, LatencyReport, Measurement, measure_latency
+from fxexpand.deploy.latency.backends import Candidate
+from fxexpand.deploy.latency.intervals import median_interval
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
-from fxexpand.latency import Difference, LatencyReport, Measurement, measure_latency
-from fxexpand.latency.backends import Candidate
-from fxexpand.latency.intervals import median_interval
 
 
 class Block(nn.Module):
@@ -114,7 +114,7 @@ def test_a_slower_model_is_found_out_and_nothing_is_left_changed() -> None:
 
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round holds every candidate once, and the order changes."""
-    from fxexpand.latency import timing
+    from fxexpand.deploy.latency import timing
 
     order: list[str] = []
     timed = timing.milliseconds

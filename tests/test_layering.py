@@ -1,12 +1,13 @@
-"""Imports point one way: a module of fxexpand imports only from what is before it.
+"""Imports point one way, from the last room to the first, and inside a room from the last file to the first.
 
-``ORDER`` has the modules and the packages; ``INSIDE`` has the modules of each package. Within its own package
-a module imports from the module that defines a name, never from the package, whose ``__init__`` imports it.
+``ORDER`` has the rooms and the two files beside them; ``INSIDE`` has the files of each room. Within its own
+room a file imports from the file that defines a name, never from the room, whose ``__init__`` imports it.
 """
 
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,137 +16,93 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ORDER = [
     "errors",
-    "finite",
-    "closest",
-    "inputs",
-    "evaluating",
-    "outputs",
-    "copying",
-    "files",
-    "sharding",
-    "table",
-    "markup",
-    "figures",
-    "progress",
-    "report",
-    "geometry",
+    "reporting",
     "kernel",
-    "ops",
-    "lower",
     "recipes",
-    "products",
-    "lowrank",
-    "layers",
-    "weights",
-    "accumulation",
-    "optim",
-    "sizes",
-    "tracer",
-    "modes",
-    "exported",
-    "tracing",
-    "paths",
-    "calls",
-    "graph",
-    "uses",
-    "selection",
-    "sites",
-    "verify",
-    "surgery",
-    "flops",
-    "compression",
-    "passes",
-    "pipeline",
-    "factorize",
-    "export",
-    "latency",
-    "rank",
-    "training",
-    "demo",
+    "running",
     "zoo",
+    "layers",
+    "tracing",
+    "lowrank",
+    "passes",
+    "surgery",
+    "deploy",
+    "training",
     "cli",
 ]
 
 INSIDE = {
+    "reporting": ["closest", "files", "table", "rows", "progress", "html", "figures"],
+    "kernel": ["geometry", "algebra", "library_layers", "modules", "lower"],
     "recipes": [
-        "recipe",
-        "fixed",
-        "structure",
-        "factors",
-        "parts",
-        "chain",
-        "expandnet",
-        "branches",
-        "doconv",
+        *("recipe", "fixed", "structure", "factors", "parts"),
+        *("chain", "expandnet", "branches", "doconv", "selection"),
     ],
-    "lowrank": ["cuts", "projection", "lp", "factored"],
-    "compression": ["allocation", "criteria", "watching", "costs", "report", "decisions", "trp"],
+    "running": ["finite", "inputs", "evaluation", "copying", "outputs", "flops", "verify"],
+    "layers": ["sharding", "products", "expanded", "parametrized", "accumulation", "param_groups"],
+    "tracing": [
+        *("example_values", "guards", "tracer", "export", "graphs"),
+        *("paths", "submodules", "edit"),
+    ],
+    "lowrank": [
+        *("measures", "sketch", "features", "model_ranks", "rank_plots", "tracker"),
+        *("cuts", "projection", "lp", "factored"),
+        *("allocation", "criteria", "calibration", "costs", "factorize_report", "decisions", "trp"),
+    ],
     "passes": [
-        "operators",
-        "result",
-        "maps",
-        "steps",
-        "shapes",
-        "module_maps",
-        "memory",
-        "constants",
-        "reader",
-        "form",
-        "forms",
-        "affine",
-        "split",
-        "fuse",
-        "expand",
-        "factorize",
-        "tree",
-        "placement",
+        *("operators.table", "affine.maps", "affine.steps", "affine.shapes", "operators.layers"),
+        *("affine.aliasing", "affine.constants", "affine.reader", "affine.candidates"),
+        *("affine.interpretation", "affine.extraction", "operators", "affine"),
+        *("result", "norms", "fuse", "expand", "factorize"),
     ],
-    "export": ["sessions", "free_sizes", "files", "folding", "onnx", "quantization"],
-    "latency": ["intervals", "backends", "timing", "candidates", "measure", "plots", "page"],
-    "rank": ["spectra", "sketch", "features", "report", "plots", "tracker"],
-    "training": ["data", "loop", "distributed", "checkpoint", "runs", "train"],
-    "demo": ["network", "findings", "plots", "page", "experiment"],
+    "surgery": [
+        *("uses", "sites", "transaction", "expand", "fold"),
+        *("module_tree", "placement", "fuse", "factorize"),
+    ],
+    "deploy": [
+        *("sessions", "free_sizes", "onnx_files", "folding", "onnx", "quantization"),
+        *("latency.intervals", "latency.backends", "latency.timing", "latency.candidates"),
+        *("latency.measure", "latency.plots", "latency.page", "latency"),
+    ],
+    "training": [
+        *("data", "loop", "distributed", "checkpoint", "runs", "train"),
+        *("demo.network", "demo.findings", "demo.plots", "demo.page", "demo.experiment", "demo"),
+    ],
     "cli": [
-        "failures",
-        "files",
-        "output",
-        "options",
-        "demo",
-        "inspect",
-        "fuse",
-        "export",
-        "bench",
-        "train",
-        "factorize",
-        "rank",
+        *("failures", "files", "output", "options"),
+        *("demo", "inspect", "fuse", "export", "bench", "train", "factorize", "rank"),
     ],
 }
 
 
 def name_of(path: Path) -> str:
-    """The name inside fxexpand: ``kernel``, ``passes.fuse``; that of ``__init__`` is its package's, or ""."""
+    """The name inside fxexpand: ``zoo``, ``passes.fuse``; that of ``__init__`` is its room's, or ""."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     inner = parts if parts[0] == "passes" else parts[1:]
     return ".".join(inner[:-1] if inner[-1] == "__init__" else inner)
 
 
+def known() -> set[str]:
+    """Every module and package of the order."""
+    return {*ORDER, *(f"{room}.{file}" for room, files in INSIDE.items() for file in files)}
+
+
 def imported(source: str) -> list[tuple[int, str]]:
     """(line, name inside fxexpand) of each import, those inside functions and under TYPE_CHECKING too.
 
-    ``from fxexpand.recipes import fixed`` imports a module if ``INSIDE`` has it, and from the package if not.
+    ``from fxexpand.recipes import fixed`` imports a module if ``INSIDE`` has it, and from the room if not.
     """
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            _, _, package = node.module.partition(".")
-            modules = ORDER if not package else INSIDE.get(package, [])
-            names = [
-                f"{node.module}.{alias.name}" if alias.name in modules else node.module
-                for alias in node.names
-                if alias.name != "__version__"  # which is there before anything is imported
-            ]
+            inner = node.module.partition(".")[2]
+            names = []
+            for alias in node.names:
+                module = f"{inner}.{alias.name}" if inner else alias.name
+                if alias.name != "__version__":  # which is there before anything is imported
+                    names.append(f"{node.module}.{alias.name}" if module in known() else node.module)
         else:
             continue
         for name in dict.fromkeys(names):
@@ -156,10 +113,10 @@ def imported(source: str) -> list[tuple[int, str]]:
 
 
 def place(name: str) -> tuple[int, int]:
-    """Of a module or package in the order; a package, its ``__init__``, comes after what is inside."""
-    package, _, module = name.partition(".")
-    inside = INSIDE.get(package, [])
-    return ORDER.index(package), inside.index(module) if module else len(inside)
+    """Of a module or package in the order; a room, its ``__init__``, comes after what is inside."""
+    room, _, file = name.partition(".")
+    inside = INSIDE.get(room, [])
+    return ORDER.index(room), inside.index(file) if file else len(inside)
 
 
 def source_files() -> list[Path]:
@@ -173,18 +130,17 @@ def faults(name: str, source: str) -> list[str]:
     return [
         f"line {line}: fxexpand.{name} must not import fxexpand.{other}"
         for line, other in imported(source)
-        if not other or place(other) > place(name) or (other == package_of(name) and other != name)
+        if not other or place(other) > place(name) or (other == room_of(name) and other != name)
     ]
 
 
-def package_of(name: str) -> str:
+def room_of(name: str) -> str:
     return name.partition(".")[0]
 
 
 def test_every_file_has_its_place() -> None:
     names = {name_of(path) for path in source_files()} - {"", "__main__"}
-    listed = {*ORDER, *(f"{package}.{module}" for package, modules in INSIDE.items() for module in modules)}
-    assert names == listed
+    assert names == known()
     for order in (ORDER, *INSIDE.values()):
         assert len(order) == len(set(order))
 
@@ -197,31 +153,50 @@ def test_imports_point_down_the_list(path: Path) -> None:
     assert not faults(name, path.read_text(encoding="utf-8")), path
 
 
+def test_benchmarks_import_in_no_circle() -> None:
+    """Among themselves; ``graphlib`` raises ``CycleError`` with the circle."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+                named = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                graph[name] |= {str(each) for each in named if each in files}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(files) > 40
+
+
 def test_the_reader_sees_every_form_of_import() -> None:
     source = (
-        "import fxexpand.kernel as k\nfrom fxexpand.ops import table\nfrom fxexpand import lower\n"
+        "import fxexpand.kernel as k\nfrom fxexpand.kernel.modules import table\nfrom fxexpand import zoo\n"
         "import torch\ndef f():\n    from fxexpand.recipes.chain import Chain\n"
-        "    from fxexpand.recipes import Recipe, Skip, fixed\n"
+        "    from fxexpand.recipes import Recipe, Skip, fixed\n    from fxexpand.deploy.latency import page\n"
     )
-    names = ["kernel", "ops", "lower", "recipes.chain", "recipes", "recipes.fixed"]
-    assert [name for _, name in imported(source)] == names
+    names = ["kernel", "kernel.modules", "zoo", "recipes.chain", "recipes", "recipes.fixed"]
+    assert [name for _, name in imported(source)] == [*names, "deploy.latency.page"]
 
 
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("kernel", "from fxexpand.ops import table"),
-        ("kernel", "def f():\n    from fxexpand import pipeline"),
-        ("ops", "from fxexpand.recipes.fixed import identity"),
-        ("kernel", "from fxexpand import expand"),
+        ("kernel.algebra", "from fxexpand.kernel.modules import table"),
+        ("kernel.algebra", "def f():\n    from fxexpand.surgery import fuse"),
+        ("kernel.modules", "from fxexpand.recipes.fixed import identity"),
+        ("kernel.algebra", "from fxexpand import expand"),
+        ("kernel.algebra", "from fxexpand.kernel import modules"),
         ("recipes.structure", "from fxexpand.recipes.chain import Chain"),
         ("recipes.structure", "from fxexpand.recipes import chain"),
         ("recipes.chain", "from fxexpand.recipes import Skip"),
         ("recipes", "from fxexpand.layers import Expanded"),
-        ("export.sessions", "from fxexpand.latency import measure_latency"),
-        ("rank.spectra", "from fxexpand.training.data import digits"),
-        ("rank.spectra", "from fxexpand.rank import report"),
-        ("sites", "from fxexpand import compression"),
+        ("deploy.sessions", "from fxexpand.deploy.latency import measure_latency"),
+        ("deploy.latency.backends", "from fxexpand.deploy import export_onnx"),
+        ("lowrank.measures", "from fxexpand.training.data import digits"),
+        ("lowrank.measures", "from fxexpand.lowrank import tracker"),
+        ("tracing.tracer", "from fxexpand import lowrank"),
     ],
 )
 def test_an_import_upwards_is_found(name: str, source: str) -> None:
@@ -229,7 +204,8 @@ def test_an_import_upwards_is_found(name: str, source: str) -> None:
 
 
 def test_an_import_downwards_is_none() -> None:
-    source = "from fxexpand import ops\nfrom fxexpand.recipes import fixed\nimport fxexpand.recipes.structure"
-    assert not faults("recipes.chain", source)
+    source = "from fxexpand import zoo\nfrom fxexpand.recipes import fixed\nimport fxexpand.recipes.structure"
     assert not faults("layers", source)
+    source = "from fxexpand.recipes import fixed\nfrom fxexpand.recipes.structure import Skip"
+    assert not faults("recipes.chain", source)
     assert not faults("recipes", source)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_layering import ORDER
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("fxexpand", "passes", "tests", "benchmarks")
 SHIPPED = ("fxexpand", "passes")
-LONGEST = 450
+LONGEST = 470
 VAGUE_NAMES = {"utils", "util", "misc", "common", "base", "helpers"}
 
 
@@ -80,28 +82,36 @@ def test_files_are_named_after_what_they_hold() -> None:
     assert not [str(path) for path in python_files() if path.stem in VAGUE_NAMES]
 
 
-def mapped(text: str) -> list[str]:
-    """The paths in the left cells of CONTRIBUTING's map; a bare name is in the folder of that before."""
-    found: list[str] = []
-    for row in text.split("## Layout")[1].split("\n## ")[0].splitlines():
-        folder = ""
-        for path in re.findall("`([^`]+)`", row.split("|")[1] if row.startswith("| `") else ""):
-            folder = path.rpartition("/")[0] or folder
-            found.append(path if "/" in path else f"{folder}/{path}")
-    return found
+def rooms() -> dict[str, Path]:
+    """The packages of the library by their paths in the repository."""
+    starts = [path for path in python_files() if path.name == "__init__.py"]
+    found = {f"{path.parent.relative_to(ROOT)}/": path for path in starts}
+    return {
+        name: path for name, path in found.items() if name.split("/")[0] in SHIPPED and name != "fxexpand/"
+    }
 
 
 def test_the_map_is_the_country() -> None:
-    """What CONTRIBUTING's map has exists; every module and every package of the library is in it, once."""
-    found = mapped((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    assert len(found) == len(set(found))
-    for path in found:
-        there = (ROOT / path).is_dir() if path.endswith("/") else (ROOT / f"{path}.py").is_file()
-        assert there, f"CONTRIBUTING.md: there is no {path}"
-    paths = [path.relative_to(ROOT) for path in python_files() if path.relative_to(ROOT).parts[0] in SHIPPED]
-    wanted = {f"{path.parent}/" if path.stem == "__init__" else str(path.with_suffix("")) for path in paths}
-    missing = wanted - {*found, "fxexpand/__main__"}
-    assert not missing, f"CONTRIBUTING.md: give a place in the map to {sorted(missing)}"
+    """CONTRIBUTING's map has a row for each room, in the order in which imports point."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Layout")[1].split("\n## ")[0]
+    found = re.findall(r"^\| `([^`]+/)` \|", text, re.MULTILINE)
+    assert set(found) == {name for name in rooms() if name.count("/") == (1 if "passes" in name else 2)}
+    names = [path.rstrip("/").rpartition("/")[2] for path in found]
+    assert names == [name for name in ORDER if name in names]
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_a_room_says_what_is_in_it(room: str) -> None:
+    """The docstring of a package names its files."""
+    text = ast.get_docstring(ast.parse(rooms()[room].read_text(encoding="utf-8"))) or ""
+    for path in sorted((ROOT / room).glob("*.py")):
+        if path.name != "__init__.py":
+            assert f"``{path.stem}``" in text, f"{room}__init__.py does not name {path.name}"
+
+
+def test_the_root_stays_small() -> None:
+    entries = [path for path in (ROOT / "fxexpand").iterdir() if path.name not in ("__pycache__", "py.typed")]
+    assert len([path for path in entries if path.stem not in ("__init__", "__main__")]) <= 15
 
 
 @pytest.mark.parametrize("target", ["help", "demo", "test", "lint", "check", "bench", "clean"])

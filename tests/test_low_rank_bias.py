@@ -23,8 +23,8 @@ from benchmarks.low_rank_bias import (
     training_spectra,
 )
 from benchmarks.low_rank_bias.networks import Networks, descend, draw, draw_low_rank, teacher
-from fxexpand.rank.features import kernel_rank
-from fxexpand.rank.spectra import numerical_rank, spectral_entropy
+from fxexpand.lowrank.features import kernel_rank
+from fxexpand.lowrank.measures import numerical_rank, spectral_entropy
 
 DEPTHS = (1, 2, 5)
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks import evidence, generalisation, image_schedules
-from benchmarks.generalisation import ARMS, TASKS, TRIALS, Arm
-from benchmarks.replicas import Replicas, Setting, Split
+from benchmarks import evidence
+from benchmarks.training import generalisation, image_schedules
+from benchmarks.training.generalisation import ARMS, TASKS, TRIALS, Arm
+from benchmarks.training.replicas import Replicas, Setting, Split
 from fxexpand import Chain, expand
-from fxexpand.rank.spectra import nuclear_norm
+from fxexpand.lowrank.measures import nuclear_norm
 from fxexpand.training.data import Data
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel import Kernel, apply, compose
-from fxexpand.lower import to_module
-from fxexpand.ops import LAYERS, kernel_of
+from fxexpand.kernel.algebra import Kernel, apply, compose
+from fxexpand.kernel.lower import to_module
+from fxexpand.kernel.modules import LAYERS, kernel_of
 from tests.compare import assert_same
 from tests.kernels import MODES, kernel
 

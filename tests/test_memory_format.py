@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand import Chain, ExpandNetCL, ExpandNetFC, expand, fuse
-from fxexpand.lower import is_channels_last, laid_out_as
+from fxexpand.kernel.lower import is_channels_last, laid_out_as
 from fxexpand.recipes import OREPA, ACNet, DOConv, Recipe, RepVGG
 
 LAST, PLAIN = torch.channels_last, torch.contiguous_format

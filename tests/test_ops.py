@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel import apply
-from fxexpand.ops import LAYERS, describe, kernel_of, same_padding
+from fxexpand.kernel.algebra import apply
+from fxexpand.kernel.modules import LAYERS, describe, kernel_of, same_padding
 from tests.compare import assert_different, assert_same
 from tests.kernels import MODES, perturbed
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fxexpand.demo import page, plots
+from fxexpand.training.demo import page, plots
 from tests.test_findings import findings
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

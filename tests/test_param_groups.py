@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxexpand import Chain, expand, fused_state_dict
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.optim import TARGETS, param_groups
+from fxexpand.layers.param_groups import TARGETS, param_groups
 from fxexpand.recipes import ACNet, DOConv, Recipe, RepVGG
 from tests.compare import assert_same
 from tests.networks import ConvNet, Language, perturb

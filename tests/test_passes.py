@@ -15,13 +15,13 @@ from torch.fx.passes.infra.pass_manager import PassManager, this_before_that_pas
 from torch.fx.passes.pass_manager import PassManager as PlainPassManager
 from torch.nn.utils import parametrizations
 
-from fxexpand import tracing
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.graph import Census
-from fxexpand.lower import to_module
+from fxexpand.kernel.lower import to_module
 from fxexpand.passes import Expand, Fuse, Result
 from fxexpand.recipes import Chain, Recipe
-from fxexpand.tracing import trace
+from fxexpand.tracing import graphs as tracing
+from fxexpand.tracing.edit import Census
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_different, assert_same
 from tests.graphs import (
     EXACT,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxexpand.passes import Expand, Fuse
 from fxexpand.recipes import Chain
-from fxexpand.tracing import trace
+from fxexpand.tracing.graphs import trace
 from tests.compare import assert_different, assert_same
 from tests.graphs import EXACT, Residual, action, called, graph_of, reason
 from tests.networks import perturb

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fxexpand
+from tests.compare import assert_same
 
 HEAVY = ("timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "matplotlib", "sklearn", "typer")
 
@@ -32,19 +36,54 @@ def test_all_is_free_of_repeats() -> None:
 
 
 def test_the_contents_page_is_that_of_the_type_checkers() -> None:
-    """``import`` statements for type checkers, a table for the interpreter: the same names and modules."""
-    tree = ast.parse(Path(fxexpand.__file__).read_text(encoding="utf-8"))
+    """A table for the interpreter, a stub for type checkers: the same names and modules."""
+    tree = ast.parse(Path(fxexpand.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     imported = {
-        alias.name: node.module.removeprefix("fxexpand.")
+        (str(node.module).removeprefix("fxexpand."), alias.name)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
-        and node.module is not None
-        and node.module.startswith("fxexpand.")
         for alias in node.names
+        if alias.asname == alias.name
     }
-    assert imported == fxexpand._HOMES
-    assert {*imported, "__version__"} == set(fxexpand.__all__)
+    table = {(home, name) for home, names in fxexpand.CONTENTS.items() for name in names}
+    assert imported == table
+    assert {*(name for _, name in table), "__version__"} == set(fxexpand.__all__)
     assert set(fxexpand.__all__) <= set(dir(fxexpand))
+
+
+def test_no_module_has_the_name_of_a_function() -> None:
+    """So that ``fxexpand.passes.fuse`` can only be one of them, in every package."""
+    for home in ("", *fxexpand.CONTENTS, "kernel", "layers", "tracing", "lowrank", "passes", "training.demo"):
+        package = importlib.import_module(f"fxexpand.{home}".rstrip("."))
+        modules = {module.name for module in pkgutil.iter_modules(getattr(package, "__path__", []))}
+        shared = modules & {name for name in getattr(package, "__all__", ()) if name != "checkpoint"}
+        assert not shared, f"{package.__name__}: {shared}"
+
+
+def test_old_addresses_lead_to_what_moved() -> None:
+    for old, homes in fxexpand.MOVED.items():
+        module = importlib.import_module(f"fxexpand.{old}")
+        for home in homes.split():
+            there = importlib.import_module(f"fxexpand.{home}")
+            own = [
+                name
+                for name, value in vars(there).items()
+                if getattr(value, "__module__", "") == there.__name__
+            ]
+            assert own or home in ("lowrank", "deploy", "deploy.latency", "training.demo", "layers.sharding")
+            assert all(hasattr(module, name) for name in own), old
+        assert not hasattr(module, "nothing") and not hasattr(module, "__wrapped__")
+
+
+def test_models_saved_before_the_move_load() -> None:
+    """Whole models, pickled by version 0.1.0 before its files were put into rooms."""
+    saved = torch.load(Path(__file__).parent / "saved" / "models.pt", weights_only=False)
+    assert set(saved["models"]) == {"expanded", "factorized", "graph", "guarded", "fused", "fused graph"}
+    for name, model in saved["models"].items():
+        assert_same(model(saved["x"]), saved["outputs"][name], 1e-5)
+    assert "3 expanded" in str(saved["reports"]["expanded"])
+    small = fxexpand.fuse(saved["models"]["expanded"], scope="expanded")
+    assert_same(small(saved["x"]), saved["outputs"]["expanded"], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +91,21 @@ def test_the_contents_page_is_that_of_the_type_checkers() -> None:
     [
         "import fxexpand.report",
         "from fxexpand.report import Report",
-        "import fxexpand.pipeline",
+        "import fxexpand.pipeline; assert fxexpand.pipeline.expand is fxexpand.expand",
         "fxexpand.report; import fxexpand.report",
         "fxexpand.passes; from fxexpand import passes, kernel",
         "from fxexpand import *; assert report is fxexpand.report",
+        "from fxexpand.kernel import Kernel, apply, compose, identity; from fxexpand.lower import to_module",
+        "from fxexpand.tracing import regions, trace; from fxexpand.layers import Expanded",
+        "from fxexpand.passes.operators import SYNONYMS; from fxexpand.passes.result import Result",
+        "from fxexpand.zoo import load_model; from fxexpand.training import checkpoint; checkpoint.save",
+        "from fxexpand.zoo import load_model; load_model('fxexpand.demo:Digits')",
+        "import fxexpand.latency.page; assert fxexpand.latency.page.latency_page",
+        "from fxexpand.rank import effective_rank; from fxexpand.compression import TrainedRankPruning",
     ],
 )
-def test_a_public_name_hides_the_module_of_that_name(program: str) -> None:
+def test_what_the_docs_import_stays(program: str) -> None:
+    """And a public name hides a module that once had it."""
     after = "assert inspect.isfunction(fxexpand.report) and fxexpand.report.__name__ == 'report'"
     modules = "assert fxexpand.passes.Fuse and fxexpand.kernel.compose and not hasattr(fxexpand, 'nothing')"
     lines = ["import inspect, fxexpand", program, after, modules]

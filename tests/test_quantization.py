@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand import Chain, expand, factorize, fuse
+from fxexpand.deploy.quantization import check_int8, weight_ranges
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.export.quantization import check_int8, weight_ranges
 from tests.networks import perturb
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.rank import effective_rank, rank_report, spectral_entropy, stable_rank
+from fxexpand.lowrank import effective_rank, rank_report, spectral_entropy, stable_rank
 
 
 def numpy_ranks(matrix: np.ndarray[Any, Any]) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.rank.features import FeatureKernel, kernel_rank
+from fxexpand.lowrank.features import FeatureKernel, kernel_rank
 
 
 def entropy(kernel: Any) -> float:

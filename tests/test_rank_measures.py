@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.rank.spectra import (
+from fxexpand.lowrank.measures import (
     effective_rank,
     energy_rank,
     nuclear_norm,

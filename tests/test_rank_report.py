@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fxexpand import expand
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.rank import RankReport, RankTracker, rank_report
-from fxexpand.rank.features import kernel_rank
-from fxexpand.rank.plots import plot_report
-from fxexpand.rank.spectra import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
+from fxexpand.lowrank import RankReport, RankTracker, rank_report
+from fxexpand.lowrank.features import kernel_rank
+from fxexpand.lowrank.measures import Unfolding, effective_rank, energy_rank, nuclear_norm, numerical_rank
+from fxexpand.lowrank.rank_plots import plot_report
 from fxexpand.recipes import Chain, RepVGG
 from tests.networks import Writer
 

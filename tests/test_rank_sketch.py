@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.rank.sketch import Interval, Sketch, sketch
-from fxexpand.rank.spectra import (
+from fxexpand.lowrank.measures import (
     effective_rank,
     energy_rank,
     nuclear_norm,
@@ -19,6 +18,7 @@ from fxexpand.rank.spectra import (
     spectral_entropy,
     stable_rank,
 )
+from fxexpand.lowrank.sketch import Interval, Sketch, sketch
 
 
 def decaying(rows: int, columns: int, speed: float, seed: int) -> Tensor:

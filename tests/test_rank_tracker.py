@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fxexpand import expand
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
-from fxexpand.rank.spectra import effective_rank, singular_values
-from fxexpand.rank.tracker import RankTracker
+from fxexpand.lowrank.measures import effective_rank, singular_values
+from fxexpand.lowrank.tracker import RankTracker
 from fxexpand.recipes import Chain
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.training_steps import CPU, Steps
+from benchmarks.training.training_steps import CPU, Steps
 from fxexpand import Chain, ExpandNetCL, ExpandNetFC, expand
-from fxexpand.ops import kernel_of
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.recipes import DBB, OREPA, ACNet, DOConv, Recipe, RepVGG
 from fxexpand.recipes.structure import chain_macs
 

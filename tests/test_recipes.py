@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import apply
-from fxexpand.ops import kernel_of
+from fxexpand.kernel.algebra import apply
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.recipes import Chain, Skip, fold
 from fxexpand.recipes.factors import balanced_factors, gram
 from tests.compare import assert_different, assert_same, relative_error

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import Kernel, apply
-from fxexpand.ops import kernel_of
+from fxexpand.kernel.algebra import Kernel, apply
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.recipes import DBB, OREPA, ACNet, DOConv, MobileOne, Recipe, RepVGG, fold
 from tests.compare import assert_different, assert_same
 from tests.networks import perturb

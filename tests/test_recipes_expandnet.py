@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import Kernel, apply
-from fxexpand.layers import FORMS
-from fxexpand.ops import kernel_of
+from fxexpand.kernel.algebra import Kernel, apply
+from fxexpand.kernel.modules import kernel_of
+from fxexpand.layers.expanded import FORMS
 from fxexpand.recipes import ExpandNetCK, ExpandNetCL, ExpandNetFC, Recipe, fold
 from fxexpand.recipes.factors import balanced_factors
 from tests.compare import assert_different, assert_same

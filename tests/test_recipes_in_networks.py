@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxexpand
-from fxexpand.layers import FORMS
+from fxexpand.layers.expanded import FORMS
 from fxexpand.recipes import DBB, OREPA, ACNet, DOConv, MobileOne, Recipe, RepVGG
 from tests.compare import assert_different, assert_same
 from tests.networks import StandardisedConv2d, perturb, train_steps

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxexpand.kernel import Kernel, apply
-from fxexpand.ops import kernel_of
+from fxexpand.kernel.algebra import Kernel, apply
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.recipes import OREPA, Branches, DOConv, RepVGG, Scale, fold
 from fxexpand.recipes.fixed import Average, Cosine, Pad, Taps
 from fxexpand.recipes.structure import fold_cost, leaves

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxexpand
 from fxexpand import Chain, expand, fuse, report
-from fxexpand.report import Report, Row
+from fxexpand.reporting.rows import Report, Row
 from tests.networks import ConvNet, Language
 
 
@@ -49,8 +49,8 @@ def test_messages_are_sentences() -> None:
 
 
 def test_the_probe_sees_a_tenth_of_a_percent() -> None:
-    from fxexpand.ops import kernel_of
-    from fxexpand.verify import block_error
+    from fxexpand.kernel.modules import kernel_of
+    from fxexpand.running.verify import block_error
 
     for layer in (nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)):
         layer = layer.double()
@@ -66,8 +66,8 @@ def test_the_probe_looks_at_every_channel(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces of one channel, of two and of all; the last channel and the bias count like the first."""
-    from fxexpand import verify
-    from fxexpand.ops import kernel_of
+    from fxexpand.kernel.modules import kernel_of
+    from fxexpand.running import verify
 
     layer: Any = make()
     block: Any = Chain().build(kernel_of(layer))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fxexpand.deploy.sessions import open_session
 from fxexpand.errors import FxExpandError
-from fxexpand.export.sessions import open_session
 
 
 def runtime(available: list[str], loaded: list[str]) -> tuple[types.ModuleType, list[list[Any]]]:

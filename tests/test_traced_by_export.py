@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand.errors import FxExpandError
-from fxexpand.inputs import call
-from fxexpand.modes import mode_of
 from fxexpand.passes import Fuse
-from fxexpand.tracing import UntraceableError, symbolic, trace
+from fxexpand.running.inputs import call
+from fxexpand.tracing.graphs import UntraceableError, symbolic, trace
+from fxexpand.tracing.guards import mode_of
 from tests.compare import assert_same
 from tests.networks import perturb
 

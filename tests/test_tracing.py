@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fxexpand import expand, fuse
-from fxexpand.modes import mode_of
-from fxexpand.tracer import RegionTracer
-from fxexpand.tracing import UntraceableError, regions, symbolic, trace
+from fxexpand.tracing.graphs import UntraceableError, regions, symbolic, trace
+from fxexpand.tracing.guards import mode_of
+from fxexpand.tracing.tracer import RegionTracer
 from tests.compare import assert_same
 
 X = torch.randn(2, 4, 6, 5)

@@ -17,14 +17,14 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner, Result
 
 from fxexpand.cli import app
-from fxexpand.demo import Digits
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.evaluating import evaluating
-from fxexpand.pipeline import expand
-from fxexpand.rank import rank_report
+from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Chain, MobileOne, Recipe, RepVGG
+from fxexpand.running.evaluation import evaluating
+from fxexpand.surgery.expand import expand
 from fxexpand.training import train as job
 from fxexpand.training.data import Data, Order, loader
+from fxexpand.training.demo import Digits
 from fxexpand.training.runs import LOG, WEIGHTS, Epoch, Outcome, Settings
 from fxexpand.zoo import load_weights
 from tests.compare import assert_same

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fxexpand.accumulation import accumulate
-from fxexpand.pipeline import expand, fuse, fused_state_dict
+from fxexpand.layers.accumulation import accumulate
 from fxexpand.recipes import DBB, OREPA, Chain, DOConv, ExpandNetCK, Recipe
+from fxexpand.surgery.expand import expand
+from fxexpand.surgery.fold import fused_state_dict
+from fxexpand.surgery.fuse import fuse
 from tests.compare import assert_different, assert_same
 from tests.networks import ConvNet, Language, perturb
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.rank import effective_rank
+from fxexpand.lowrank import effective_rank
 from fxexpand.training.data import Batches, batches
 from fxexpand.training.loop import Schedule, accuracy, fit, logits
 from tests.compare import assert_same

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floor, training_cost, training_table
 from benchmarks.models import Network
-from benchmarks.training_steps import CPU, META, Setting, Steps, free_bytes, parametrized, twin
+from benchmarks.training import floor, training_cost, training_table
+from benchmarks.training.training_steps import CPU, META, Setting, Steps, free_bytes, parametrized, twin
 from fxexpand import Chain, expand
-from fxexpand.latency.timing import peak_bytes
+from fxexpand.deploy.latency.timing import peak_bytes
 from tests.compare import assert_same
 
 CASE = training_cost.Case(Network("timm", "test_resnet"), 32, 2, 3, 2)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import fxexpand
 from fxexpand import Chain
-from fxexpand.calls import observed_calls
-from fxexpand.outputs import tensors_of
+from fxexpand.running.outputs import tensors_of
+from fxexpand.tracing.submodules import observed_calls
 from tests.compare import assert_same
 
 pytest.importorskip("transformers")
-from benchmarks import transformers_models as library
+from benchmarks.zoo import transformers_models as library
 
 EXACT = 1e-10
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:.*:FutureWarning")

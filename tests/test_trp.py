@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from fxexpand import SelectionError, TrainedRankPruning, UnusableWeightError, cuts, factorize
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.lowrank.cuts import SCHEMES, matrix_of, schemes_of
-from fxexpand.ops import kernel_of
 from tests.compare import assert_different, assert_same
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fxexpand.demo import Digits
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
+from fxexpand.training.demo import Digits
 from fxexpand.zoo import default_inputs, example_input, load_model, load_weights, require_accepts
 
 

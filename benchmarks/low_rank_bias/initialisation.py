@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.low_rank_bias import targets
 from benchmarks.low_rank_bias.networks import Distribution, draw, identity
-from fxexpand.rank.features import FeatureKernel, kernel_rank
-from fxexpand.rank.plots import new_figure
-from fxexpand.rank.spectra import spectral_entropy
+from fxexpand.lowrank.features import FeatureKernel, kernel_rank
+from fxexpand.lowrank.measures import spectral_entropy
+from fxexpand.lowrank.rank_plots import new_figure
 
 TITLE = "A. Rank at initialisation"
 POINTS = 128

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxexpand.rank.plots import new_figure
-from fxexpand.rank.spectra import spectral_entropy
+from fxexpand.lowrank.measures import spectral_entropy
+from fxexpand.lowrank.rank_plots import new_figure
 
 TITLE = "E. Landscape of the rank"
 WIDTH, REACH, GRID = 16, 3.0, 41

@@ -30,9 +30,9 @@ from benchmarks.low_rank_bias import (
     teachers,
     training_spectra,
 )
-from fxexpand.files import write_whole
-from fxexpand.rank.plots import in_style, write_figure
-from fxexpand.table import table
+from fxexpand.lowrank.rank_plots import in_style, write_figure
+from fxexpand.reporting.files import write_whole
+from fxexpand.reporting.table import table
 
 EXPERIMENTS: dict[str, Any] = {
     "A": initialisation,

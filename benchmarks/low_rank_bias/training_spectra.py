@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fxexpand.pipeline import expand
-from fxexpand.rank.plots import new_figure
-from fxexpand.rank.tracker import RankTracker
+from fxexpand.lowrank.rank_plots import new_figure
+from fxexpand.lowrank.tracker import RankTracker
 from fxexpand.recipes import Chain
+from fxexpand.surgery.expand import expand
 from fxexpand.training.data import batches, digits
 from fxexpand.training.loop import accuracy
 

@@ -1,7 +1,9 @@
 """The command line: one file per command, which is imported when the command is called or its help is asked.
 
-What a command needs is imported inside it, so that ``--help`` and ``--version`` answer at once.
-Exit codes: 0 ok, 1 refused or a check failed, 2 wrong usage.
+The commands are ``demo``, ``inspect``, ``fuse``, ``export``, ``bench``, ``train``, ``factorize`` and
+``rank``. They share ``options``, ``output`` (what is printed), ``files`` and ``failures`` (messages and
+exit codes). What a command needs is imported inside it, so that ``--help`` and ``--version`` answer at
+once. Exit codes: 0 ok, 1 refused or a check failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         from fxexpand.cli.failures import fail
-        from fxexpand.closest import closest
+        from fxexpand.reporting.closest import closest
 
         if not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
             fail(

@@ -71,16 +71,18 @@ def bench(
     precision = _dtype(dtype)
     chosen = None if recipe is None else recipe_of(recipe)
     with stdout_kept():
-        from fxexpand import pipeline
-        from fxexpand.latency import measure_latency
+        from fxexpand.deploy.latency import measure_latency
+        from fxexpand.surgery.expand import expand
+        from fxexpand.surgery.fuse import fuse
+        from fxexpand.surgery.transaction import report as report_of
 
         with working(f"{model}: building"):
             network = loaded(model, weights, place)
             given = given_inputs(model, network, inputs, place)
-        models: dict[str, nn.Module] = {"original": network, "fused": pipeline.fuse(network, given)}
+        models: dict[str, nn.Module] = {"original": network, "fused": fuse(network, given)}
         if chosen is not None:
-            models["expanded"] = pipeline.expand(network, chosen)
-            models["folded back"] = pipeline.fuse(models["expanded"], scope="expanded")
+            models["expanded"] = expand(network, chosen)
+            models["folded back"] = fuse(models["expanded"], scope="expanded")
         found = measure_latency(
             models,
             given,
@@ -93,10 +95,10 @@ def bench(
             batch_sizes=batch,
             skip_unavailable=not backend,
         )
-    folded = pipeline.report(models["fused"])
+    folded = report_of(models["fused"])
     if html is not None:
-        from fxexpand.files import write_whole
-        from fxexpand.latency.page import latency_page
+        from fxexpand.deploy.latency.page import latency_page
+        from fxexpand.reporting.files import write_whole
 
         write_whole(html, latency_page(model, found, folded))
         note(f"{html}: written")
@@ -109,8 +111,8 @@ def bench(
 def _dtype(name: str) -> torch.dtype | None:
     import torch
 
-    from fxexpand.closest import closest
     from fxexpand.errors import SelectionError
+    from fxexpand.reporting.closest import closest
 
     if name not in _DTYPES:
         raise SelectionError(f"dtype {name!r}: choose from {', '.join(_DTYPES)}.{closest(name, _DTYPES)}")

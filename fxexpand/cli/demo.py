@@ -25,8 +25,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a network plain and expanded, fuse it, prove the result."""
-    from fxexpand.demo import describe, run
     from fxexpand.recipes import Chain
+    from fxexpand.training.demo import describe, run
     from fxexpand.training.loop import Schedule
 
     require_folder(out)

@@ -33,7 +33,7 @@ def export(
     require_writable(out)
     place = device_of(device)
     with stdout_kept():
-        from fxexpand.export import export_onnx
+        from fxexpand.deploy import export_onnx
 
         with working(f"{model}: building"):
             network = loaded(model, weights, place)

@@ -40,11 +40,11 @@ def factorize(
     require_safetensors(out)
     place = device_of(device)
     with stdout_kept():
-        from fxexpand.factorize import cuts
-        from fxexpand.factorize import factorize as factorized
-        from fxexpand.files import write_whole
-        from fxexpand.pipeline import report
-        from fxexpand.table import short
+        from fxexpand.reporting.files import write_whole
+        from fxexpand.reporting.table import short
+        from fxexpand.surgery.factorize import cuts
+        from fxexpand.surgery.factorize import factorize as factorized
+        from fxexpand.surgery.transaction import report
 
         with working(f"{model}: building"):
             network, lines = built(model, weights)

@@ -23,7 +23,7 @@ from fxexpand.cli.options import (
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
 if TYPE_CHECKING:
-    from fxexpand.inputs import ExampleInputs
+    from fxexpand.running.inputs import ExampleInputs
 
 
 def fuse(
@@ -47,21 +47,24 @@ def fuse(
     require_safetensors(out)
     place = device_of(device)
     with stdout_kept():
-        from fxexpand import __version__, pipeline
-        from fxexpand.files import write_whole
+        from fxexpand import __version__
+        from fxexpand.reporting.files import write_whole
+        from fxexpand.surgery.expand import expand
+        from fxexpand.surgery.fuse import fuse as fuse_model
+        from fxexpand.surgery.transaction import report as report_of
         from fxexpand.zoo import default_inputs
 
         with working(f"{model}: building"):
             network, lines = built(model, weights)
             names = set(network.state_dict())
             if recipe is not None:
-                network = pipeline.expand(network, recipe_of(recipe), inplace=True)
+                network = expand(network, recipe_of(recipe), inplace=True)
             network = filled(network, weights, place)
             known = bool(inputs) or default_inputs(model, network) is not None
             given = given_inputs(model, network, inputs, place) if known else None
-        # pipeline checks the scope before it does anything
-        fused = pipeline.fuse(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
-        report = pipeline.report(fused)
+        # fuse checks the scope before it does anything
+        fused = fuse_model(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
+        report = report_of(fused)
         data = weights_of(fused, {"fxexpand": __version__, "model": model, "scope": scope})
         write_whole(out, data)
     grown = scope == "expanded" and set(fused.state_dict()) != names
@@ -69,7 +72,7 @@ def fuse(
     if as_json:
         show_json({"model": model, "path": str(out), "size": len(data), "load": loading, **report.to_dict()})
     else:
-        from fxexpand.table import short
+        from fxexpand.reporting.table import short
 
         show(f"{sites(report)}\n\n{out}: {short(len(data))}B. It loads by\n\n{_indented(loading)}")
 
@@ -100,7 +103,7 @@ def _loading(
 
 def _written(given: ExampleInputs) -> str:
     """The inputs as Python, with zeros for their values."""
-    from fxexpand.inputs import as_call
+    from fxexpand.running.inputs import as_call
 
     def zeros(tensor: Any) -> str:
         if not hasattr(tensor, "dtype"):

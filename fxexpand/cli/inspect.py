@@ -26,7 +26,7 @@ from fxexpand.cli.output import show, show_json, sites, stdout_kept, working, wr
 if TYPE_CHECKING:
     from torch import nn
 
-    from fxexpand.inputs import ExampleInputs
+    from fxexpand.running.inputs import ExampleInputs
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def inspect(
     chosen = recipe_of(recipe)
     with stdout_kept():
         with working(f"{model}: reading"):
-            from fxexpand.pipeline import expand, fuse, report
+            from fxexpand.surgery.expand import expand
+            from fxexpand.surgery.fuse import fuse
+            from fxexpand.surgery.transaction import report
             from fxexpand.zoo import default_inputs
 
             # On the meta device where that is possible: factors are large, and nobody asks for their values.
@@ -121,14 +123,14 @@ def inspect(
 
 
 def _traces(model: nn.Module) -> Traces:
-    from fxexpand.tracing import regions
+    from fxexpand.tracing.graphs import regions
 
     found = regions(model)
     return Traces(len(found.graphs), sum(_nodes(graph) for _, graph in found.graphs), found.failures)
 
 
 def _size(model: nn.Module, given: ExampleInputs | None) -> Size:
-    from fxexpand.flops import count_flops
+    from fxexpand.running.flops import count_flops
 
     params = sum({id(p): p.numel() for p in model.parameters()}.values())
     return Size(_traces(model).nodes, params, None if given is None else count_flops(model, given).total)
@@ -143,14 +145,14 @@ def _nodes(graph: Any) -> int:
 
 
 def _shapes(given: ExampleInputs | None) -> dict[str, list[int]]:
-    from fxexpand.inputs import tensors
+    from fxexpand.running.inputs import tensors
 
     found = [] if given is None else tensors(given)
     return {str(i): list(tensor.shape) for i, tensor in enumerate(found)}
 
 
 def _sizes(before: Size, after: Size) -> str:
-    from fxexpand.table import short, table
+    from fxexpand.reporting.table import short, table
 
     rows = []
     for name, one, two in (

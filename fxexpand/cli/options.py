@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fxexpand.inputs import ExampleInputs
     from fxexpand.recipes import Recipe
+    from fxexpand.running.inputs import ExampleInputs
 
 _MODEL = typer.Argument(
     metavar="MODEL", help="timm:NAME, torchvision:NAME, transformers:NAME or package.module:factory."
@@ -149,7 +149,7 @@ def given_inputs(
     Raises: SelectionError: there are none, or the model does not take them.
     """
     from fxexpand.errors import SelectionError
-    from fxexpand.inputs import move
+    from fxexpand.running.inputs import move
     from fxexpand.zoo import default_inputs, example_input, require_accepts
 
     if shapes:
@@ -189,8 +189,8 @@ def recipe_of(text: str) -> Recipe:
     import dataclasses
 
     from fxexpand import recipes
-    from fxexpand.closest import closest
     from fxexpand.errors import SelectionError
+    from fxexpand.reporting.closest import closest
 
     known = {
         name: kind

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from fxexpand.report import Report, Row
+    from fxexpand.reporting.rows import Report, Row
 
 WIDTH = 80
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -80,7 +80,7 @@ def sites(report: Report, *, every: bool = True) -> str:
 
 def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """A table in 80 columns; a name, the first cell, that is too long for it has a line of its own."""
-    from fxexpand.table import table
+    from fxexpand.reporting.table import table
 
     taken = sum(2 + max(len(row[i]) for row in (head, *rows)) for i in range(1, len(head)))
     room = max(WIDTH - taken, len(head[0]))
@@ -94,7 +94,7 @@ def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence
 
 def _changed(report: Report) -> list[str]:
     """The table of what was changed."""
-    from fxexpand.table import short
+    from fxexpand.reporting.table import short
 
     if not report.changed:
         return []

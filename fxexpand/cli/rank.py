@@ -11,7 +11,7 @@ from fxexpand.cli.options import Input, Json, Model, Weights, given_inputs, load
 from fxexpand.cli.output import fitted, note, show, show_json, stdout_kept, working
 
 if TYPE_CHECKING:
-    from fxexpand.rank import RankReport
+    from fxexpand.lowrank import RankReport
 
 
 def rank(
@@ -39,7 +39,7 @@ def rank(
     if plot is not None:
         require_writable(plot)
     with stdout_kept(), working(f"{model}: singular values"):
-        from fxexpand.rank import rank_report
+        from fxexpand.lowrank import rank_report
 
         network = loaded(model, weights)
         found = rank_report(
@@ -50,7 +50,7 @@ def rank(
             sketched=sketched,
         )
         if plot is not None:
-            from fxexpand.rank.plots import plot_report
+            from fxexpand.lowrank.rank_plots import plot_report
 
             plot_report(found, plot)
     if plot is not None:

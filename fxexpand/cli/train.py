@@ -134,8 +134,8 @@ def train(
 
 
 def _data(name: str, root: Path | None) -> Data:
-    from fxexpand.closest import closest
     from fxexpand.errors import SelectionError
+    from fxexpand.reporting.closest import closest
     from fxexpand.training.data import cifar, digits, image_folders
 
     known = ("digits", "cifar10", "cifar100", "imagenet")

@@ -1,13 +1,49 @@
-"""How does one weight become two smaller ones?
+"""Rank: how many directions weights and features use, and layers factored into two of low rank.
 
-``cuts`` says where a kernel is cut, and which kernels the factors are; ``projection`` and ``lp`` find the
-factors of the matrix there, in l_2 and in l_p; ``factored`` has the layers that run them. Which layers and at
-which rank, is the question of ``fxexpand.compression``.
+Measures: ``measures`` of one matrix, ``sketch`` of a big one within bounds, ``features`` of what layers give;
+``model_ranks`` measures a whole model, ``rank_plots`` draws it, ``tracker`` follows it over training.
+Factors: ``cuts`` says where a kernel is cut, ``projection`` and ``lp`` find the factors there, in l_2 and in
+l_p, ``factored`` has the layers that run them. What to factor: ``criteria`` is what a user asks for,
+``calibration`` and ``costs`` measure what layers see and cost, ``allocation`` spreads a budget, ``decisions``
+decides before anything is changed, ``factorize_report`` says what. ``trp`` trains towards low rank.
 """
 
+from fxexpand.lowrank.criteria import Method, Ranks
 from fxexpand.lowrank.cuts import Cut, Scheme
 from fxexpand.lowrank.factored import Factorized
+from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
+from fxexpand.lowrank.features import kernel_rank
 from fxexpand.lowrank.lp import lp_spectrum
+from fxexpand.lowrank.measures import effective_rank, spectral_entropy, stable_rank
+from fxexpand.lowrank.model_ranks import FeatureRank, RankReport, WeightRank, layer_weights, rank_report
 from fxexpand.lowrank.projection import Spectrum, spectrum
+from fxexpand.lowrank.rank_plots import plot_ranks, plot_report, plot_spectra
+from fxexpand.lowrank.tracker import RankTracker
+from fxexpand.lowrank.trp import TrainedRankPruning
 
-__all__ = ["Cut", "Factorized", "Scheme", "Spectrum", "lp_spectrum", "spectrum"]
+__all__ = [
+    "Cut",
+    "FactorRow",
+    "FactorizeReport",
+    "Factorized",
+    "FeatureRank",
+    "Method",
+    "RankReport",
+    "RankTracker",
+    "Ranks",
+    "Scheme",
+    "Spectrum",
+    "TrainedRankPruning",
+    "WeightRank",
+    "effective_rank",
+    "kernel_rank",
+    "layer_weights",
+    "lp_spectrum",
+    "plot_ranks",
+    "plot_report",
+    "plot_spectra",
+    "rank_report",
+    "spectral_entropy",
+    "spectrum",
+    "stable_rank",
+]

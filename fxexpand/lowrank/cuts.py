@@ -18,8 +18,8 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor
 
 from fxexpand.errors import InexactError
-from fxexpand.geometry import Geometry
-from fxexpand.kernel import Kernel
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.geometry import Geometry
 
 Scheme: TypeAlias = Literal["channel", "spatial"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxexpand.kernel import Kernel, cast, compose
-from fxexpand.lower import laid_out_as, to_module
+from fxexpand.kernel.algebra import Kernel, cast, compose
+from fxexpand.kernel.lower import laid_out_as, to_module
+from fxexpand.kernel.modules import kernel_of, stock_layer
 from fxexpand.lowrank.cuts import Cut, factors_of, matrix_of
 from fxexpand.lowrank.projection import spectrum
-from fxexpand.ops import kernel_of, stock_layer
 
 
 class Rows(nn.Module):
@@ -88,12 +88,14 @@ class Factorized(nn.Module):
 
     Attributes:
         cut: where the kernel was cut, and the rank.
+        traced_inside: a graph of the model calls the factors, not the layer.
 
     ``weight`` and ``bias`` are the effective ones: computed at every read, so they are for reading. Writing
     into them does nothing, assigning to them is an error; train the factors.
     """
 
     cut: Cut
+    traced_inside: ClassVar[bool] = True
 
     def forward(self, input: Tensor) -> Tensor:
         """The second factor of the first."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import Kernel
+from fxexpand.kernel.algebra import Kernel
 from fxexpand.recipes.fixed import Average, Cosine, Pad
 from fxexpand.recipes.parts import (
     RELU,

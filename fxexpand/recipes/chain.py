@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import Kernel
-from fxexpand.lower import laid_out_as, to_module
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.recipes.factors import balanced_factors, kaiming_factors
 from fxexpand.recipes.parts import keeps_size, silent_norm
 from fxexpand.recipes.recipe import INITS, Init, Recipe

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel import Kernel
-from fxexpand.lower import laid_out_as, to_module
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.recipes.fixed import Taps
 from fxexpand.recipes.parts import Draw, depthwise, match, require_convolution, require_init
 from fxexpand.recipes.recipe import Init, Recipe

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import Kernel
-from fxexpand.lower import laid_out_as, to_module
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.recipes.chain import LOPSIDED
 from fxexpand.recipes.factors import Turn, balanced_factors
 from fxexpand.recipes.parts import Draw, match, require_convolution, require_init, require_weight

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxexpand.geometry import Geometry, Padding
-from fxexpand.kernel import Kernel, apply
+from fxexpand.kernel.algebra import Kernel, apply
+from fxexpand.kernel.geometry import Geometry, Padding
 
 
 class Fixed(nn.Module):

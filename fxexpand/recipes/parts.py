@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.kernel import Kernel
-from fxexpand.lower import laid_out_as, to_module
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.recipes.fixed import Pad
 from fxexpand.recipes.recipe import INITS, Init
 from fxexpand.recipes.structure import LastDimBatchNorm, fold

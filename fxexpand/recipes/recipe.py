@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from fxexpand.kernel import Kernel
+from fxexpand.kernel.algebra import Kernel
 
 Init: TypeAlias = Literal["preserve", "matched", "kaiming"]
 INITS: tuple[Init, ...] = get_args(Init)

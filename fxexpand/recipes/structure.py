@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fxexpand.geometry import Geometry, Tree, alignment, association, composition, composition_macs
-from fxexpand.kernel import Kernel, add, compose_all, identity, scale
-from fxexpand.ops import kernel_of
+from fxexpand.kernel.algebra import Kernel, add, compose_all, identity, scale
+from fxexpand.kernel.geometry import Geometry, Tree, alignment, association, composition, composition_macs
+from fxexpand.kernel.modules import kernel_of
 from fxexpand.recipes.fixed import Fixed, Pad
 
 

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.files import write_whole
+from fxexpand.reporting.files import write_whole
 
 VALUES = "values.json"
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxexpand.errors import SelectionError
-from fxexpand.layers import Expanded
+from fxexpand.layers.expanded import Expanded
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.evaluating import evaluating
-from fxexpand.rank import rank_report
+from fxexpand.lowrank import rank_report
+from fxexpand.running.evaluation import evaluating
 from fxexpand.training.data import Batches
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from fxexpand.errors import SelectionError
-from fxexpand.files import write_whole
-from fxexpand.layers import FORMS, Form
-from fxexpand.optim import TARGETS, Target
+from fxexpand.layers.expanded import FORMS, Form
+from fxexpand.layers.param_groups import TARGETS, Target
 from fxexpand.recipes import INITS, Init
-from fxexpand.table import short, table
+from fxexpand.reporting.files import write_whole
+from fxexpand.reporting.table import short, table
 
 OptimizerName: TypeAlias = Literal["sgd", "adamw"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fxexpand.accumulation import accumulate
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.evaluating import evaluating
-from fxexpand.files import write_whole
-from fxexpand.optim import param_groups
-from fxexpand.outputs import worst_error
-from fxexpand.pipeline import expand, fuse, report
-from fxexpand.rank import rank_report
+from fxexpand.layers.accumulation import accumulate
+from fxexpand.layers.param_groups import param_groups
+from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Recipe
+from fxexpand.reporting.files import write_whole
+from fxexpand.running.evaluation import evaluating
+from fxexpand.running.outputs import worst_error
+from fxexpand.surgery.expand import expand
+from fxexpand.surgery.fuse import fuse
+from fxexpand.surgery.transaction import report
 from fxexpand.training import checkpoint
 from fxexpand.training.data import Data, Order, loader
 from fxexpand.training.distributed import Processes, processes, wrapped

@@ -1,0 +1,1 @@
+"""What training an expanded network costs, and what it gives."""

@@ -1,0 +1,1 @@
+"""Every architecture of timm, torchvision and transformers: expand, train, fold back, fuse."""

@@ -1,0 +1,39 @@
+"""Fuse a model for a file, which holds one path through its code in any case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fxexpand.passes.fuse import combined
+from fxexpand.running.inputs import ExampleInputs
+from fxexpand.surgery.fuse import fuse
+from fxexpand.surgery.placement import ONE_GRAPH
+from fxexpand.surgery.transaction import REPORT, report
+from fxexpand.tracing.export import program_of
+from fxexpand.tracing.tracer import FAILURES
+
+
+def fused(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> nn.Module:
+    """``fuse(model)``; what code without a graph keeps apart is then folded in the program of the call.
+
+    ``fuse`` itself leaves that alone, since the result must hold for all paths through the code, in both
+    modes. The program is that of ``torch.export``, from which the file is made anyway.
+    """
+    parts = fuse(model, example_inputs)
+    first = report(parts)
+    if first.traced == ONE_GRAPH:
+        return parts
+    try:
+        program = program_of(parts, example_inputs, dynamic_shapes)
+    except FAILURES:  # torch.onnx has more ways
+        return parts
+    whole = fuse(program, example_inputs)
+    second = report(whole)
+    if not second.changed:
+        return parts
+    traced = f"{first.traced}; then as one program of torch.export"
+    whole.__dict__[REPORT] = replace(combined([first, second]), traced=traced)
+    return whole

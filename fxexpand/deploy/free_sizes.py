@@ -1,0 +1,105 @@
+"""Which dimensions of the inputs an exported program leaves free, and larger inputs to prove it with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fxexpand.errors import SelectionError
+from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, tensors
+
+# Names of the dimensions after batch and channels, by rank.
+SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
+# By how much an input grows to prove that its size is free: most networks ask for multiples of 32.
+STEP = 32
+
+
+def dynamic_shapes(
+    model: nn.Module, example_inputs: ExampleInputs, *, batch: bool, spatial: bool
+) -> dict[str, Any] | None:
+    """For each parameter of ``forward``, as ``torch.export`` takes it; None where nothing is left free.
+
+    Dimension 0 is "batch" in the tensors where it is as long as the first's; the spatial ones are those from
+    2 on of floating-point tensors of rank 3 to 5. Of one name and one length they are one dimension.
+
+    Raises: SelectionError: no tensor has a dimension of the kind.
+    """
+    if not batch and not spatial:
+        return None
+    rows = batch_size(example_inputs)
+    if batch and not rows:
+        raise SelectionError("example_inputs: no tensor with a batch dimension. Use dynamic_batch=False.")
+    known: dict[tuple[str, int], Any] = {}
+
+    def dimension(name: str, length: int) -> Any:
+        alike = sum(other == name for other, _ in known)
+        return known.setdefault(
+            (name, length), torch.export.Dim(f"{name}_{alike + 1}" if alike else name, min=1)
+        )
+
+    def shape(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return None
+        free = {0: dimension("batch", leaf.shape[0])} if batch and leaf.shape[0] == rows else {}
+        if spatial:
+            for i, name in _spatial(leaf):
+                free[i] = dimension(name, leaf.shape[i])
+        return free or None
+
+    args, kwargs = as_call(example_inputs)
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = {name: tree_map(shape, value) for name, value in arguments.items()}
+    if spatial and not any(name != "batch" for name, _ in known):
+        raise SelectionError("example_inputs: no tensor with spatial dimensions. Use dynamic_spatial=False.")
+    return shapes
+
+
+def axis_names(
+    model: nn.Module, example_inputs: ExampleInputs, shapes: dict[str, Any]
+) -> list[dict[int, str]]:
+    """For each tensor of the inputs, in their order, the names of its free dimensions in ``shapes``.
+
+    torch.onnx names them by itself, but only where all arguments are tensors.
+    """
+    found: dict[int, dict[int, str]] = {}
+
+    def note(leaf: Any, free: Any) -> None:
+        if isinstance(leaf, Tensor):
+            found[id(leaf)] = {i: dimension.__name__ for i, dimension in (free or {}).items()}
+
+    args, kwargs = as_call(example_inputs)
+    for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
+        tree_map(note, value, shapes[name])
+    return [found.get(id(tensor), {}) for tensor in tensors(example_inputs)]
+
+
+def larger(example_inputs: ExampleInputs) -> ExampleInputs:
+    """The same inputs, ``STEP`` longer in every spatial dimension, by repeating what is there."""
+    return mapped(_grown, example_inputs)
+
+
+def mapped(function: Callable[[Any], Any], example_inputs: ExampleInputs) -> ExampleInputs:
+    """The same arguments with ``function`` applied to every leaf."""
+    args, kwargs = as_call(example_inputs)
+    changed: ExampleInputs = tree_map(function, kwargs or args)
+    return changed
+
+
+def _spatial(tensor: Tensor) -> list[tuple[int, str]]:
+    names = SPATIAL.get(tensor.ndim, ()) if tensor.is_floating_point() else ()
+    return list(enumerate(names, start=2))
+
+
+def _grown(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    for i, _ in _spatial(leaf):
+        length = leaf.shape[i]
+        index = torch.arange(length + STEP, device=leaf.device) % length
+        leaf = leaf.index_select(i, index)
+    return leaf

@@ -1,0 +1,51 @@
+"""Affine maps as values: when two of them compose to one kernel, and its numbers.
+
+``geometry`` decides whether a composition is exact and gives its stride, padding and dilation; ``algebra``
+has ``Kernel`` and its laws; ``modules`` reads the kernel of a torch layer, ``library_layers`` that of layers
+of other libraries; ``lower`` makes the layer of a kernel.
+"""
+
+from fxexpand.kernel.algebra import (
+    FLOATING,
+    Kernel,
+    add,
+    apply,
+    cast,
+    compose,
+    compose_all,
+    concat,
+    exchanged,
+    identity,
+    macs,
+    native_weight,
+    regroup,
+    scale,
+    split,
+)
+from fxexpand.kernel.lower import is_channels_last, laid_out_as, to_module
+from fxexpand.kernel.modules import LAYERS, NORMS, describe, kernel_of
+
+__all__ = [
+    "FLOATING",
+    "LAYERS",
+    "NORMS",
+    "Kernel",
+    "add",
+    "apply",
+    "cast",
+    "compose",
+    "compose_all",
+    "concat",
+    "describe",
+    "exchanged",
+    "identity",
+    "is_channels_last",
+    "kernel_of",
+    "laid_out_as",
+    "macs",
+    "native_weight",
+    "regroup",
+    "scale",
+    "split",
+    "to_module",
+]

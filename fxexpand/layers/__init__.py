@@ -1,0 +1,38 @@
+"""Layers that train as a product of factors, and the tools of their training.
+
+``expanded`` has the layers that ``expand`` puts in, ``parametrized`` the parameters it expands in weight
+space; ``products`` multiplies factors in the cheapest order, ``accumulation`` shares their products over
+micro-batches, ``param_groups`` sets weight decay per factor, ``sharding`` knows FSDP.
+"""
+
+from fxexpand.layers.expanded import (
+    EXPANDED,
+    FORMS,
+    Expanded,
+    ExpandedConv1d,
+    ExpandedConv2d,
+    ExpandedConv3d,
+    ExpandedConvTranspose1d,
+    ExpandedConvTranspose2d,
+    ExpandedConvTranspose3d,
+    ExpandedLinear,
+    Form,
+    expand_layer,
+    restore_layer,
+)
+
+__all__ = [
+    "EXPANDED",
+    "FORMS",
+    "Expanded",
+    "ExpandedConv1d",
+    "ExpandedConv2d",
+    "ExpandedConv3d",
+    "ExpandedConvTranspose1d",
+    "ExpandedConvTranspose2d",
+    "ExpandedConvTranspose3d",
+    "ExpandedLinear",
+    "Form",
+    "expand_layer",
+    "restore_layer",
+]

@@ -1,0 +1,428 @@
+"""Expanded layers: a Linear or convolution whose weight is the product of trainable factors.
+
+The module object stays what it was, hooks, training flag and owners included; only its class becomes the
+subclass here of its old class, as torch.nn.utils.parametrize does it. Its ``weight`` is then computed, and
+the factors live in ``expansion``, a plain nn.Sequential of stock layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fxexpand.errors import FxExpandError, InexactError
+from fxexpand.kernel.algebra import macs, native_weight
+from fxexpand.kernel.lower import is_channels_last, laid_out_as
+from fxexpand.kernel.modules import LAYERS, kernel_of, stock_layer
+from fxexpand.layers.products import Held, MatrixChain, Segment, Way, matrix_chain, surely_below
+from fxexpand.layers.sharding import placed_as, sharded_part
+from fxexpand.recipes import Recipe, fold, has_norm
+from fxexpand.recipes.structure import chain_macs, fold_cost, leaves, telling_weight
+from fxexpand.running.finite import require_finite
+
+Form: TypeAlias = Literal["auto", "chain", "collapsed"]
+FORMS: tuple[Form, ...] = get_args(Form)
+WHOLE: Segment = (0, -1)  # all factors of a block that is no matrix chain
+# A convolution rearranges its weight for the processor, forwards and backwards. Where the weight has that
+# many times more rows than the activations, matrix products on the unfolded input are faster: twice, in the
+# last stage of ResNet-18, 512 -> 2048 channels at 128 positions, on a CPU.
+UNFOLD_BELOW = 8
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Expanded(nn.Module):
+    """What the expanded layers have in common; mixed in before the class of the layer.
+
+    Attributes:
+        expansion: the training-time block, without the layer's bias.
+        recipe: what built it; used again when an original checkpoint is loaded.
+        form: ``"chain"`` runs the factors on activations; ``"collapsed"`` multiplies them first and runs one
+            kernel; ``"auto"`` takes what costs fewer FLOPs for the shape of the input, which may also be to
+            multiply some of the factors.
+
+    ``weight`` and ``bias`` are the effective ones, differentiable in the factors. Assigning a tensor to
+    ``weight`` factors it; writing into it in place does nothing, as with torch.nn.utils.parametrize. With a
+    BatchNorm inside, reading them in training mode is an InexactError: no single weight exists.
+
+    A product is formed once per forward, in the dtype of the factors whatever autocast says. Backward needs
+    the factors, the product and, from three factors on, the products in between, each smaller than a factor:
+    memory for activations does not grow with the depth. Where ``"auto"`` leaves factors apart, the values
+    between them are kept instead; as that is the cheaper way only for few positions, these are fewer than
+    the factors on both sides have elements on average (hidden widths not below the outer ones).
+    """
+
+    expansion: nn.Sequential
+    recipe: Recipe
+    form: Form
+    normed: bool  # a BatchNorm is inside
+    collapse_from: float  # positions of the output from which one product pays off
+    chain: MatrixChain | None  # what the block is, if it is no more than that
+    held: Held | None  # products that ``accumulate`` keeps
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Effective weight, laid out as in the original layer, and bias."""
+        own, lent = self._parameters["bias"], self._parameters["weight"]
+        if lent is not None:  # by torch.func.functional_call, under the original name
+            return lent, own
+        if not self.normed:
+            return self._product(WHOLE if self.chain is None else self.chain.whole), own
+        weight, bias = self._folded()
+        return weight, bias if own is None or bias is None else bias + own
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias by the kernel laws, whatever the block."""
+        with exact_products(next(self.expansion.parameters())):
+            try:
+                kernel = fold(self.expansion)
+            except InexactError as error:
+                raise InexactError(
+                    f"{type(self).__name__}: no single weight stands for this layer: {error}"
+                ) from None
+        return laid_out_as(native_weight(kernel), telling_weight(self.expansion)), kernel.bias
+
+    def _product(self, segment: Segment) -> Tensor:
+        """The weight of consecutive factors."""
+        if self.held is None:
+            return self._formed(segment)
+        return self.held.leaf(segment, partial(self._formed, segment))
+
+    def _formed(self, segment: Segment) -> Tensor:
+        layers: Any = list(self.expansion)
+        if self.chain is None or any(_is_changed(layer) for layer in layers):
+            if sharded_part(self.expansion) is not None:
+                raise FxExpandError(
+                    f"{type(self).__name__}: its factors are sharded one by one, and nothing gathers them "
+                    "for a product. Call fully_shard on the layer, or on the block around it."
+                )
+            return self._folded()[0]  # which refuses what somebody has changed
+        weights = [layer.weight for layer in layers]
+        with exact_products(weights[0]):
+            return self.chain.product(weights, segment)
+
+    def _effective_weight(self) -> Tensor:
+        return self.effective()[0]
+
+    def _effective_bias(self) -> Tensor | None:
+        own = self._parameters["bias"]
+        if not self.normed or hasattr(own, "device_mesh"):  # a shard: fully_shard looks for the parameter
+            return own
+        try:
+            return self.effective()[1]
+        except InexactError:  # torch reads the attribute of every name in a state dict, in training too
+            return own
+
+    # Any: they take the place of what are attributes in the layers below.
+    weight: Any = property(_effective_weight, doc="The effective weight, laid out as in the original layer.")
+    bias: Any = property(
+        _effective_bias,
+        doc="The layer's own bias, plus what a BatchNorm inside adds if no batch decides that.",
+    )
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the original layer; extra arguments are those of a transposed convolution (``output_size``)."""
+        way = self._way(input)
+        if way is None:
+            return self._on_activations(input, *args, **kwargs)
+        if len(way) > 1:
+            return self._in_segments(input, way)
+        output: Tensor = super().forward(input, *args, **kwargs)
+        return output
+
+    def _way(self, x: Tensor) -> Way | None:
+        """Which factors to multiply before they meet ``x``; None runs the block as it is."""
+        whole = (WHOLE if self.chain is None else self.chain.whole,)
+        if self._parameters["weight"] is not None:  # lent: see ``effective``
+            return whole
+        if self.form != "auto":
+            return whole if self.form == "collapsed" else None
+        factors = self.expansion if self.chain is not None else leaves(self.expansion)
+        if (self.normed and self.training) or any(_is_hooked(layer) for layer in factors):
+            return None
+        positions = _positions(self, x) * (1 if self.held is None else self.held.batches)
+        if self.chain is not None:
+            return self.chain.way(positions)
+        return None if surely_below(positions, self.collapse_from) else whole
+
+    def _on_activations(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A BatchNorm would take the channels of a single image for a batch.
+        lone = self.normed and isinstance(self, _ConvNd) and x.ndim == len(self.kernel_size) + 1
+        first, *others = self.expansion
+        output: Tensor = first(x.unsqueeze(0) if lone else x, *args, **kwargs)
+        for part in others:
+            output = part(output)
+        output = output.squeeze(0) if lone else output
+        own = self._parameters["bias"]
+        if own is None:
+            return output
+        return output + (own.view(-1, *(1,) * len(self.kernel_size)) if isinstance(self, _ConvNd) else own)
+
+    def _in_segments(self, x: Tensor, way: Way) -> Tensor:
+        """Several kernels one after the other, all but the first of one tap."""
+        layer: Any = self
+        first, *others = [self._product(segment) for segment in way]
+        own = self._parameters["bias"]
+        if isinstance(self, nn.Linear):
+            rows = F.linear(x, first)
+        elif _unfolds(self, x, first):
+            return _on_rows(self, x, [first, *others], own)
+        else:
+            rows = layer._conv_forward(x, first, None)
+        for weight in others:
+            bias = own if weight is others[-1] else None
+            if isinstance(self, nn.Linear):
+                rows = F.linear(rows, weight, bias)
+            else:
+                rows = _CONV[weight.ndim - 2](rows, weight, bias, groups=layer.groups)
+        return rows
+
+    def factor(self, weight: Tensor) -> list[Tensor]:
+        """Values of the block's parameters and buffers, in order, with which it computes ``weight``."""
+        with exact_products(weight):
+            block = self.recipe.build(kernel_of(bare(self, weight.detach())))
+        return [*block.parameters(), *block.buffers()]
+
+    def reset_parameters(self) -> None:
+        """Random factors as in the recipe's paper, and a bias as the original layer draws it."""
+        like = next(self.expansion.parameters())
+        empty = torch.empty(effective_shape(self), dtype=like.dtype, device=like.device)
+        block = self.recipe.build(kernel_of(bare(self, empty)), init="kaiming")
+        own = self._parameters["bias"]
+        with torch.no_grad():
+            _copy(self.expansion, [*block.parameters(), *block.buffers()])
+            if own is not None:
+                bound = 1.0 / math.sqrt(math.prod(effective_shape(self)[1:]))
+                own.uniform_(-bound, bound)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and (value is None or isinstance(value, nn.Parameter)):
+            self._parameters["bias"] = value  # nn.Module would ask for the effective one first
+            return
+        if name != "weight" or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+            return
+        if value.shape != effective_shape(self):
+            expected = tuple(effective_shape(self))
+            raise ValueError(f"weight: shape {tuple(value.shape)} instead of {expected}.")
+        if not value.is_leaf:  # as torch.nn.utils.weight_norm does before each forward
+            raise TypeError(
+                "weight: a computed tensor, and what it was computed from would not train. Assign "
+                "weight.detach(), or compute the weight from others before the layer is expanded."
+            )
+        require_finite(value, "weight", type(self).__name__.removeprefix("Expanded"))
+        with torch.no_grad():
+            _copy(self.expansion, self.factor(value))
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # the first thing that torch.nn.utils.parametrize does to a module
+            raise AttributeError(
+                "weight: is the product of the factors in expansion, and stays. Fuse the layer first, or "
+                "parametrize its factors."
+            )
+        if name == "bias":
+            raise AttributeError("bias: is part of an expanded layer, and stays. Fuse the layer first.")
+        super().__delattr__(name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads an original checkpoint too: ``weight`` is factored, so the function is the original's."""
+        inside = f"{prefix}expansion."
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, Tensor) and not any(key.startswith(inside) for key in state_dict):
+            del state_dict[f"{prefix}weight"]
+            expected = effective_shape(self)
+            if given.shape != expected:
+                error_msgs.append(size_mismatch(f"{prefix}weight", given.shape, expected))
+                state_dict.update({inside + key: value for key, value in self.expansion.state_dict().items()})
+            else:
+                assigned = local_metadata.get("assign_to_params_buffers", False)
+                require_finite(given, f"{prefix}weight", type(self).__name__.removeprefix("Expanded"))
+                like = given if assigned else next(self.expansion.parameters())
+                value = given.detach().to(like.device, like.dtype)
+                with exact_products(value):
+                    block = self.recipe.build(kernel_of(bare(self, value)))
+                state_dict.update({inside + key: value for key, value in block.state_dict().items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        """The original's, and the recipe."""
+        original = super().extra_repr() if not self.normed else ""
+        return f"{original}, recipe={self.recipe}, form={self.form}".removeprefix(", ")
+
+
+class ExpandedLinear(Expanded, nn.Linear):
+    """See ``Expanded``."""
+
+
+class ExpandedConv1d(Expanded, nn.Conv1d):
+    """See ``Expanded``."""
+
+
+class ExpandedConv2d(Expanded, nn.Conv2d):
+    """See ``Expanded``."""
+
+
+class ExpandedConv3d(Expanded, nn.Conv3d):
+    """See ``Expanded``."""
+
+
+class ExpandedConvTranspose1d(Expanded, nn.ConvTranspose1d):
+    """See ``Expanded``."""
+
+
+class ExpandedConvTranspose2d(Expanded, nn.ConvTranspose2d):
+    """See ``Expanded``."""
+
+
+class ExpandedConvTranspose3d(Expanded, nn.ConvTranspose3d):
+    """See ``Expanded``."""
+
+
+EXPANDED: dict[type[nn.Module], type[Expanded]] = {
+    cls.__bases__[1]: cls
+    for cls in (
+        ExpandedLinear,
+        ExpandedConv1d,
+        ExpandedConv2d,
+        ExpandedConv3d,
+        ExpandedConvTranspose1d,
+        ExpandedConvTranspose2d,
+        ExpandedConvTranspose3d,
+    )
+}
+
+
+def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, form: Form) -> None:
+    """Turn a layer of an exact type in ``EXPANDED`` into its expanded subclass, in place; cannot fail."""
+    original = macs(kernel_of(module))
+    module.__class__ = EXPANDED[type(module)]
+    module._parameters["weight"] = None  # keeps its place, so that folding restores the order of the keys
+    module._modules["expansion"] = expansion.train(module.training)
+    saved = chain_macs(expansion) - original
+    module.__dict__.update(
+        recipe=recipe,
+        form=form,
+        normed=has_norm(expansion),
+        collapse_from=fold_cost(expansion) / saved if saved > 0 else math.inf,
+        chain=matrix_chain(expansion),
+        held=None,
+    )
+
+
+def restore_layer(module: Expanded, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """Undo ``expand_layer`` with the given weight and bias, in place; nothing can fail."""
+    del module._modules["expansion"]
+    for name in ("recipe", "form", "normed", "collapse_from", "chain", "held"):
+        del module.__dict__[name]
+    module.__class__ = original_class(module)
+    module._parameters["weight"] = weight
+    module._parameters["bias"] = bias
+
+
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether a factor is no stock layer any more, or has its weight from a hook."""
+    return type(layer) not in LAYERS or _is_hooked(layer)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Whether a factor's weight is computed at each call, as by weight_norm, prune and parametrize."""
+    layers = type(layer) in LAYERS or "parametrizations" in layer._modules
+    return layers and layer._parameters.get("weight") is None
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class that an expanded layer had; ``fully_shard`` puts one of its own before the expanded one."""
+    return next(cls for cls in type(module).__mro__ if cls in EXPANDED)
+
+
+def bare(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A stock layer with the geometry of an expanded one, and ``weight`` in the original layout; no bias."""
+    return stock_layer(original_class(module), module, weight=nn.Parameter(weight), bias=None)
+
+
+def effective_shape(module: Any) -> torch.Size:
+    """The shape of the original weight."""
+    if isinstance(module, nn.Linear):
+        return torch.Size((module.out_features, module.in_features))
+    rows, columns = module.out_channels, module.in_channels // module.groups
+    if isinstance(module, _ConvTransposeNd):
+        rows, columns = module.in_channels, module.out_channels // module.groups
+    return torch.Size((rows, columns, *module.kernel_size))
+
+
+def size_mismatch(key: str, given: torch.Size, expected: torch.Size) -> str:
+    """torch's own words for a tensor of the wrong shape in a checkpoint."""
+    return (
+        f"size mismatch for {key}: copying a param with shape {given} from checkpoint, "
+        f"the shape in current model is {expected}."
+    )
+
+
+def exact_products(like: Tensor) -> AbstractContextManager[Any]:
+    """No autocast: a half-precision product would add its rounding once per factor."""
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _copy(block: nn.Module, values: list[Tensor]) -> None:
+    for target, value in zip([*block.parameters(), *block.buffers()], values, strict=True):
+        target.copy_(placed_as(value, target))
+
+
+def _positions(module: Any, x: Tensor) -> float:
+    """How many positions the layer computes for ``x``, over the batch; those of the input if transposed."""
+    if isinstance(module, nn.Linear):
+        return x.numel() / module.in_features
+    if isinstance(module, _ConvTransposeNd):
+        return x.numel() / module.in_channels
+    size = _output_size(module, x)
+    return math.prod(size) * (x.shape[0] if x.ndim > len(size) + 1 else 1)
+
+
+def _output_size(module: Any, x: Tensor) -> list[int]:
+    """Output lengths of a plain convolution."""
+    lengths = x.shape[-len(module.kernel_size) :]
+    if module.padding == "same":
+        return list(lengths)
+    padding = (0,) * len(lengths) if module.padding == "valid" else module.padding
+    geometry = zip(lengths, module.kernel_size, module.stride, padding, module.dilation, strict=True)
+    return [(length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in geometry]
+
+
+def _unfolds(module: Any, x: Tensor, first: Tensor) -> bool:
+    """Whether to run the factors as matrices on the unfolded input."""
+    plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+    if not plain or x.ndim != 4 or isinstance(module.padding, str):
+        return False
+    return surely_below(UNFOLD_BELOW * _positions(module, x), first.shape[0] + 1)
+
+
+def _on_rows(module: Any, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+    """``weights`` one after the other on the patches of ``x``, each patch a row of a matrix."""
+    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    for weight in weights[:-1]:
+        rows = F.linear(rows, weight.reshape(weight.shape[0], -1))
+    rows = F.linear(rows, weights[-1].flatten(1), bias)
+    output = rows.view(x.shape[0], *_output_size(module, x), len(weights[-1])).permute(0, 3, 1, 2)
+    return output if is_channels_last(x) else output.contiguous()

@@ -1,0 +1,310 @@
+"""Expansion in weight space: a parameter that is computed from factors, whoever reads it and however.
+
+This is for weights that no layer of ours can stand in for: embeddings, packed attention projections,
+recurrent weights, layers with their own forward, weights shared by several modules, plain parameters used in
+F.linear or matmul. ``torch.nn.utils.parametrize`` puts a property in the parameter's place, so every reader
+sees the product.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.lower import laid_out_as
+from fxexpand.layers.expanded import exact_products, size_mismatch
+from fxexpand.layers.products import Held, matrix_chain, state, unhooked
+from fxexpand.recipes import Recipe, fold
+from fxexpand.running.finite import require_finite
+
+_ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
+
+
+@dataclass(frozen=True)
+class View:
+    """How a parameter is read as a kernel, and back.
+
+    Attributes:
+        shape: of the parameter.
+        kind: ``"matrix"``: ``(*batch, out, in)``, every matrix of the batch a block of its own; ``"conv"``:
+            ``(out, in/groups, *k)``; ``"conv_transpose"``: ``(in, out/groups, *k)``; ``"flat"``:
+            ``(out, ...)`` with all other dimensions as inputs.
+        transposed: a matrix stored as ``(*batch, in, out)``.
+        blocks: a matrix of that many maps stacked on its rows (query, key and value; the gates of an LSTM).
+        groups: of a convolution.
+    """
+
+    shape: torch.Size
+    kind: Literal["matrix", "flat", "conv", "conv_transpose"] = "matrix"
+    transposed: bool = False
+    blocks: int = 1
+    groups: int = 1
+
+    def kernel(self, parameter: Tensor) -> Kernel:
+        """The parameter as a kernel, one group per block."""
+        if self.kind == "conv":
+            return Kernel(parameter, groups=self.groups)
+        if self.kind == "conv_transpose":
+            grouped = parameter.reshape(self.groups, -1, *self.shape[1:])
+            return Kernel(grouped.transpose(1, 2).flatten(0, 1), groups=self.groups)
+        if self.kind == "flat":
+            return Kernel(parameter.reshape(self.shape[0], -1, 1))
+        matrices = parameter.mT if self.transposed else parameter
+        rows, columns = matrices.shape[-2:]
+        batch = math.prod(self.shape[:-2]) * self.blocks
+        return Kernel(matrices.reshape(batch * rows // self.blocks, columns, 1), groups=batch)
+
+    def parameter(self, weight: Tensor) -> Tensor:
+        """The inverse: a parameter of ``shape`` from the weight of a kernel."""
+        if self.kind in ("conv", "flat"):
+            return weight.reshape(self.shape)
+        if self.kind == "conv_transpose":
+            blocks = weight.reshape(self.groups, self.shape[1], -1, *self.shape[2:])
+            return blocks.transpose(1, 2).reshape(self.shape)
+        *batch, rows, columns = self.shape
+        if self.transposed:
+            return weight.reshape(*batch, columns, rows).mT
+        return weight.reshape(self.shape)
+
+
+class WeightExpansion(nn.Module):
+    """A parametrization: parameter = product of factors. ``right_inverse`` is the factorisation.
+
+    Args:
+        view: how the parameter is read.
+        recipe: what builds the factors.
+        block: as built for the parameter; its weights become the parametrization's originals.
+    """
+
+    def __init__(self, view: View, recipe: Recipe, block: nn.Sequential) -> None:
+        super().__init__()
+        self.view = view
+        self.recipe = recipe
+        self.held: Held | None = None  # products that ``accumulate`` keeps
+        self._chain = matrix_chain(block)
+        self._planned: tuple[Tensor, ...] | None = tuple(p.detach() for p in block.parameters())
+        # In a list, so that torch does not see it as a submodule: it has shapes and structure, but no values.
+        self._structure = [block.to("meta")]
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        """The parameter, in its own shape; the same tensor at every read within ``reading_once``."""
+        if self.held is not None:
+            return self.held.leaf("weight", partial(self._formed, *factors))
+        if torch.compiler.is_compiling() or self not in _READING.products:
+            return self._formed(*factors)
+        states = [(id(factor), *state(factor)) for factor in factors]
+        made_of = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *states
+        kept = _READING.products[self]
+        if kept is None or kept[0] != made_of:
+            _READING.products[self] = kept = made_of, factors, self._formed(*factors)
+        return kept[2]
+
+    def _formed(self, *factors: Tensor) -> Tensor:
+        with exact_products(factors[0]), unhooked():
+            if self._chain is not None:
+                product = self._chain.product(factors, self._chain.whole)
+            else:
+                product = fold(self._structure[0], factors).weight
+            weight = self.view.parameter(product)
+        return laid_out_as(weight, factors[0])
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Form the product at the first read only. (A compiler finds equal products by itself.)"""
+        if self in _READING.products:  # a forward within a forward of the same module
+            yield
+            return
+        _READING.products[self] = None
+        try:
+            yield
+        finally:
+            del _READING.products[self]
+
+    @property
+    def structure(self) -> nn.Sequential:
+        """The block, on the meta device; its parameters are the factors, in their order."""
+        return self._structure[0]
+
+    def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Factors whose product is ``value``."""
+        if self._planned is not None:
+            planned, self._planned = self._planned, None
+            return planned
+        require_finite(value, "weight", "x".join(map(str, self.view.shape)))
+        return self.factor(value)
+
+    def factor(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Factors for ``value``, as at the first expansion."""
+        with exact_products(value):
+            block = self.recipe.build(self.view.kernel(value.detach()))
+        return tuple(factor.detach() for factor in block.parameters())
+
+    def folded(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The parameter, multiplied in ``dtype``."""
+        wide = [factor.detach().to(dtype) for factor in factors]
+        return laid_out_as(self.view.parameter(fold(self._structure[0], wide).weight), factors[0])
+
+    def block(self, factors: Sequence[Tensor]) -> nn.Module:
+        """The factors as the layers they are, to run on activations."""
+        block = copy.deepcopy(self._structure[0]).to_empty(device=factors[0].device)
+        for target, factor in zip(block.parameters(), factors, strict=True):
+            target.data = factor.detach()
+        return block
+
+    def extra_repr(self) -> str:
+        """The recipe and the shape."""
+        return f"{tuple(self.view.shape)}, recipe={self.recipe}"
+
+
+class _Reading(threading.local):
+    """Modules whose forward this thread runs, each with (what its product was made of, the factors, it).
+
+    Each thread has its own: two that train one model must not go backwards through the same graph.
+    """
+
+    def __init__(self) -> None:
+        self.products: dict[WeightExpansion, tuple[Any, tuple[Tensor, ...], Tensor] | None] = {}
+
+
+_READING = _Reading()
+
+
+def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpansion) -> None:
+    """Put ``expansion`` in place of a parameter, in every module that owns it: one set of factors for all."""
+    shared: nn.Module | None = None
+    for module, name in owners:
+        module.__dict__.setdefault(_ORDER, list(module._parameters))
+        parametrize.register_parametrization(
+            module, name, nn.Identity() if shared else expansion, unsafe=True
+        )
+        if shared is None:
+            shared = _lists(module)[name]
+        _lists(module)[name] = shared
+        hooks = module._load_state_dict_pre_hooks.values()
+        if load_original not in [getattr(hook, "hook", None) for hook in hooks]:
+            module.register_load_state_dict_pre_hook(load_original)  # type: ignore[no-untyped-call]
+        _read_once_per_forward(module)
+        if isinstance(module, nn.RNNBase):
+            _compute_flat_weights(module)
+
+
+def restore_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Undo ``expand_weight`` for one owner.
+
+    Not by ``parametrize.remove_parametrizations``: it deletes the property from a class that deep copies of
+    the module share, which would break them.
+    """
+    lists = _lists(module)
+    del lists[name]
+    cls = type(module)
+    if len(lists):
+        members = {
+            key: value for key, value in vars(cls).items() if key not in (name, "__dict__", "__weakref__")
+        }
+        module.__class__ = type(cls.__name__, cls.__bases__, members)
+    else:
+        del module._modules["parametrizations"]
+        module.__class__ = cls.__bases__[0]
+    module.register_parameter(name, parameter)
+    order: list[str] = module.__dict__[_ORDER]
+    for key in sorted(module._parameters, key=lambda key: order.index(key) if key in order else len(order)):
+        module._parameters[key] = module._parameters.pop(key)
+    if not list(expanded_weights(module)):
+        del module.__dict__[_ORDER]
+        _drop_hooks(module)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def expanded_weights(
+    module: nn.Module,
+) -> Iterator[tuple[str, parametrize.ParametrizationList, WeightExpansion]]:
+    """(name, its list of parametrizations, ours) of each parameter of ``module`` expanded in weight space."""
+    if not parametrize.is_parametrized(module):
+        return
+    for name, held in _lists(module).items():
+        if isinstance(held, parametrize.ParametrizationList) and isinstance(held[0], WeightExpansion):
+            yield name, held, held[0]
+
+
+def originals(held: parametrize.ParametrizationList) -> list[Tensor]:
+    """The factors behind a parameter."""
+    return [getattr(held, f"original{i}") for i in range(held.ntensors)]
+
+
+def load_original(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """A hook before loading: the original parameter in a checkpoint is factored in its place."""
+    error_msgs: list[str] = _[-1]
+    for name, held, expansion in expanded_weights(module):
+        inside = f"{prefix}parametrizations.{name}.original"
+        given = state_dict.get(prefix + name)
+        if not isinstance(given, Tensor) or any(key.startswith(inside) for key in state_dict):
+            continue
+        del state_dict[prefix + name]
+        current = originals(held)
+        if given.shape != expansion.view.shape:
+            error_msgs.append(size_mismatch(prefix + name, given.shape, expansion.view.shape))
+            factors: Sequence[Tensor] = current
+        else:
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            require_finite(given, prefix + name, type(module).__name__.removeprefix("Parametrized"))
+            value = given if assigned else given.detach().to(current[0].device, current[0].dtype)
+            factors = expansion.factor(value)
+        state_dict.update({f"{inside}{i}": factor for i, factor in enumerate(factors)})
+
+
+def _read_once_per_forward(module: nn.Module) -> None:
+    """Many modules read a weight several times: nn.MultiheadAttention does, to choose among its kernels."""
+    cls: Any = type(module)  # made for this module by parametrize
+    original = cls.__bases__[0].forward
+
+    @wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        with ExitStack() as stack:
+            for _, _, expansion in expanded_weights(self):
+                stack.enter_context(expansion.reading_once())
+            return original(self, *args, **kwargs)
+
+    cls.forward = forward
+
+
+def _compute_flat_weights(module: nn.RNNBase) -> None:
+    """Have a recurrent layer collect its weights at every use: a kept product would hold an old graph."""
+
+    def collect(self: nn.RNNBase) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def ignore(self: nn.RNNBase, weights: list[Tensor | None]) -> None:
+        pass
+
+    cls: Any = type(module)  # made for this module by parametrize
+    cls._flat_weights = property(collect, ignore)
+    cls._update_flat_weights = lambda self: None
+    module.__dict__.pop("_flat_weights", None)
+
+
+def _drop_hooks(module: nn.Module) -> None:
+    loads: dict[int, Any] = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in loads.items() if hook.hook is load_original]:
+        del loads[key]
+
+
+def _lists(module: nn.Module) -> nn.ModuleDict:
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return lists

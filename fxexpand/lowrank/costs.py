@@ -1,0 +1,158 @@
+"""What a weight costs, whole and cut in two: FLOPs, parameters, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fxexpand.kernel.algebra import FLOATING
+from fxexpand.lowrank.calibration import Seen
+from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
+from fxexpand.lowrank.factored import FACTORIZED, factors, kernel_like
+from fxexpand.lowrank.projection import Spectrum, rank_of_share
+from fxexpand.running.evaluation import evaluating
+from fxexpand.running.inputs import ExampleInputs, call
+from fxexpand.running.inputs import copy as copy_inputs
+
+TIMED_RANKS = 6  # per scheme and layer, for a budget of latency
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A weight that can be factored: all the modules that hold it, the layers among them first.
+
+    Attributes:
+        paths: of these modules; a mapping of ranks may have any of them in place of ``name``.
+    """
+
+    name: str
+    kind: str
+    modules: tuple[nn.Module, ...]
+    weight: Tensor
+    paths: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> bool:
+        """Whether it is read by look-ups alone, which cost no FLOPs."""
+        return all(isinstance(module, nn.Embedding) for module in self.modules)
+
+
+def unfit(modules: Sequence[nn.Module], weight: Tensor) -> str | None:
+    """Why a weight with these owners cannot be factored; None if it can."""
+    for module in modules:
+        if type(module) not in FACTORIZED or module._parameters.get("weight") is not weight:
+            return f"it is also the weight of a {type(module).__name__}, which has no factored form"
+        if "forward" in vars(module):
+            return "it has a forward of its own, set on the instance"
+    if weight.is_meta:
+        return "it is on the meta device and has no values"
+    if weight.dtype not in FLOATING:
+        return f"{weight.dtype} weights have no factors in their own dtype"
+    first = modules[0]
+    convolutions = [isinstance(module, nn.modules.conv._ConvNd) for module in modules]
+    if any(convolutions):
+        shapes = {getattr(module, "groups", 0) for module in modules}
+        if not all(convolutions) or len(shapes) > 1 or len({type(module) for module in modules}) > 1:
+            return "layers of different kinds share it, and their factors would differ"
+    return None if min(kernel_like(first, weight.detach()).weight.shape[:2]) > 0 else "the weight is empty"
+
+
+class Costs:
+    """FLOPs and parameters of a target, whole and cut.
+
+    Args:
+        measured: by the sizes in ``seen``; else per position of the output.
+    """
+
+    def __init__(self, target: Target, seen: Mapping[nn.Module, Seen], measured: bool) -> None:
+        self._target, self._measured = target, measured
+        self._kernels = [kernel_like(module, target.weight.detach()) for module in target.modules]
+        self._extents = [self._extent(i, seen, measured) for i in range(len(target.modules))]
+        self.params = target.weight.numel()
+        self.flops = sum(self._whole(i) for i in range(len(self._kernels)))
+
+    def params_of(self, cut: Cut) -> int:
+        """Parameters of the factors; shared by all owners."""
+        return parameters_of(self._kernels[0].geometry, cut)
+
+    def flops_of(self, cut: Cut) -> float:
+        """FLOPs of the factors, over all owners."""
+        return sum(self._cut(i, cut) for i in range(len(self._kernels)))
+
+    def saves(self, cut: Cut) -> bool:
+        """Whether a cut costs less: fewer FLOPs; of a table, which costs none, fewer parameters."""
+        if self._target.table or self.flops == 0:
+            return self.params_of(cut) < self.params
+        return self.flops_of(cut) < self.flops
+
+    def guessed(self, cut: Cut) -> bool:
+        """Whether it depends on sizes, which are not known, if the cut saves FLOPs."""
+        tables = sum(isinstance(module, nn.Embedding) for module in self._target.modules)
+        return not self._measured and (cut.scheme == "spatial" or 0 < tables < len(self._target.modules))
+
+    def _extent(self, i: int, seen: Mapping[nn.Module, Seen], measured: bool) -> Extent:
+        module = self._target.modules[i]
+        if not measured:
+            return unit_extent(self._kernels[i].geometry)
+        return seen[module].extent if module in seen else Extent(0.0, 0.0)
+
+    def _whole(self, i: int) -> float:
+        if isinstance(self._target.modules[i], nn.Embedding):
+            return 0.0
+        return 2.0 * self._target.weight.numel() * self._extents[i].outputs
+
+    def _cut(self, i: int, cut: Cut) -> float:
+        kernel, extent = self._kernels[i], self._extents[i]
+        if isinstance(self._target.modules[i], nn.Embedding):
+            return 2.0 * cut.rank * kernel.in_channels * extent.outputs  # what follows the look-up
+        return 2.0 * macs_of(kernel.geometry, cut, extent)
+
+
+def whole_cost(
+    model: nn.Module, name: str, example_inputs: ExampleInputs | None, total: float | None
+) -> float:
+    """What the whole model costs, in the units of a budget."""
+    if name == "params":
+        known = (p for p in model.parameters() if not is_lazy(p))
+        return float(sum({id(p): p.numel() for p in known}.values()))
+    if name == "flops":
+        assert total is not None
+        return total
+    assert example_inputs is not None
+    given = copy_inputs(example_inputs)  # once: a copy in each call would be timed
+    with evaluating(model):
+        return _seconds(lambda: call(model, given))
+
+
+def timed_cuts(
+    target: Target, found: Mapping[Scheme, Spectrum], seen: Mapping[nn.Module, Seen]
+) -> tuple[float, list[tuple[Cut, float]]]:
+    """Seconds of a target as it is, and at some ranks of each scheme, on the inputs that it sees."""
+    [module] = target.modules
+    weight, calls = target.weight, seen[module].calls
+    with evaluating(module):  # which restores the random state, too
+        x = torch.randn(seen[module].shape, dtype=weight.dtype, device=weight.device)
+        before = calls * _seconds(lambda: type(module).forward(module, x))
+    timed: list[tuple[Cut, float]] = []
+    for scheme, each in found.items():
+        some = sorted({rank_of_share(share / TIMED_RANKS, each.full) for share in range(1, TIMED_RANKS + 1)})
+        for rank in some:
+            cut = Cut(scheme, rank)
+            first, second = factors(module, cut, *each.factors(rank))
+            with evaluating(first), evaluating(second):
+                time = _seconds(lambda f=first, s=second: s(f(x)))  # type: ignore[misc]
+                timed.append((cut, calls * time))
+    return before, timed
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The shortest time of a call: what else runs on the machine only ever adds to it."""
+    from torch.utils.benchmark import Timer  # at import it looks for a CUDA compiler, and may complain
+
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return float(min(timer.blocked_autorange(min_run_time=0.05).times))

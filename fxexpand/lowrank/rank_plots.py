@@ -1,0 +1,160 @@
+"""Plots of ranks: a report's bars, ranks and spectra over training; SVG, PNG or PDF by the file's name."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.lowrank.model_ranks import RankReport
+from fxexpand.reporting.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = ("svg", "png", "pdf")
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+}
+BLUE, ORANGE, GREY = "#4c6a92", "#d9722e", "#9ca3af"
+
+
+@contextmanager
+def in_style() -> Iterator[None]:
+    """The look of every plot of ranks, for what is drawn inside; a decorator too.
+
+    Raises: FxExpandError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise FxExpandError('matplotlib is not installed. Run pip install "fxexpand[plots]".') from error
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write ``figure`` whole or not at all; the same figure gives the same bytes.
+
+    Raises: SelectionError: a suffix other than svg, png and pdf.
+    """
+    import matplotlib
+
+    form = path.suffix.removeprefix(".").lower()
+    if form not in FORMATS:
+        raise SelectionError(f"{path}: choose a name that ends in {', '.join('.' + f for f in FORMATS)}.")
+    stamps = {"svg": ("Date",), "pdf": ("CreationDate",), "png": ()}[form]
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fxexpand", "svg.fonttype": "path"}):
+        figure.savefig(content, format=form, dpi=120, metadata=dict.fromkeys(stamps))
+    write_whole(path, content.getvalue())
+    return path
+
+
+def new_figure(
+    rows: int, columns: int, *, width: float = 3.2, height: float = 2.5
+) -> tuple[Figure, list[Any]]:
+    """An empty figure and its axes, row by row; the object interface needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+@in_style()
+def plot_report(report: RankReport, path: str | Path) -> Path:
+    """Effective ranks of weights, and of features where there are any, as bars: before, after, full rank.
+
+    Raises: SelectionError: the report is empty, or the file's suffix is unknown.
+    """
+    groups: list[tuple[str, list[tuple[str, float, float | None, float]]]] = [
+        ("weights", [(r.name, r.effective_rank, r.before, r.full_rank) for r in report.rows]),
+        (
+            "features",
+            [
+                (r.name or "(model)", r.effective_rank, r.before, min(r.points, r.dimensions))
+                for r in report.features
+            ],
+        ),
+    ]
+    groups = [(title, rows) for title, rows in groups if rows]
+    if not groups:
+        raise SelectionError("rank report: it has no rows to plot.")
+    longest = max(len(rows) for _, rows in groups)
+    figure, axes = new_figure(1, len(groups), width=5.2, height=max(1.8, 0.22 * longest + 0.9))
+    for axis, (title, rows) in zip(axes, groups, strict=True):
+        places = range(len(rows))
+        axis.barh(places, [row[3] for row in rows], 0.8, color="#eef0f3", label="full rank")
+        after = [row[1] for row in rows]
+        if any(row[2] is not None for row in rows):
+            axis.barh([p + 0.18 for p in places], after, 0.34, color=ORANGE, label="now")
+            past = [row[2] or 0.0 for row in rows]
+            axis.barh([p - 0.18 for p in places], past, 0.34, color=BLUE, label="before")
+        else:
+            axis.barh(places, after, 0.6, color=BLUE, label="effective rank")
+        axis.set_yticks(places, [row[0].removesuffix(".weight") for row in rows], fontsize=7)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.grid(visible=False, axis="y")
+        axis.set_xscale("log" if max(row[3] for row in rows) > 40 * min(row[3] for row in rows) else "linear")
+        axis.set_title(f"effective rank of {title}", loc="left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return write_figure(figure, Path(path))
+
+
+@in_style()
+def plot_ranks(steps: Sequence[int], ranks: Mapping[str, Sequence[float]], path: str | Path) -> Path:
+    """Effective rank over training steps, a line per layer, light to dark from the input to the output."""
+    import matplotlib
+
+    figure, (axis,) = new_figure(1, 1, width=6.4, height=3.4)
+    colours = matplotlib.colormaps["viridis_r"]
+    for place, (name, values) in enumerate(ranks.items()):
+        shade = colours(0.1 + 0.85 * place / max(len(ranks) - 1, 1))
+        axis.plot(steps[-len(values) :], values, color=shade, label=name.removesuffix(".weight"))
+    axis.set_xlabel("training step")
+    axis.set_ylabel("effective rank")
+    if len(ranks) <= 24:
+        figure.legend(loc="outside right upper", fontsize=7)
+    return write_figure(figure, Path(path))
+
+
+@in_style()
+def plot_spectra(
+    spectra: Mapping[str, Sequence[tuple[int, Sequence[int], Sequence[float]]]], path: str | Path
+) -> Path:
+    """Singular values over their index, a panel per layer and a line per recorded step, light to dark.
+
+    Args:
+        spectra: by layer, ``(step, indices from 1, singular values over the largest)`` in order of the steps.
+    """
+    import matplotlib
+
+    columns = min(3, len(spectra))
+    rows = -(-len(spectra) // columns)
+    figure, axes = new_figure(rows, columns)
+    colours = matplotlib.colormaps["viridis_r"]
+    for axis, (name, records) in zip(axes, spectra.items(), strict=False):
+        for place, (step, indices, values) in enumerate(records):
+            shade = colours(0.1 + 0.85 * place / max(len(records) - 1, 1))
+            axis.plot(indices, values, color=shade, label=f"step {step}")
+        axis.set_title(name.removesuffix(".weight"), loc="left")
+        axis.set_ylim(0.0, 1.05)
+        axis.set_xlabel("index")
+    for axis in axes[len(spectra) :]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("singular value / largest")
+    axes[0].legend(fontsize=6.5)
+    return write_figure(figure, Path(path))

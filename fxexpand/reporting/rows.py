@@ -1,0 +1,103 @@
+"""What a pass did to each site it looked at, and why it left the others alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from fxexpand.reporting.table import short, table
+
+Action = Literal["expanded", "fused", "factorized", "refused", "left"]
+CHANGES: tuple[Action, ...] = ("expanded", "fused", "factorized")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site.
+
+    Attributes:
+        site: the dotted name of the module or parameter.
+        kind: what it is, with its sizes: ``Conv2d 64->64 k3 p1``.
+        action: ``"expanded"``, ``"fused"`` or ``"factorized"``; ``"refused"``: cannot be done,
+            ``reason`` says why; ``"left"``: not asked for, or no weight of a linear map.
+        reason: for a changed site, what it became.
+        params_before, params_after: numbers of parameters of the site.
+        error: relative error measured on a random probe in float64, of a factorized layer that of the
+            weight in the Frobenius norm; None where there was nothing to measure.
+    """
+
+    site: str
+    kind: str
+    action: Action
+    reason: str = ""
+    params_before: int = 0
+    params_after: int = 0
+    error: float | None = None
+
+    @property
+    def message(self) -> str:
+        """The row as one sentence, as errors print it."""
+        verb = {"refused": "not changed", "left": "left alone"}.get(self.action, self.action)
+        where = f"{self.site} ({self.kind})" if self.kind else self.site
+        reason = self.reason.rstrip(".")
+        return f"{where}: {verb}: {reason}." if reason else f"{where}: {verb}."
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one pass over one model, in the model's order.
+
+    Attributes:
+        traced: how the pass read the model: as one graph, or in parts and why; "" where it needs no graph.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    traced: str = ""
+
+    @property
+    def changed(self) -> tuple[Row, ...]:
+        """The sites that were rewritten."""
+        return tuple(row for row in self.rows if row.action in CHANGES)
+
+    @property
+    def refusals(self) -> tuple[Row, ...]:
+        """The sites that could not be rewritten, with their reasons."""
+        return tuple(row for row in self.rows if row.action == "refused")
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest error of any site; None when none was measured."""
+        return max((row.error for row in self.rows if row.error is not None), default=None)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.title}: no site"
+        rows = [
+            (
+                row.site,
+                row.kind,
+                row.action,
+                short(row.params_before) if row.params_before else "-",
+                short(row.params_after) if row.params_after else "-",
+                "-" if row.error is None else f"{row.error:.1e}",
+                row.reason.rstrip("."),
+            )
+            for row in self.rows
+        ]
+        head = ("site", "kind", "action", "params", "after", "error", "reason")
+        traced = f"traced {self.traced}\n" if self.traced else ""
+        return f"{self.summary}\n{traced}{table(head, rows, left=(0, 1, 2, 6))}"
+
+    @property
+    def summary(self) -> str:
+        """One line: how many sites, by action."""
+        counts = Counter(row.action for row in self.rows)
+        parts = [f"{counts[action]} {action}" for action in get_args(Action) if counts[action]]
+        return f"{self.title}: {', '.join(parts) or 'no site'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        traced = {"traced": self.traced} if self.traced else {}
+        return {"title": self.title, **traced, "rows": [asdict(row) for row in self.rows]}

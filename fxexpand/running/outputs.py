@@ -1,0 +1,96 @@
+"""What a model returns, in whatever structure, and how it compares with what another one does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxexpand.errors import VerificationError
+from fxexpand.running.evaluation import evaluating, undisturbed
+from fxexpand.running.inputs import ExampleInputs, call
+from fxexpand.running.inputs import copy as copy_inputs
+
+ROUNDINGS = 1000  # of two runs that do the same operations in the same order
+SEED = 0  # of what a model draws in evaluation mode
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in an output, in order, through tuples, lists, dicts, registered classes, dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                found.extend(tensors_of(getattr(leaf, field.name)))
+    return found
+
+
+def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The tensors ``model`` returns in evaluation mode; it is as before afterwards.
+
+    Random numbers are the same in each call, and the caller's go on where they were.
+    """
+    with undisturbed(model), evaluating(model):
+        seed(model)
+        return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
+
+
+def seed(model: nn.Module) -> None:
+    """Have ``model`` draw what it draws in ``outputs_of``; ``evaluating`` puts the random state back."""
+    cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    # Not torch.manual_seed, which would reset the generators of all GPUs too.
+    for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+        generator.manual_seed(SEED)
+
+
+def agree(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether two runs of the same operations returned the same, but for rounding."""
+    if all(tensor.is_meta for tensor in expected):
+        return True
+    eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
+    try:
+        return worst_error(actual, expected) <= min(ROUNDINGS * eps, 0.1)
+    except VerificationError:  # of other shapes
+        return False
+
+
+def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest ``max|a - b| / max|b|`` over pairs of tensors, in float64.
+
+    A NaN or Inf of ``expected`` (a masked score) must be in the same place of ``actual``, and the rest is
+    compared; one that is new or gone gives inf, and so does NaN everywhere. A difference below the smallest
+    normal number of the precision that the kernels compute in is none.
+
+    Raises: VerificationError when the number of tensors or a shape differs, or there is nothing to compare.
+    """
+    if not expected or len(actual) != len(expected):
+        raise VerificationError(f"outputs hold {len(actual)} and {len(expected)} tensors: cannot compare.")
+    return max(_relative_error(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        raise VerificationError(f"output shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}.")
+    if expected.is_meta:  # nothing but shapes to compare
+        return 0.0
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = (tensor.detach().cpu().to(wide) for tensor in (actual, expected))
+    finite = torch.isfinite(b)
+    if not bool(finite.all()):
+        kept = (a == b) | (a.isnan() & b.isnan())
+        if not bool(kept[~finite].all()) or (bool(b.isnan().any()) and not bool(finite.any())):
+            return float("inf")
+        a, b = a[finite], b[finite]
+    if torch.equal(a, b):
+        return 0.0
+    scale, difference = float(b.abs().max()), float((a - b).abs().max())
+    # Below the smallest normal number kernels may round to zero; half precision is computed in float32.
+    double = expected.dtype in (torch.float64, torch.complex128)
+    if difference < torch.finfo(torch.float64 if double else torch.float32).tiny:
+        return 0.0
+    return difference / scale if scale and bool(torch.isfinite(a).all()) else float("inf")

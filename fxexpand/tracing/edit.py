@@ -1,0 +1,373 @@
+"""Edits of fx graphs, the only ones in fxexpand, and what must be known of a graph before an edit."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxexpand.errors import InexactError
+from fxexpand.kernel.library_layers import weight_by_hooks
+from fxexpand.recipes import Skip
+from fxexpand.tracing.graphs import hooked
+
+FACTOR = "fxexpand_factor"  # attribute of a module inside an expanded layer: its path in there
+OF_ONE_VALUE = (
+    "tensor_meta",
+    "val",
+    "example_value",
+)  # keys of a node's meta that no other node may take over
+
+
+# Views by what does the same whatever the layout in memory.
+RESHAPES: dict[Any, Any] = {
+    "view": "reshape",
+    "view_as": "reshape_as",
+    torch.Tensor.view: torch.Tensor.reshape,
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+AUGMENTED = frozenset(
+    [
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem", "delitem"),
+    ]
+)
+
+
+class Census:
+    """What a graph module holds under which names: what can be replaced without anyone noticing.
+
+    Attributes:
+        calls: of each module, by its id.
+        around: the modules that the graph calls as a whole, and of which it calls a part by itself too.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.calls: dict[int, list[fx.Node]] = {}
+        called: dict[nn.Module, None] = {}
+        for node in graph_module.graph.find_nodes(op="call_module"):
+            module = graph_module.get_submodule(node.target)
+            self.calls.setdefault(id(module), []).append(node)
+            called[module] = None
+        self.around: set[nn.Module] = set()
+        self._inside: set[nn.Module] = set()
+        for module in called:
+            parts = [part for part in module.modules() if part is not module and part in called]
+            self._inside.update(parts)
+            self.around.update([module] if parts else [])
+        self._tensors: dict[int, list[str]] = {}
+        for name, tensor in chain(
+            graph_module.named_parameters(remove_duplicate=False),
+            graph_module.named_buffers(remove_duplicate=False),
+        ):
+            self._tensors.setdefault(id(tensor), []).append(name)
+        self._read = {node.target for node in graph_module.graph.find_nodes(op="get_attr")}
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why replacing ``module`` would change more than its calls; None where it would not."""
+        if hooked(module) and not weight_by_hooks(module):
+            return "it has hooks or a forward of its own, which its replacement would not have"
+        if module in self._inside:
+            return "it is also part of a module that the graph calls as a whole"
+        for tensor in chain(module.parameters(), module.buffers()):
+            held = self._tensors[id(tensor)]
+            if len(held) > 1:
+                return f"a tensor of it is shared: registered as {' and '.join(held)}"
+            if held[0] in self._read:
+                return f"{held[0]} is also read outside the module"
+        return None
+
+
+def tensor_at(graph_module: fx.GraphModule, target: str) -> Tensor:
+    """The parameter or buffer that a ``get_attr`` node reads.
+
+    Raises: InexactError: it is no tensor.
+    """
+    path, _, name = target.rpartition(".")
+    tensor = getattr(graph_module.get_submodule(path), name)
+    if not isinstance(tensor, Tensor):
+        raise InexactError(f"{target} is no tensor.")
+    return tensor
+
+
+def operand(node: fx.Node) -> fx.Node | None:
+    """The only argument of a call, where that is a value of the graph."""
+    given = [*node.args, *node.kwargs.values()]
+    return given[0] if len(given) == 1 and isinstance(given[0], fx.Node) else None
+
+
+def site_of(target: str, module: nn.Module) -> str | None:
+    """The name of the expanded layer that ``module`` is a factor of; None for any other module."""
+    inner = vars(module).get(FACTOR)
+    ending = f".{inner}"
+    return target.removesuffix(ending) if inner is not None and target.endswith(ending) else None
+
+
+def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call writes into its argument, as far as its name and its options say."""
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("out") is not None:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name: str = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    package = getattr(node.target, "__module__", None)
+    augmented = package == "_operator" and name in AUGMENTED
+    flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # F.relu(x, inplace=True)
+    return name.endswith("_") or augmented or (flagged and _takes_inplace(node.target))
+
+
+def written(node: fx.Node) -> object:
+    """What a call that works in place writes into."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return node.kwargs.get("out") or first
+
+
+def _takes_inplace(target: object) -> bool:
+    """Whether a function has an option ``inplace``; methods have none."""
+    if not callable(target):
+        return False
+    try:
+        return "inplace" in inspect.signature(target).parameters
+    except ValueError:  # written in C, where in-place functions have names that end with "_"
+        return False
+
+
+def read_what_is_written(graph_module: fx.GraphModule) -> None:
+    """Have nodes that follow a call such as ``x.add_(y)`` read its result, which is ``x``, and not ``x``."""
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    for node, place in order.items():
+        target = node.args[0] if node.args else None
+        if isinstance(target, fx.Node) and _returns_what_it_writes(node):
+            for user in list(target.users):
+                if order[user] > place:
+                    user.replace_input_with(target, node)
+
+
+def drop_unread_items(graph_module: fx.GraphModule) -> None:
+    """Erase items that nobody reads: the statistics that ATen's BatchNorm returns, in a graph of make_fx."""
+    items = graph_module.graph.find_nodes(op="call_function", target=operator.getitem)
+    for node in reversed(list(items)):
+        if not node.users:
+            graph_module.graph.erase_node(node)
+
+
+def _returns_what_it_writes(node: fx.Node) -> bool:
+    """Whether a call is sure to return its first argument, written into."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name)
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__module__", None) == "_operator":
+        return name in AUGMENTED and name not in ("setitem", "delitem")
+    inplace = node.kwargs.get("inplace") is True and getattr(functional, name, None) is node.target
+    return inplace or (name.endswith("_") and getattr(torch, name, None) is node.target)
+
+
+def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential) -> None:
+    """Put ``block`` in place of the submodule ``target``, and its parts in place of every call.
+
+    The nodes call ``target.0``, ``target.1`` and so on, in the block's order; a Skip becomes an addition.
+    """
+    for name, part in block.named_modules():
+        if not isinstance(part, nn.Sequential):
+            vars(part)[FACTOR] = name
+    put(graph_module, target, block)
+    for node in graph_module.graph.find_nodes(op="call_module", target=target):
+        x = operand(node)
+        assert x is not None
+        with graph_module.graph.inserting_before(node):
+            last = _emit(node, target, block, x)
+        _take_over(node, last)
+
+
+def call_instead(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    target: str,
+    source: fx.Node,
+    place: fx.Node,
+    before: Sequence[fx.Node] = (),
+    after: Sequence[fx.Node] = (),
+) -> fx.Node:
+    """Have a call of the module ``target`` on ``source`` read wherever ``node`` was; the new value.
+
+    Args:
+        place: the node before which to call.
+        before, after: views of the graph to apply again, to the source and to what the module gives.
+    """
+    with graph_module.graph.inserting_before(place):
+        x = _viewed(graph_module.graph, source, before)
+        x = _viewed(graph_module.graph, graph_module.graph.call_module(target, (x,)), after)
+    x.meta = dict(node.meta)
+    node.replace_all_uses_with(x)
+    return x
+
+
+def read_early(
+    graph_module: fx.GraphModule, reader: fx.Node, source: fx.Node, views: Sequence[fx.Node]
+) -> None:
+    """Have a node that reads a shape read it of ``source``, viewed, so that nothing else is kept for it."""
+    with graph_module.graph.inserting_before(reader):
+        value = _viewed(graph_module.graph, source, views)
+    first = reader.args[0]
+    assert isinstance(first, fx.Node)
+    reader.replace_input_with(first, value)
+
+
+def extract(
+    graph_module: fx.GraphModule, source: fx.Node, nodes: Iterable[fx.Node], sizes: Mapping[fx.Node, int]
+) -> fx.GraphModule:
+    """What ``nodes`` compute of ``source``, as a graph of its own; the modules and parameters are shared.
+
+    Args:
+        nodes: in the graph's order; what else they read are constants and sizes.
+        sizes: the numbers to put in for sizes.
+
+    Raises: InexactError: they read a size that is not among these.
+    """
+    graph, _, copied = _beside(source, sizes)
+    graph.output([copied(node) for node in nodes][-1])
+    return fx.GraphModule(graph_module, graph)
+
+
+def call_alone(
+    graph_module: fx.GraphModule,
+    module: nn.Module,
+    source: fx.Node,
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+    sizes: Mapping[fx.Node, int],
+) -> fx.GraphModule:
+    """A graph that applies views, a module, and views again; see ``call_instead`` and ``extract``."""
+    graph, x, copied = _beside(source, sizes)
+    name = "fused"
+    while hasattr(graph_module, name):
+        name += "_"
+    graph.output(_viewed(graph, graph.call_module(name, (_viewed(graph, x, before, copied),)), after, copied))
+    root = {
+        str(node.target): attrgetter(str(node.target))(graph_module)
+        for node in graph.nodes
+        if node.op in ("call_module", "get_attr") and node.target != name
+    }
+    return fx.GraphModule({**root, name: module}, graph)
+
+
+def _beside(
+    source: fx.Node, sizes: Mapping[fx.Node, int]
+) -> tuple[fx.Graph, fx.Node, Callable[[fx.Node], Any]]:
+    """A new graph, its input in the place of ``source``, and what copies a node and all that it reads."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    copies: dict[fx.Node, Any] = {**sizes, source: x}
+
+    def copied(node: fx.Node) -> Any:
+        if node.op == "placeholder" and node not in copies:
+            raise InexactError("it reads a size that is not known.")
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    return graph, x, copied
+
+
+def put(graph_module: fx.GraphModule, target: str, module: nn.Module) -> None:
+    """Put a module under a name, in place of what is there; it keeps its place among the others."""
+    path, _, name = target.rpartition(".")
+    graph_module.get_submodule(path)._modules[name] = module
+
+
+def finish(
+    graph_module: fx.GraphModule, replaced: Iterable[str] = (), removable: Container[fx.Node] = ()
+) -> None:
+    """Erase the ``removable`` nodes that nobody reads; check and compile the graph.
+
+    Args:
+        replaced: submodules, parameters and buffers to delete where nothing calls or reads them any more.
+    """
+    for node in reversed(graph_module.graph.nodes):
+        if not node.users and node in removable:
+            graph_module.graph.erase_node(node)
+    used: set[str] = set()
+    called: set[str] = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            parts = str(node.target).split(".")
+            used.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+            called.update([str(node.target)] if node.op == "call_module" else [])
+    for target in replaced:
+        parts = target.split(".")
+        if target not in used and not any(".".join(parts[:i]) in called for i in range(1, len(parts))):
+            remove(graph_module, target)
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _viewed(
+    graph: fx.Graph, x: fx.Node, views: Sequence[fx.Node], other: Callable[[fx.Node], Any] = lambda node: node
+) -> fx.Node:
+    """``x`` through views; ``other`` gives what else they read, which are sizes.
+
+    The memory of ``x`` may be laid out in another way than that of the value they were for, so a view becomes
+    a reshape.
+    """
+    for view in views:
+        first, target = view.all_input_nodes[0], RESHAPES.get(view.target, view.target)
+        swap = partial(_swapped, first, x, other)
+        args, kwargs = fx.map_arg(view.args, swap), fx.map_arg(view.kwargs, swap)
+        x = graph.create_node(view.op, target, args, kwargs, name=view.name, type_expr=view.type)
+        x.meta = dict(view.meta)
+    return x
+
+
+def _swapped(old: fx.Node, new: fx.Node, other: Callable[[fx.Node], Any], arg: fx.Node) -> Any:
+    return new if arg is old else other(arg)
+
+
+def _emit(origin: fx.Node, target: str, part: nn.Module, x: fx.Node) -> fx.Node:
+    """The nodes that run ``part``, found under ``target``, on ``x``; returns the last."""
+    if type(part) not in (nn.Sequential, Skip):
+        node = origin.graph.call_module(target, (x,))
+    else:
+        node = x
+        for name, inner in part._modules.items():
+            assert inner is not None
+            node = _emit(origin, f"{target}.{name}", inner, node)
+        if type(part) is Skip:
+            node = origin.graph.call_function(operator.add, (x, node))
+    if node is not x:
+        node.meta = {key: value for key, value in origin.meta.items() if key not in OF_ONE_VALUE}
+    return node
+
+
+def _take_over(node: fx.Node, successor: fx.Node) -> None:
+    """Have ``successor`` read wherever ``node`` was, with its meta."""
+    successor.meta = dict(node.meta)
+    node.replace_all_uses_with(successor)
+    node.graph.erase_node(node)
+
+
+def remove(graph_module: fx.GraphModule, target: str) -> None:
+    """Delete a submodule or a tensor, if it is there, and what holds it if that is then empty."""
+    path, _, name = target.rpartition(".")
+    try:
+        parent = graph_module.get_submodule(path)
+    except AttributeError:
+        return  # went with its parent
+    for held in (parent._modules, parent._parameters, parent._buffers):
+        held.pop(name, None)
+    if path and not (parent._modules or parent._parameters or parent._buffers):
+        remove(graph_module, path)

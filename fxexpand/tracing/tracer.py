@@ -1,0 +1,311 @@
+"""The tracer: fx's, with the leaves and the arguments that any network needs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from itertools import chain
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
+from torch.nn.utils import parametrize
+
+from fxexpand.kernel.library_layers import is_layer_norm
+from fxexpand.tracing.example_values import Sizes, UnknownValue
+from fxexpand.tracing.guards import require_argument
+
+Leaf: TypeAlias = Callable[[str, nn.Module], bool]
+
+# What forward code raises when it is given proxies instead of tensors.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+BRANCHES = 64  # in one trace: a loop that goes by sizes may have no end on a path that no input takes
+STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice of torch that may follow."""
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return message.split(". ")[0].rstrip(".")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class' forward: hooks, or a forward of its own."""
+    held = vars(module)
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in held or any(held.get(name) for name in names)
+
+
+def calls_more(module: nn.Module) -> bool:
+    """Whether its class has a ``__call__`` of its own, around the forward that a graph is made of.
+
+    That of transformers is about checkpoints in training, and that of a graph module about error messages.
+    """
+    call: Any = type(module).__call__
+    theirs = isinstance(module, fx.GraphModule) or str(call.__module__).startswith("transformers.")
+    return call is not nn.Module.__call__ and not theirs
+
+
+class RegionTracer(fx.Tracer):
+    """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time.
+
+    Args:
+        sizes: lets control flow go by sizes.
+        along: how the first of these branches go; the others go as in ``sizes``.
+        blind: branches that go by anything else are taken as not to be gone into, for a graph that is only
+            read; they are decisions, too.
+
+    Attributes:
+        decisions: how they all went.
+        failed: the innermost module of the model whose call raised.
+        stopped: why there is no graph, whatever the model makes of that error.
+        wordy: the paths of modules that are called with other than one argument, or by its name.
+    """
+
+    def __init__(
+        self,
+        leaf: Leaf | None = None,
+        fixed: Mapping[str, Any] | None = None,
+        faithful: bool = True,
+        sizes: Sizes | None = None,
+        along: Sequence[bool] = (),
+        blind: bool = False,
+    ) -> None:
+        types, functions, modules = _library_leaves()
+        super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
+        self._types = types
+        self._leaf = leaf
+        self._fixed = fixed or {}
+        self._faithful = faithful
+        self._names: dict[int, str] = {}
+        self._gradients, self._autocasts = True, 0
+        self._sizes, self._along, self._blind = sizes, along, blind
+        self.decisions: list[bool] = []
+        self.failed: nn.Module | None = None
+        self.stopped: Exception | None = None
+        self.wordy: set[str] = set()
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """See ``fx.Tracer.trace``."""
+        tensors = chain(root.named_buffers(), root.named_parameters())
+        self._names = {id(tensor): name for name, tensor in tensors}
+        self._gradients, self._autocasts = torch.is_grad_enabled(), _open_autocasts()
+        graph = super().trace(root, concrete_args)
+        if self.stopped is not None:  # which the model caught
+            raise self.stopped
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # which torch 2.9 writes into the code, and cannot pickle
+                node.type = None
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether the module is one node of the graph."""
+        if super().is_leaf_module(m, module_qualified_name) or isinstance(m, self._types):
+            return True
+        inside = isinstance(m, nn.Sequential) or getattr(type(m), "traced_inside", False)
+        ours = type(m).__module__.startswith("fxexpand.") and not inside
+        kept = ours or parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
+        # torchvision.ops: the operators, not the permutation and the blocks of layers that are also there.
+        theirs = type(m).__module__.startswith("torchvision.ops.") and type(m).__name__ != "Permute"
+        operator = theirs and not m._modules
+        asked = self._leaf is not None and self._leaf(module_qualified_name, m)
+        return kept or operator or asked or is_layer_norm(m) or _switch(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer read by the forward: one node of the graph."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """See ``fx.Tracer.create_arg``."""
+        if isinstance(a, Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            return self._mapping(a)
+        return super().create_arg(a)
+
+    def _mapping(self, given: dict[str, Any]) -> Any:
+        """A dict of another class, of which fx would make a plain one."""
+        kind: type = type(given)
+        plain = super().create_arg(dict(given))
+        if kind is OrderedDict:
+            node = self.create_node("call_function", kind, (plain,), {})
+        elif is_dataclass(kind):
+            node = self.create_node("call_function", kind, (), plain)
+        elif self._faithful:
+            raise RuntimeError(f"it makes a {kind.__name__}, which a graph would make a plain dict")
+        else:
+            return plain
+        # A node again when a pickled graph is read. torch keeps such code, and each later trace goes over it.
+        node.meta["is_wrapped"] = self._faithful
+        return node
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """See ``fx.Tracer.call_module``; what a forward makes itself (``nn.Softmax(1)(x)``) is its code."""
+        if m not in (self.submodule_paths or ()):
+            return forward(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            self.wordy.add(self.path_of_module(m))
+        try:
+            if self._faithful and calls_more(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+                raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:  # whatever a model raises
+            if self.failed is None:
+                self.failed = m
+            raise
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """See ``fx.Tracer.proxy``."""
+        return _Sized(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """As many items as there are, where that is known."""
+        length = self.length(obj)
+        return super().iter(obj) if length is None else iter([obj[i] for i in range(length)])  # type: ignore[index]
+
+    def length(self, obj: fx.Proxy) -> int | None:
+        """The number of dimensions in a shape, or of items in a tuple of sizes."""
+        known = self._known(obj)
+        return len(known) if isinstance(known, tuple | list) else None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Whether a condition on sizes holds."""
+        known = self._known(obj)
+        if isinstance(known, bool | int | float | tuple | list):
+            return self._decided(bool(known))
+        if self._blind:
+            return self._decided(False)
+        try:
+            return super().to_bool(obj)
+        except fx.proxy.TraceError as error:
+            self.stopped = error
+            raise
+
+    def _decided(self, default: bool) -> bool:
+        place = len(self.decisions)
+        if place == BRANCHES:
+            raise RuntimeError("its code goes by sizes, in too many branches to look at")
+        self.decisions.append(self._along[place] if place < len(self._along) else default)
+        return self.decisions[-1]
+
+    def _known(self, obj: fx.Proxy) -> Any:
+        try:
+            return None if self._sizes is None else self._sizes.of(obj.node)
+        except UnknownValue:
+            return None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """See ``fx.Tracer.create_node``."""
+        if self._faithful and torch.is_grad_enabled() != self._gradients:
+            raise RuntimeError("it switches gradients on or off, which a graph does not record")
+        if self._faithful and _open_autocasts() != self._autocasts:
+            raise RuntimeError("it switches autocast on or off, which a graph does not record")
+        return super().create_node(*args, **kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The arguments that the forward is traced with: proxies, but for the fixed ones.
+
+        fx itself patches the code of a forward with ``*args`` or ``**kwargs``, which a decorated one is not
+        the code of.
+        """
+        forward = inspect.unwrap(root_fn)
+        known = inspect.signature(forward)
+        _, *parameters = known.parameters.values()
+        stars = {parameter.name: STARS.get(parameter.kind.name, "") for parameter in parameters}
+        # fx writes placeholders in their order: what takes the rest comes last.
+        names = sorted((star + name for name, star in stars.items()), key=lambda name: name.count("*"))
+        if any(name.startswith("*") and name not in self._fixed for name in names):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        made: dict[str, Any] = {name: self._proxy_placeholder(name, None, known, forward) for name in names}
+        # ``*args`` is empty in a trace, but for one where a graph is only read: see ``paths.alternatives``.
+        more = [made[name][0] for name in names if name.count("*") == 1 and self._fixed.get(name)]
+        for name in [name for name in names if name in self._fixed]:
+            expected = self._fixed[name]
+            self.create_proxy("call_function", require_argument, (made[name], expected, name), {})
+            made[name] = expected
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        by_place = [p.name for p in parameters if not stars[p.name] and p.name not in by_name]
+
+        def traced(root: nn.Module) -> Any:
+            given = {name: made[name] for name in by_name}
+            return root_fn(root, *(made[name] for name in by_place), *more, **given)
+
+        return traced, [self.root]
+
+
+class _Sized(fx.Proxy):
+    """A proxy that has a length where it stands for a shape, and a hash for fx alone."""
+
+    tracer: RegionTracer
+
+    def __len__(self) -> int:
+        length = self.tracer.length(self)
+        return int(super().__len__()) if length is None else length  # that of fx raises
+
+    def __hash__(self) -> int:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fxexpand.")):
+            return super().__hash__()
+        # A set or a dict that holds the size would not find it: the hash of a proxy is not that of its value.
+        raise TypeError("its code looks for a value in a set or a dict, or keeps what it computed for it")
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _SizedAttribute(self, name)
+
+
+class _SizedAttribute(_Sized, fx.proxy.Attribute):
+    """An attribute of one."""
+
+
+def _open_autocasts() -> int:
+    """How many contexts of autocast are open, those that switch it off among them."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _library_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:
+    """(module types, functions, modules of functions) to keep whole, of the libraries that are imported."""
+    types: tuple[type, ...] = ()
+    functions: tuple[Callable[..., Any], ...] = ()
+    modules: tuple[ModuleType, ...] = (math,)
+    timm = sys.modules.get("timm.models._features_fx")
+    if timm is not None:
+        types = tuple(timm.get_notrace_modules())
+        functions = tuple(function for function in timm.get_notrace_functions() if callable(function))
+    ops = sys.modules.get("torchvision.ops")
+    if ops is not None:
+        modules = (math, ops)
+    return types, functions, modules
+
+
+def _switch(module: nn.Module) -> bool:
+    """A module that holds no tensor and reads its training flag, such as stochastic depth.
+
+    Kept whole it works in both modes, and nothing that could be rewritten is inside.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    reads = code is not None and "training" in code.co_names
+    return reads and next(chain(module.parameters(), module.buffers()), None) is None

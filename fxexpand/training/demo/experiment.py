@@ -1,0 +1,322 @@
+"""The main job, on real data: train a small network plain and expanded, fuse it, and prove what came out."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fxexpand.deploy import export_onnx
+from fxexpand.deploy.latency import LatencyReport, measure_latency
+from fxexpand.deploy.sessions import feeds, open_session
+from fxexpand.errors import FxExpandError, VerificationError
+from fxexpand.lowrank import rank_report
+from fxexpand.recipes import Chain
+from fxexpand.reporting.files import write_whole
+from fxexpand.reporting.progress import shows
+from fxexpand.running.flops import count_flops
+from fxexpand.running.outputs import worst_error
+from fxexpand.surgery.expand import expand
+from fxexpand.surgery.fuse import fuse
+from fxexpand.training.data import Batches, Data, batches, digits
+from fxexpand.training.demo import page
+from fxexpand.training.demo.findings import Findings, Proof, Run
+from fxexpand.training.demo.network import NETWORK, Digits
+from fxexpand.training.loop import Schedule, fit, logits
+
+# Largest relative error of the logits in float32: five layers, each within 1e-5 of what it replaces.
+TOLERANCE = 5e-5
+
+FILES = ("report.html", "report.json", "model.safetensors", "model.onnx")
+ONNX_FILE = FILES[-1]
+
+ONNX_MISSING = 'no ONNX file, no onnxruntime figures: run pip install "fxexpand[onnx]"'
+PLOTS_MISSING = 'no plots in report.html: run pip install "fxexpand[plots]"'
+
+Notify: TypeAlias = Callable[[str, int], None]  # a task of the progress bar, and how many steps it advances
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One seed's networks after training, and the findings on them."""
+
+    run: Run
+    plain: nn.Module
+    expanded: nn.Module
+    fused: nn.Module
+    test: Tensor
+
+
+def run(
+    folder: Path,
+    *,
+    seeds: int = 3,
+    train_size: int = 600,
+    schedule: Schedule = Schedule(),  # noqa: B008 - a frozen dataclass
+    recipe: Chain = Chain(depth=3, width=2),  # noqa: B008 - a frozen dataclass
+    device: torch.device | str = "cpu",
+    rounds: int = 30,
+    progress: bool | None = None,
+) -> Findings:
+    """Run the demo and write ``report.html``, ``report.json``, ``model.safetensors`` and ``model.onnx``.
+
+    Args:
+        folder: made if it does not exist; files of an earlier run in it are replaced.
+        seeds: how many pairs of networks are trained, with the seeds 0, 1, 2...
+        train_size: how many of the 1797 digits are trained on; the others are the test set.
+        rounds: of the latency measurement.
+        progress: show bars on stderr; None shows them on a terminal.
+
+    A proof that fails does not raise: it is in the result's ``failed``. Missing extras skip their step, and
+    ``skipped`` says so.
+
+    Raises:
+        FxExpandError: training diverged.
+        OSError: a file cannot be written.
+    """
+    with _one_thread():
+        return _run(folder, seeds, train_size, schedule, recipe, torch.device(device), rounds, progress)
+
+
+def _run(
+    folder: Path,
+    seeds: int,
+    train_size: int,
+    schedule: Schedule,
+    recipe: Chain,
+    device: torch.device,
+    rounds: int,
+    progress: bool | None,
+) -> Findings:
+    begin = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    plots = importlib.util.find_spec("matplotlib") is not None
+    skipped = [*([] if onnx else [ONNX_MISSING]), *([] if plots else [PLOTS_MISSING])]
+    steps = schedule.epochs * -(-train_size // schedule.batch_size)
+
+    with _bars({"training": 2 * seeds * steps, "proofs": 2 if onnx else 1}, progress) as notify:
+        pairs = [_pair(seed, train_size, schedule, recipe, device, notify) for seed in range(seeds)]
+        first = pairs[0]
+        proofs = [*first.run.proofs, _write_weights(first, folder / "model.safetensors")]
+        notify("proofs", 1)
+        (folder / ONNX_FILE).unlink(missing_ok=True)  # if none is written, none of an earlier run stays
+        if onnx:
+            proofs += _write_onnx(first, folder / ONNX_FILE)
+            notify("proofs", 1)
+    try:
+        latency = _latency(first, onnx, rounds, device, progress, skipped)
+    except VerificationError as error:
+        latency = None
+        proofs.append(Proof("same outputs when timed", math.nan, TOLERANCE, problem=str(error)))
+    example, batch = first.test[:1].to(device), first.test[: schedule.batch_size].to(device)
+    networks = {"plain": first.plain, "expanded": first.expanded, "fused": first.fused}
+    findings = Findings(
+        data="scikit-learn digits",
+        sizes=(train_size, len(first.test)),
+        network=NETWORK,
+        recipe=repr(recipe),
+        schedule=schedule,
+        full_ranks={_layer(row.name): row.full_rank for row in rank_report(first.plain).rows},
+        runs=(replace(first.run, proofs=tuple(proofs)), *(pair.run for pair in pairs[1:])),
+        spectra=_spectra(first.plain, first.expanded),
+        parameters={name: count_flops(model, example).parameters for name, model in networks.items()},
+        flops={name: count_flops(model, example).total for name, model in networks.items()},
+        batch_flops={name: count_flops(model, batch).total for name, model in networks.items()},
+        latency=latency,
+        skipped=tuple(skipped),
+        files=tuple(name for name in FILES if name != ONNX_FILE or (folder / name).exists()),
+        versions={"python": sys.version.split()[0], "torch": str(torch.__version__)},
+        device=_device(device),
+        seconds=time.monotonic() - begin,
+    )
+    write_whole(folder / "report.json", json.dumps(findings.to_dict(), indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "report.html", page.html(findings))
+    return findings
+
+
+def _pair(
+    seed: int, train_size: int, schedule: Schedule, recipe: Chain, device: torch.device, notify: Notify
+) -> Trained:
+    """Train one seed plain and expanded, from the same function and on the same batches, and fuse."""
+    data = digits(seed, train_size)
+    test = batches(data.test, 500)
+    torch.manual_seed(seed)
+    plain = Digits().to(device)
+    expanded = expand(plain, recipe, generator=torch.Generator().manual_seed(seed), progress=False)
+    at_start = _same_outputs("expanded = plain, start", logits(expanded, test), logits(plain, test))
+
+    histories = []
+    for model in (plain, expanded):
+        train = batches(data.train, schedule.batch_size, seed=seed)
+        histories.append(fit(model, train, test, schedule, on_step=lambda: notify("training", 1)))
+    fused, proofs = _fused(expanded.eval(), plain.eval(), test)
+    history = Run(seed, histories[0], histories[1], (at_start, *proofs))
+    return Trained(history, plain, expanded, fused, _images(data, test))
+
+
+def _fused(expanded: nn.Module, plain: nn.Module, test: Batches) -> tuple[nn.Module, list[Proof]]:
+    """The fused network, and what is proved of it against the expanded and the plain one."""
+    fused = fuse(expanded, scope="expanded", progress=False)
+    before, after = logits(expanded, test), logits(fused, test)
+    images = next(iter(test))[0][:1].to(next(plain.parameters()).device)
+    work, wanted = count_flops(fused, images).total, count_flops(plain, images).total
+    return fused, [
+        _same_outputs("fused = expanded", after, before),
+        _same_classes("same class, all images", after, before),
+        Proof("FLOPs = plain's", abs(work - wanted), 0, total=wanted),
+        _same_structure(fused, plain),
+    ]
+
+
+def _same_outputs(claim: str, actual: Tensor, expected: Tensor) -> Proof:
+    absolute = float((actual.double() - expected.double()).abs().max())
+    return Proof(claim, worst_error([actual], [expected]), TOLERANCE, absolute=absolute)
+
+
+def _same_classes(claim: str, actual: Tensor, expected: Tensor) -> Proof:
+    differ = int((actual.argmax(-1) != expected.argmax(-1)).sum())
+    return Proof(claim, differ, 0, total=len(expected))
+
+
+def _same_structure(fused: nn.Module, plain: nn.Module) -> Proof:
+    """The same names in the same order, with the same shapes and dtypes."""
+    kinds = [
+        [(name, tuple(value.shape), value.dtype) for name, value in model.state_dict().items()]
+        for model in (fused, plain)
+    ]
+    unlike = len(set(kinds[0]) ^ set(kinds[1])) or int(kinds[0] != kinds[1])
+    return Proof("names, shapes = plain's", unlike, 0, total=len(kinds[1]))
+
+
+def _write_weights(trained: Trained, path: Path) -> Proof:
+    """Write the fused weights, and load the file strictly into a fresh plain network."""
+    from safetensors.torch import load_file, save
+
+    state = {name: value.detach().cpu().contiguous() for name, value in trained.fused.state_dict().items()}
+    write_whole(path, save(state))
+    claim, fresh = "plain from file = fused", Digits().eval()
+    try:
+        fresh.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        return Proof(claim, math.nan, TOLERANCE, problem=" ".join(str(error).split()))
+    with torch.no_grad():
+        return _same_outputs(claim, fresh(trained.test), _on_cpu(trained.fused)(trained.test))
+
+
+def _write_onnx(trained: Trained, path: Path) -> list[Proof]:
+    """Export the fused network, and compare onnxruntime with torch on every test image."""
+    fused = _on_cpu(trained.fused)
+    claims = ("ONNX = fused", "same class in ONNX")
+    try:
+        report = export_onnx(fused, path, trained.test[:8])
+    except VerificationError as error:
+        return [Proof(claims[0], math.nan, TOLERANCE, problem=str(error))]
+    session = open_session(path)
+    actual = torch.from_numpy(session.run(None, feeds(session, trained.test))[0])
+    with torch.no_grad():
+        expected = fused(trained.test)
+    logit = _same_outputs(claims[0], actual, expected)
+    limit = logit.limit if report.tolerance is None else report.tolerance
+    return [replace(logit, limit=limit), _same_classes(claims[1], actual, expected)]
+
+
+def _latency(
+    trained: Trained,
+    onnx: bool,
+    rounds: int,
+    device: torch.device,
+    progress: bool | None,
+    skipped: list[str],
+) -> LatencyReport | None:
+    """Latency of one image. The plain network has the fused weights: only the same function is compared.
+
+    Raises: VerificationError: the three differ.
+    """
+    plain = Digits().to(device).eval()
+    plain.load_state_dict(trained.fused.state_dict())
+    models = {"plain": plain, "expanded": trained.expanded, "fused": trained.fused}
+    image = trained.test[:1].to(device)
+    every = ("eager", "onnxruntime") if onnx else ("eager",)
+    for backends in dict.fromkeys((every, ("eager",))):
+        try:
+            return measure_latency(models, image, backends=backends, rounds=rounds, progress=progress)
+        except VerificationError:
+            raise
+        except FxExpandError as error:
+            skipped.append(f"latency on {' and '.join(backends)}: {error}")
+    return None
+
+
+def _spectra(plain: nn.Module, expanded: nn.Module) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Singular values by layer, each divided by the largest."""
+
+    def values(model: nn.Module, layer: str) -> tuple[float, ...]:
+        weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
+        spectrum = torch.linalg.svdvals(weight.detach().flatten(1).double())
+        return tuple((spectrum / spectrum[0]).tolist())
+
+    layers = [_layer(row.name) for row in rank_report(plain).rows]
+    return {layer: (values(plain, layer), values(expanded, layer)) for layer in layers}
+
+
+def _layer(weight: str) -> str:
+    return weight.removesuffix(".weight")
+
+
+def _images(data: Data, test: Batches) -> Tensor:
+    return torch.cat([images for images, _ in test])
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu()
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}, one thread"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: a network this small gains little from a second one, and two threads that wait for each
+    other at every operator are many times slower where another program takes one of the cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _bars(totals: dict[str, int], progress: bool | None) -> Iterator[Notify]:
+    """One bar per task on stderr while the body runs; nothing where stderr is not a terminal."""
+    if not shows(progress):
+        yield lambda task, steps: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: Sequence[TextColumn | BarColumn | TimeRemainingColumn] = (
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
+        yield lambda task, steps: bar.advance(tasks[task], steps)

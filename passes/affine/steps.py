@@ -1,0 +1,131 @@
+"""What one node of a graph does to its operands, as an affine interpretation sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from fxexpand.errors import InexactError
+from fxexpand.kernel.algebra import Kernel
+from fxexpand.passes.affine.maps import Map, Place, identity
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A map of one value.
+
+    Attributes:
+        weighs: it is a Linear or a convolution, whose multiply-adds count.
+        computed: its weight is computed at every call, of nothing but constants.
+        averages: every output is an average of what it reads, so that a pointwise map may also come after it.
+    """
+
+    operand: fx.Node
+    map: Map
+    weighs: bool = False
+    computed: bool = False
+    averages: bool = False
+
+
+@dataclass(frozen=True)
+class Same:
+    """The value itself."""
+
+    operand: fx.Node
+
+
+@dataclass(frozen=True)
+class View:
+    """The same numbers, or averages of them, at other positions: pointwise maps may come before or after.
+
+    Attributes:
+        moves: from the number of spatial dimensions after the channels to that of the result; None where the
+            channels are mixed with another dimension.
+        averages: there are fewer positions afterwards.
+        keeps_order: it is a reshape, which keeps the order of the numbers.
+        like: a value of which it reads the shape alone.
+        note: why no layer before it can be merged with what follows.
+    """
+
+    operand: fx.Node
+    moves: Callable[[int], int | None]
+    averages: bool = False
+    keeps_order: bool = False
+    like: fx.Node | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of maps of several values."""
+
+    terms: tuple[tuple[fx.Node, Map], ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Values stacked on the channels; ``rank`` is the number of dimensions after those."""
+
+    operands: tuple[fx.Node, ...]
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Some channels of a value, in some order; ``rows`` gives them for the number there are."""
+
+    operand: fx.Node
+    rows: Callable[[int], list[int] | None]
+    rank: int
+
+    def of(self, channels: int) -> Map:
+        """The map: a kernel of zeros and ones.
+
+        Raises: InexactError: which channels are taken is not known.
+        """
+        rows = self.rows(channels)
+        if not rows:
+            raise InexactError("which channels are taken is not known.")
+
+        def leaf(place: Place) -> Kernel:
+            weight = torch.zeros(len(rows), channels, dtype=torch.float64, device=place.device)
+            if place.device.type != "meta":
+                weight[torch.arange(len(rows)), rows] = 1.0
+            return Kernel(weight.reshape(*weight.shape, *(1,) * place.rank))
+
+        return Map(self.rank, channels, len(rows), leaf)
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """Several values in one, which the nodes that read it take apart or sum up."""
+
+
+Step: TypeAlias = "Affine | Same | View | Sum | Stack | Pick | Bridge"
+
+
+def averaging(x: fx.Node, name: str, note: str | None = None) -> View:
+    """An average over the last dimensions, as many as the name says: the channels must not be among them."""
+    rank = int(name[-2])
+    return View(x, lambda given: given if given >= rank else None, averages=True, note=note)
+
+
+def padding(x: fx.Node, sides: Any, value: Any) -> Step | None:
+    """Zeros around the last dimensions; torch counts from the last one."""
+    if value not in (None, 0, 0.0) or not isinstance(sides, list | tuple):
+        return None
+    if not all(isinstance(side, int) for side in sides):
+        return None
+    pairs = [(sides[i], sides[i + 1]) for i in range(0, len(sides), 2)][::-1]
+
+    def leaf(place: Place) -> Kernel:
+        if any(any(pair) for pair in pairs[: max(0, len(pairs) - place.rank)]):
+            raise InexactError("it pads the channels too.")
+        around = ((0, 0),) * (place.rank - len(pairs)) + tuple(pairs[max(0, len(pairs) - place.rank) :])
+        return replace(identity().at(place), padding=around)
+
+    return Affine(x, Map(None, None, None, leaf))

@@ -161,6 +161,9 @@ class _Moved(ModuleType):
                     return getattr(module, name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
+    def __dir__(self) -> list[str]:
+        return [name for home in self._homes for name in dir(importlib.import_module(f"fxexpand.{home}"))]
+
 
 # An entry of sys.modules is found before the folder is looked at, and is not bound to a name in this module,
 # where ``report`` and ``factorize`` are functions.

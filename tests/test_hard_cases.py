@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fxexpand
 from fxexpand import Chain, RefusedError, SelectionError, UnusableWeightError, expand, fuse, report
 from fxexpand.layers.expanded import Expanded
-from fxexpand.surgery import transaction as surgery
+from fxexpand.surgery import expand as surgery
 from tests.compare import assert_same
 from tests.networks import ConvNet, StandardisedConv2d, assert_untouched, fresh, snapshot, train_steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -113,8 +114,10 @@ def require_known(line: str) -> None:
         assert "__main__" in (ROOT / arguments[0]).read_text(encoding="utf-8"), f"{line}: does nothing"
     elif program == "python":
         assert arguments[0] == "-m", f"{line}: run it as a module, from the folder that holds benchmarks"
-        module = ROOT.joinpath(*arguments[1].split("."))
-        files = [*module.glob("*.py")] if module.is_dir() else [module.with_suffix(".py")]
+        spec = importlib.util.find_spec(arguments[1])
+        assert spec is not None and spec.origin is not None, f"{line}: no such module"
+        inside = spec.submodule_search_locations
+        files = [*Path(inside[0]).glob("*.py")] if inside else [Path(spec.origin)]
         source = "".join(file.read_text(encoding="utf-8") for file in files)
         assert "__main__" in source, f"{line}: does nothing"
         for option in options:

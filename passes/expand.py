@@ -18,7 +18,7 @@ from fxexpand.reporting.rows import Report, Row
 from fxexpand.running.copying import copied
 from fxexpand.running.finite import require_finite
 from fxexpand.running.verify import block_error, require_small
-from fxexpand.tracing.edit import Census, expand_calls, finish, operand, site_of
+from fxexpand.tracing.edit import ModuleUses, expand_calls, finish, operand, site_of
 
 ELSEWHERE = "Use fxexpand.expand on the model before tracing"
 
@@ -64,7 +64,7 @@ class Expand:
 
     def _plan(self, graph_module: fx.GraphModule) -> tuple[dict[str, nn.Sequential], Report]:
         selection = Selection(self.select, self.recipe)
-        census = Census(graph_module)
+        uses = ModuleUses(graph_module)
         rows: dict[str, Row] = {}
         blocks: dict[str, nn.Sequential] = {}
         for node in graph_module.graph.nodes:
@@ -85,7 +85,7 @@ class Expand:
                 rows[name] = replace(row, action="left", reason="not selected")
             else:
                 try:
-                    kernel = _kernel(census, name, module)
+                    kernel = _kernel(uses, name, module)
                     block = recipe.build(kernel, init=self.init, generator=self.generator)
                 except InexactError as error:
                     rows[name] = replace(row, reason=str(error))
@@ -126,7 +126,7 @@ def _plain_tensor(graph_module: fx.GraphModule, name: str) -> dict[str, Row]:
     return {name: Row(name, kind, "refused", reason, params_before=count, params_after=count)}
 
 
-def _kernel(census: Census, name: str, module: nn.Module) -> Kernel:
+def _kernel(uses: ModuleUses, name: str, module: nn.Module) -> Kernel:
     """The kernel of a layer that can be replaced.
 
     Raises: InexactError: it cannot; UnusableWeightError: NaN or Inf.
@@ -135,10 +135,10 @@ def _kernel(census: Census, name: str, module: nn.Module) -> Kernel:
         raise InexactError(
             f"{type(module).__name__} is no Linear or convolution of torch itself. {ELSEWHERE}"
         )
-    obstacle = census.obstacle(module)
-    if obstacle is not None:
-        raise InexactError(f"{obstacle}. {ELSEWHERE}")
-    if any(operand(call) is None for call in census.calls[id(module)]):
+    blocker = uses.blocker(module)
+    if blocker is not None:
+        raise InexactError(f"{blocker}. {ELSEWHERE}")
+    if any(operand(call) is None for call in uses.calls[id(module)]):
         raise InexactError(f"it is called with more than its input. {ELSEWHERE}")
     kernel = kernel_of(module)
     if kernel.weight.dtype not in FLOATING:

@@ -22,7 +22,7 @@ from fxexpand.recipes import Chain
 from fxexpand.recipes.selection import Select, Selection
 from fxexpand.running.copying import copied
 from fxexpand.running.inputs import ExampleInputs
-from fxexpand.tracing.edit import Census, expand_calls, finish, operand, site_of
+from fxexpand.tracing.edit import ModuleUses, expand_calls, finish, operand, site_of
 from fxexpand.tracing.graphs import hooked
 
 ELSEWHERE = "Use fxexpand.factorize on the model before tracing"
@@ -160,7 +160,7 @@ def _targets(
     graph_module: fx.GraphModule, selection: Selection
 ) -> tuple[dict[str, FactorRow | None], list[Target]]:
     """A row for each matrix of the graph, None for those to decide on, and these."""
-    census = Census(graph_module)
+    uses = ModuleUses(graph_module)
     rows: dict[str, FactorRow | None] = {}
     targets: list[Target] = []
     for node in graph_module.graph.find_nodes(op="call_module"):
@@ -177,7 +177,7 @@ def _targets(
         elif not chosen:
             rows[name] = replace(row, action="left", reason="not selected")
         else:
-            reason = _obstacle(census, module)
+            reason = _blocker(uses, module)
             rows[name] = replace(row, reason=f"{reason}. {ELSEWHERE}") if reason else None
             if reason is None:
                 targets.append(Target(name, describe(module), (module,), module.get_parameter("weight")))
@@ -185,7 +185,7 @@ def _targets(
     return rows, targets
 
 
-def _obstacle(census: Census, module: nn.Module) -> str | None:
+def _blocker(uses: ModuleUses, module: nn.Module) -> str | None:
     if type(module) not in FACTORIZED:
         return "no Linear, Conv or Embedding of torch itself"
     if hooked(module):
@@ -193,10 +193,10 @@ def _obstacle(census: Census, module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or is_lazy(weight):
         return "its weight is no parameter with values"
-    obstacle = census.obstacle(module) or unfit((module,), weight)
-    if obstacle is None and any(operand(call) is None for call in census.calls[id(module)]):
+    blocker = uses.blocker(module) or unfit((module,), weight)
+    if blocker is None and any(operand(call) is None for call in uses.calls[id(module)]):
         return "it is called with more than its input"
-    return obstacle
+    return blocker
 
 
 def _block(decision: Decision) -> nn.Sequential:

@@ -20,7 +20,7 @@ from fxexpand.kernel.lower import to_module
 from fxexpand.passes import Expand, Fuse, Result
 from fxexpand.recipes import Chain, Recipe
 from fxexpand.tracing import graphs as tracing
-from fxexpand.tracing.edit import Census
+from fxexpand.tracing.edit import ModuleUses
 from fxexpand.tracing.graphs import trace
 from tests.compare import assert_different, assert_same
 from tests.graphs import (
@@ -395,7 +395,7 @@ def test_a_timm_model() -> None:
     assert not norms
 
 
-def test_the_census_names_what_is_shared() -> None:
+def test_module_uses_name_the_shared_tensors() -> None:
     graph_module = trace(Entangled())
-    obstacle = Census(graph_module).obstacle(graph_module.get_submodule("tie"))
-    assert obstacle is not None and "tied.weight and tie.weight" in obstacle
+    blocker = ModuleUses(graph_module).blocker(graph_module.get_submodule("tie"))
+    assert blocker is not None and "tied.weight and tie.weight" in blocker

@@ -164,7 +164,7 @@ def _targets(
         elif site.action != "expand":
             rows[site.name] = replace(row, action="refused" if site.action == "refuse" else "left")
         else:
-            reason = _obstacle(site)
+            reason = _blocker(site)
             rows[site.name] = replace(row, action="refused", reason=reason) if reason else None
             if reason is None:
                 assert site.weight is not None
@@ -176,7 +176,7 @@ def _targets(
     return rows, targets
 
 
-def _obstacle(site: Site) -> str | None:
+def _blocker(site: Site) -> str | None:
     assert site.weight is not None
     modules = [owner.module for owner in site.owners]
     named = all(owner.attribute == "weight" for owner in site.owners)

@@ -316,7 +316,7 @@ class Tree:
 
     def _calls_of(self, target: str) -> int:
         module = self._walk.graph_module.get_submodule(target)
-        return len(self._walk.reader.census.calls[id(module)])
+        return len(self._walk.reader.uses.calls[id(module)])
 
     def _named_once(self, path: str) -> bool:
         return len(self._names[self._root.get_submodule(path)]) == 1

@@ -24,7 +24,7 @@ from fxexpand.passes.norms import split_norms
 from fxexpand.reporting.rows import Row
 from fxexpand.running.copying import keep_attributes
 from fxexpand.surgery.module_tree import Tree, outermost, within, within_any
-from fxexpand.tracing.edit import Census
+from fxexpand.tracing.edit import ModuleUses
 from fxexpand.tracing.graphs import UntraceableError, hooked, unfinished
 from fxexpand.tracing.submodules import Parts, Reading
 
@@ -127,7 +127,7 @@ def _visit(
     if reading.error is not None and not name:
         edits.untraced = reading.error.reason
     graph_module = reading.graph_module
-    parts, around = dict(module.named_modules()), Census(graph_module).around
+    parts, around = dict(module.named_modules()), ModuleUses(graph_module).around
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
         whole = type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.Sequential)

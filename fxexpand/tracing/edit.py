@@ -43,12 +43,12 @@ AUGMENTED = frozenset(
 )
 
 
-class Census:
-    """What a graph module holds under which names: what can be replaced without anyone noticing.
+class ModuleUses:
+    """Which calls and which names each module of a graph has: whether a replacement of it shows elsewhere.
 
     Attributes:
-        calls: of each module, by its id.
-        around: the modules that the graph calls as a whole, and of which it calls a part by itself too.
+        calls: the nodes that call a module, by its id.
+        around: the modules that the graph calls as a whole while it also calls a part of them by itself.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
@@ -72,8 +72,8 @@ class Census:
             self._tensors.setdefault(id(tensor), []).append(name)
         self._read = {node.target for node in graph_module.graph.find_nodes(op="get_attr")}
 
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Why replacing ``module`` would change more than its calls; None where it would not."""
+    def blocker(self, module: nn.Module) -> str | None:
+        """Why replacing ``module`` changes more than the results of its calls; None where it does not."""
         if hooked(module) and not weight_by_hooks(module):
             return "it has hooks or a forward of its own, which its replacement would not have"
         if module in self._inside:

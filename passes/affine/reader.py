@@ -52,7 +52,7 @@ from fxexpand.passes.operators.table import (
 )
 from fxexpand.recipes import Branches
 from fxexpand.recipes.structure import LastDimBatchNorm
-from fxexpand.tracing.edit import Census, tensor_at, works_in_place
+from fxexpand.tracing.edit import ModuleUses, tensor_at, works_in_place
 from fxexpand.tracing.graphs import hooked
 
 
@@ -66,7 +66,7 @@ class Reader:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
-        self.census = Census(graph_module)
+        self.uses = ModuleUses(graph_module)
         self.constants = Constants(graph_module)
         self.shapes = Shapes(graph_module)
         self.dtypes: dict[fx.Node, frozenset[torch.dtype]] = {}
@@ -140,12 +140,12 @@ class Reader:
 
     def _module(self, node: fx.Node, module: nn.Module, x: fx.Node) -> Step | None:
         if passes_on(module):
-            return Same(x) if self.census.obstacle(module) is None else None
+            return Same(x) if self.uses.blocker(module) is None else None
         weighs = is_layer(module) or isinstance(module, Branches)
         if weighs or is_norm(module) or isinstance(module, BLOCKS):
-            obstacle = self.census.obstacle(module)
-            if obstacle is not None:
-                raise InexactError(obstacle)
+            blocker = self.uses.blocker(module)
+            if blocker is not None:
+                raise InexactError(blocker)
             computed = weighs and computes_weight(module)
             rank = self._rank_of_norm(module, x) if is_norm(module) else None
             if weighs:

@@ -202,7 +202,7 @@ def new_layer(walk: Walk, group: Group, verify: bool = True) -> Fusion:
     for node in reading:
         _require_finite(walk, node)
     assert form.layer is not None and form.map.shape is not None
-    layers = [node for node in parts if walk.weighs(node)]
+    layers = [node for node in parts if walk.has_macs(node)]
     first = _weight(walk, form.layer)
     shape, (dtype,) = form.map.shape, form.dtypes
     with torch.no_grad():

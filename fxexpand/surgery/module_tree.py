@@ -270,7 +270,7 @@ class Tree:
         low = max((order[view] for view in form.before), default=-1)
         high = min((order[view] for view in form.after), default=len(order))
         fitting = [node for node in kernels if low < order[node] < high]
-        layers = [node for node in fitting if self._walk.weighs(node) and self._shared[node] == 1]
+        layers = [node for node in fitting if self._walk.has_macs(node) and self._shared[node] == 1]
         if not layers:
             return None
         if not self._unnoticed(group, form, layers[0]):

@@ -31,5 +31,5 @@ def fresh(graph_module: fx.GraphModule, node: object) -> bool:
         return False
     if works_in_place(graph_module, node):
         return fresh(graph_module, written(node))
-    weighs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
-    return weighs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")
+    has_macs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
+    return has_macs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")

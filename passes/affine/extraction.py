@@ -20,7 +20,7 @@ from fxexpand.passes.affine.interpretation import Interpretation
 from fxexpand.passes.affine.maps import META, Place
 from fxexpand.passes.affine.reader import Reader
 from fxexpand.passes.affine.shapes import shape_readers
-from fxexpand.passes.affine.steps import Affine, Bridge, Same, Step, View
+from fxexpand.passes.affine.steps import Affine, Identity, Layout, MultiOutput, Step
 from fxexpand.running.verify import probe_size
 from fxexpand.tracing.edit import drop_unread_items, read_what_is_written, site_of
 
@@ -64,10 +64,10 @@ class Walk:
         """The module that a node calls."""
         return self.graph_module.get_submodule(str(node.target))
 
-    def weighs(self, node: fx.Node) -> bool:
+    def has_macs(self, node: fx.Node) -> bool:
         """Whether the node is a Linear or a convolution."""
         step = self.steps[node]
-        return isinstance(step, Affine) and step.weighs
+        return isinstance(step, Affine) and step.has_macs
 
     def kernels(self, form: Form) -> list[fx.Node]:
         """The nodes of a form that compute something, as they stand in the graph."""
@@ -75,7 +75,11 @@ class Walk:
 
     def _computing(self, form: Form, nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
         moved = {*form.before, *form.after}
-        return (n for n in nodes if n not in moved and not isinstance(self.steps[n], Same | View | Bridge))
+        return (
+            n
+            for n in nodes
+            if n not in moved and not isinstance(self.steps[n], Identity | Layout | MultiOutput)
+        )
 
     def in_order(self, form: Form) -> tuple[fx.Node, ...]:
         """The nodes of a form as they stand in the graph."""
@@ -163,7 +167,7 @@ class Walk:
     def _wasted(self, node: fx.Node, form: Form, alive: set[fx.Node]) -> bool:
         """Whether a scale or a norm was merged that is computed all the same, for others."""
         others = (other for other in self.kernels(form) if other is not node)
-        return any(other in alive and not self.weighs(other) for other in others)
+        return any(other in alive and not self.has_macs(other) for other in others)
 
     def _shallower(self, node: fx.Node, form: Form) -> Form:
         """The next sound form, that reaches less far back; at the end one that is not worthwhile."""
@@ -174,14 +178,14 @@ class Walk:
     def _through_bridges(self, users: Iterable[fx.Node]) -> set[fx.Node]:
         """The nodes that read a value, be it as a part of a split or in a stack."""
         found = set(users)
-        while bridges := [user for user in found if isinstance(self.steps.get(user), Bridge)]:
+        while bridges := [user for user in found if isinstance(self.steps.get(user), MultiOutput)]:
             found.difference_update(bridges)
             found.update(user for bridge in bridges for user in bridge.users)
         return found
 
     def _passes(self, node: fx.Node, form: Form) -> bool:
         """Whether a node passes on a value, which may as well be replaced itself, or a view of it."""
-        return isinstance(self.steps[node], Same) or node in form.after
+        return isinstance(self.steps[node], Identity) or node in form.after
 
     def _worthwhile(self, form: Form) -> bool:
         """Whether fusing changes anything: several nodes become one, or an expanded layer of one factor."""

@@ -23,7 +23,7 @@ from fxexpand.passes.affine.aliasing import fresh
 from fxexpand.passes.affine.candidates import Form
 from fxexpand.passes.affine.maps import META, ApartError, Map, Place, after, beside, fitted, identity, plus
 from fxexpand.passes.affine.reader import Reader
-from fxexpand.passes.affine.steps import Affine, Bridge, Pick, Same, Stack, Step, Sum, View
+from fxexpand.passes.affine.steps import Affine, Concat, Identity, Layout, MultiOutput, Select, Step, Sum
 from fxexpand.passes.operators.table import call_of
 from fxexpand.tracing.edit import works_in_place, written
 
@@ -59,29 +59,29 @@ class Interpretation:
             self.forms[node] = self._forms(node, step)
 
     def _forms(self, node: fx.Node, step: Step) -> tuple[Form, ...]:
-        if isinstance(step, Same):
+        if isinstance(step, Identity):
             return self._passed(node, step.operand)
-        if isinstance(step, View):
+        if isinstance(step, Layout):
             forms = self._viewed(node, step)
             if step.note and any(form.layer is not None for form in self.forms.get(step.operand, ())):
                 self._note(node, True, step.note)
             return forms
         if isinstance(step, Sum):
             return self._combined(node, step.terms, plus)
-        if isinstance(step, Stack):
+        if isinstance(step, Concat):
             terms = tuple((operand, identity()) for operand in step.operands)
             forms = self._combined(node, terms, beside)
             return tuple(form for form in forms if form.map.rank == step.rank and not form.after)
-        if isinstance(step, Bridge):
+        if isinstance(step, MultiOutput):
             return ()
-        if isinstance(step, Pick):
+        if isinstance(step, Select):
             return self._picked(node, step)
         forms = self._applied(node, step)
-        if step.averages:  # a pointwise map that weighs nothing may come after it
+        if step.averages:  # a pointwise map without multiply-adds may come after it
             forms += tuple(form for form in self._viewed(node, step) if form.layer is None)
         return forms
 
-    def _picked(self, node: fx.Node, step: Pick) -> tuple[Form, ...]:
+    def _picked(self, node: fx.Node, step: Select) -> tuple[Form, ...]:
         shape = self._reader.shapes.of(step.operand)
         channels = None if shape is None or step.rank >= len(shape) else shape[-1 - step.rank]
         try:
@@ -102,9 +102,9 @@ class Interpretation:
             steps = 1 if shape is None else math.prod(shape.stride)
             density = Fraction(steps) if shape is not None and shape.transposed else Fraction(1, steps)
         work = Fraction(0)
-        if step.weighs and step.map.shape is not None:
+        if step.has_macs and step.map.shape is not None:
             work = _work(step.map.shape, density)
-        bridges = [each for each in node.all_input_nodes if isinstance(self._steps.get(each), Bridge)]
+        bridges = [each for each in node.all_input_nodes if isinstance(self._steps.get(each), MultiOutput)]
         local = Form(
             source=step.operand,
             map=step.map,
@@ -112,7 +112,7 @@ class Interpretation:
             start=min([place, *(self._order[bridge] for bridge in bridges)]),
             last=place,
             stop=place,
-            layer=node if step.weighs else None,
+            layer=node if step.has_macs else None,
             cost=work,
             paid=work,
             density=density,
@@ -152,7 +152,7 @@ class Interpretation:
                 break
         return None, dearer
 
-    def _viewed(self, node: fx.Node, step: View | Affine) -> tuple[Form, ...]:
+    def _viewed(self, node: fx.Node, step: Layout | Affine) -> tuple[Form, ...]:
         operand = step.operand
         alone = all(user is node or self._shape_only(user, operand) for user in self._readers[operand])
         read = [self._order[arg] + 1 for arg in node.all_input_nodes if arg is not operand]
@@ -178,14 +178,14 @@ class Interpretation:
     def _shape_only(self, user: fx.Node, value: fx.Node) -> bool:
         """Whether a node reads nothing of a value but its shape, and is a view of another."""
         step = self._steps.get(user)
-        return isinstance(step, View) and step.like is value and step.operand is not value
+        return isinstance(step, Layout) and step.like is value and step.operand is not value
 
     def _shortened(self, views: tuple[fx.Node, ...], given: Map) -> tuple[fx.Node, ...]:
         """Without the reshapes at the end that restore an earlier shape."""
         shapes, now = self._reader.shapes, self._reader.shapes.of(views[-1])
         for i in range(len(views)):
             steps = [self._steps[view] for view in views[i:]]
-            if now is None or not all(isinstance(step, View) and step.keeps_order for step in steps):
+            if now is None or not all(isinstance(step, Layout) and step.keeps_order for step in steps):
                 continue
             before = shapes.of(views[i].all_input_nodes[0])
             rank = self._through(views[:i], given.rank) if given.rank is not None else None
@@ -200,7 +200,7 @@ class Interpretation:
         self, node: fx.Node, terms: Sequence[tuple[fx.Node, Map]], combine: Callable[[Map, Map], Map]
     ) -> tuple[Form, ...]:
         """Maps of one source, one of which may be the source itself, as one."""
-        bridges = [each for each in node.all_input_nodes if isinstance(self._steps.get(each), Bridge)]
+        bridges = [each for each in node.all_input_nodes if isinstance(self._steps.get(each), MultiOutput)]
         found = self._term(node, *terms[0], first=True)
         for i, (value, term) in enumerate(terms[1:], start=1):
             again = any(value is other for other, _ in terms[:i])
@@ -277,7 +277,7 @@ class Interpretation:
     def _passed_on(self, value: fx.Node) -> fx.Node:
         """The value that nodes such as Identity pass on."""
         step = self._steps.get(value)
-        while isinstance(step, Same):
+        while isinstance(step, Identity):
             value = step.operand
             step = self._steps.get(value)
         return value
@@ -340,7 +340,7 @@ class Interpretation:
 
     def _averages(self, view: fx.Node) -> bool:
         step = self._steps[view]
-        return not isinstance(step, View) or step.averages
+        return not isinstance(step, Layout) or step.averages
 
     def _through(self, views: Sequence[fx.Node], rank: int) -> int | None:
         """Where views put the channels, counted from the last dimension."""
@@ -349,7 +349,7 @@ class Interpretation:
             step = self._steps[view]
             if found is None:
                 return None
-            if isinstance(step, View):
+            if isinstance(step, Layout):
                 found = step.moves(found)
             elif isinstance(step, Affine) and found < (step.map.rank or 0):
                 return None  # it averages over the channels too
@@ -404,7 +404,7 @@ class Interpretation:
         """The node whose memory holds a value; None where that is not known."""
         while isinstance(value, fx.Node):
             step = self._steps.get(value)
-            if isinstance(step, Same | View | Pick):
+            if isinstance(step, Identity | Layout | Select):
                 value = step.operand
                 continue
             if fresh(self._reader.graph_module, value):

@@ -19,13 +19,13 @@ from fxexpand.passes.affine.maps import Map, Place, after, scaling, shifting
 from fxexpand.passes.affine.shapes import ONE, Shapes, place_after, recorded
 from fxexpand.passes.affine.steps import (
     Affine,
-    Bridge,
-    Pick,
-    Same,
-    Stack,
+    Concat,
+    Identity,
+    Layout,
+    MultiOutput,
+    Select,
     Step,
     Sum,
-    View,
     averaging,
     padding,
 )
@@ -123,8 +123,8 @@ class Reader:
             before = dtype_of(value)
             if (known := None not in (before, now)) and before != now:
                 raise InexactError(f"it turns {before} into {now}.".replace("torch.", ""))
-            weighs = isinstance(step, Affine) and step.weighs
-            if self._mixed and self.dtypes.get(node) and not known and not weighs:
+            has_macs = isinstance(step, Affine) and step.has_macs
+            if self._mixed and self.dtypes.get(node) and not known and not has_macs:
                 raise InexactError("whether it changes the dtype is not known. Trace with example_inputs.")
 
     def _require_private(self, node: fx.Node) -> None:
@@ -140,18 +140,18 @@ class Reader:
 
     def _module(self, node: fx.Node, module: nn.Module, x: fx.Node) -> Step | None:
         if passes_on(module):
-            return Same(x) if self.uses.blocker(module) is None else None
-        weighs = is_layer(module) or isinstance(module, Branches)
-        if weighs or is_norm(module) or isinstance(module, BLOCKS):
+            return Identity(x) if self.uses.blocker(module) is None else None
+        has_macs = is_layer(module) or isinstance(module, Branches)
+        if has_macs or is_norm(module) or isinstance(module, BLOCKS):
             blocker = self.uses.blocker(module)
             if blocker is not None:
                 raise InexactError(blocker)
-            computed = weighs and computes_weight(module)
+            computed = has_macs and computes_weight(module)
             rank = self._rank_of_norm(module, x) if is_norm(module) else None
-            if weighs:
+            if has_macs:
                 matrices = (held for held in module.parameters() if held.ndim > 1)  # no norm inside
                 self.dtypes[node] = frozenset(held.dtype for held in matrices)
-            return Affine(x, module_map(module, rank), weighs, computed)
+            return Affine(x, module_map(module, rank), has_macs, computed)
         if hooked(module):
             return None
         if type(module) in POOLS:
@@ -187,13 +187,13 @@ class Reader:
         if call.name == "cat":
             return self._stacked(call)
         if call.name == "stack":
-            return Bridge() if self._summed(node) else None
+            return MultiOutput() if self._summed(node) else None
         if not isinstance(x, fx.Node) or x in self.constants:
             return None
         if call.name in ("linear", "matmul", "addmm") or call.name.startswith("conv"):
             return self._weighted(call, x)
         if call.name in NORMS_OF_THREE:
-            return Bridge()
+            return MultiOutput()
         if call.name == "batch_norm":
             return self._norm(call, x)
         if call.name.startswith("avg_pool"):
@@ -205,11 +205,11 @@ class Reader:
                 return None
             return padding(x, call["pad"], call.get("value"))
         if call.name.endswith(("dropout", "dropout1d", "dropout2d", "dropout3d")):
-            return Same(x) if call.get("training", True) is False else None
+            return Identity(x) if call.get("training", True) is False else None
         if call.name in ("split", "chunk"):
-            return Bridge()
+            return MultiOutput()
         if call.name in ("detach", "contiguous", "clone", "alias"):
-            return Same(x)
+            return Identity(x)
         if call.name in ("flatten", "reshape", "reshape_as", "permute", "transpose"):
             return self._view(node, x, call)
         if call.name in ("narrow", "index_select", "slice", "getitem"):
@@ -375,7 +375,7 @@ class Reader:
             return None if at is None else len(now) - 1 - at
 
         like = call.get("other")
-        return View(x, moves, keeps_order=not turns, like=like if isinstance(like, fx.Node) else None)
+        return Layout(x, moves, keeps_order=not turns, like=like if isinstance(like, fx.Node) else None)
 
     def _reduced(self, call: Call, x: fx.Node) -> Step | None:
         """The sum or mean of stacked values, and the mean over positions."""
@@ -398,7 +398,7 @@ class Reader:
                 return None
             return rank if keep else rank - sum(dim > at for dim in gone)
 
-        return View(x, moves, averages=True)
+        return Layout(x, moves, averages=True)
 
     def _summed(self, stack: fx.Node) -> list[fx.Node] | None:
         """The values that are stacked to be summed or averaged, and for nothing else."""
@@ -421,7 +421,7 @@ class Reader:
         ndim = self.shapes.ndim(parts[0])
         if not isinstance(dim, int) or (dim >= 0 and ndim is None) or len(parts) < 2:
             return None
-        return Stack(tuple(parts), -1 - dim if dim < 0 else (ndim or 0) - 1 - dim)
+        return Concat(tuple(parts), -1 - dim if dim < 0 else (ndim or 0) - 1 - dim)
 
     def _picked(self, call: Call, x: fx.Node) -> Step | None:
         """Some channels of a value."""
@@ -445,7 +445,7 @@ class Reader:
             cut = [int(i) for i in self.constants.value(call["index"])]
         if cut is None or not isinstance(dim, int) or (dim >= 0 and ndim is None):
             return None
-        return Pick(
+        return Select(
             x, lambda channels: rows_of(cut, channels), -1 - dim if dim < 0 else (ndim or 0) - 1 - dim
         )
 
@@ -462,4 +462,4 @@ class Reader:
             start = sum(sizes[: index % len(sizes)])
             return list(range(start, start + sizes[index % len(sizes)]))
 
-        return Pick(x, rows, -1 - dim if dim < 0 else (ndim or 0) - 1 - dim)
+        return Select(x, rows, -1 - dim if dim < 0 else (ndim or 0) - 1 - dim)

@@ -19,27 +19,27 @@ class Affine:
     """A map of one value.
 
     Attributes:
-        weighs: it is a Linear or a convolution, whose multiply-adds count.
+        has_macs: it is a Linear or a convolution, whose multiply-adds count.
         computed: its weight is computed at every call, of nothing but constants.
         averages: every output is an average of what it reads, so that a pointwise map may also come after it.
     """
 
     operand: fx.Node
     map: Map
-    weighs: bool = False
+    has_macs: bool = False
     computed: bool = False
     averages: bool = False
 
 
 @dataclass(frozen=True)
-class Same:
+class Identity:
     """The value itself."""
 
     operand: fx.Node
 
 
 @dataclass(frozen=True)
-class View:
+class Layout:
     """The same numbers, or averages of them, at other positions: pointwise maps may come before or after.
 
     Attributes:
@@ -67,7 +67,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Concat:
     """Values stacked on the channels; ``rank`` is the number of dimensions after those."""
 
     operands: tuple[fx.Node, ...]
@@ -75,7 +75,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Pick:
+class Select:
     """Some channels of a value, in some order; ``rows`` gives them for the number there are."""
 
     operand: fx.Node
@@ -101,17 +101,17 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Bridge:
+class MultiOutput:
     """Several values in one, which the nodes that read it take apart or sum up."""
 
 
-Step: TypeAlias = "Affine | Same | View | Sum | Stack | Pick | Bridge"
+Step: TypeAlias = "Affine | Identity | Layout | Sum | Concat | Select | MultiOutput"
 
 
-def averaging(x: fx.Node, name: str, note: str | None = None) -> View:
+def averaging(x: fx.Node, name: str, note: str | None = None) -> Layout:
     """An average over the last dimensions, as many as the name says: the channels must not be among them."""
     rank = int(name[-2])
-    return View(x, lambda given: given if given >= rank else None, averages=True, note=note)
+    return Layout(x, lambda given: given if given >= rank else None, averages=True, note=note)
 
 
 def padding(x: fx.Node, sides: Any, value: Any) -> Step | None:

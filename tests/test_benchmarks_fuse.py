@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import evidence
-from benchmarks.fusing import fuse_zoo, fuzz_fuse
+from benchmarks.fusing import fuse_verdicts, fuse_zoo, fuzz_fuse
 from benchmarks.fusing.operators import operators
 from benchmarks.fusing.traps import TRAPS
 from benchmarks.models import Network
@@ -71,7 +71,7 @@ def test_each_promise_can_fail(row: dict[str, Any]) -> None:
     methods = row["methods"]
     timm_folds = {**methods["timm"], "norm": 0, "params": methods["fxexpand"]["params"], "add": 0}
     good = {**row, "methods": {**methods, "timm": {**methods["fxexpand"], "norm": -1}}}
-    assert fuse_zoo.failures(good) == [f"norm: {methods['fxexpand']['norm']}, timm -1"]
+    assert fuse_verdicts.failures(good) == [f"norm: {methods['fxexpand']['norm']}, timm -1"]
     broken: dict[str, Any] = {
         "error32": 1.0,
         "error64": 1e-9,
@@ -84,14 +84,14 @@ def test_each_promise_can_fail(row: dict[str, Any]) -> None:
     }
     for key, value in broken.items():
         mine = {**methods["fxexpand"], key: value}
-        assert len(fuse_zoo.failures({**row, "methods": {**methods, "fxexpand": mine}})) == 1, key
+        assert len(fuse_verdicts.failures({**row, "methods": {**methods, "fxexpand": mine}})) == 1, key
     for key in ("add", "params"):  # counted against timm's own method where that folds something
         mine = {**methods["fxexpand"], key: 10**9}
         against = {"timm": timm_folds, "unfused": methods["unfused"], "fxexpand": mine}
-        found = fuse_zoo.failures({**row, "methods": against})
+        found = fuse_verdicts.failures({**row, "methods": against})
         assert any(each.startswith(f"{key}: 1000000000, timm") for each in found)
         against["timm"] = {**timm_folds, "error32": 0.3}  # a peer that is wrong is no measure
-        assert fuse_zoo.failures({**row, "methods": against}) == []
+        assert fuse_verdicts.failures({**row, "methods": against}) == []
 
 
 def test_a_wrong_fold_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_the_traps_catch_folds_by_type() -> None:
     }
     assert wrong >= {("shared conv", "torch.fx"), ("hooked conv", "torch.fx"), ("norm of steps", "torch.fx")}
     assert ("hooked block", "timm") in wrong
-    text = fuse_zoo.summary([{**row, "name": f"trap:{name}"} for name, row in rows.items()])
+    text = fuse_verdicts.summary([{**row, "name": f"trap:{name}"} for name, row in rows.items()])
     assert "wrong: 0.86 relative error" in text and "torch.fx: 0 fail, 3 wrong" in text
 
 
@@ -131,7 +131,7 @@ def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]) 
 
     monkeypatch.setitem(fuse_zoo.METHODS, "timm", fails)
     failed = fuse_zoo.row_of(TINY, latency=False)
-    text = fuse_zoo.summary([row, gone, {**failed, "name": "other"}], ["absent"])
+    text = fuse_verdicts.summary([row, gone, {**failed, "name": "other"}], ["absent"])
     assert "fails: TypeError: not this one" in text and "timm: 1 fail" in text
     assert "2 of 3 networks" in text and "Not in this timm: absent" in text
 
@@ -153,7 +153,7 @@ def test_latency_is_measured_where_the_outputs_are_right(monkeypatch: pytest.Mon
     row = fuse_zoo.measure("shared conv", model, x, latency=True)
     measured = {method for method, given in row["methods"].items() if "eager" in given}
     assert measured == {"timm", "fxexpand"}  # torch.fx is wrong
-    text = fuse_zoo.summary([row])
+    text = fuse_verdicts.summary([row])
     assert f"{eager['ratio']:.2f}  fails" in text
 
 
@@ -180,7 +180,7 @@ def test_main_goes_on_and_writes(
     assert [each["name"] for each in written["growth"]][:3] == ["resnet50", "resnet101", "resnet152"]
     assert not out.with_suffix(".jsonl").exists()
     printed = capsys.readouterr().out
-    assert "25.00" in printed and fuse_zoo.summary(written["rows"], written["missing"]) in printed
+    assert "25.00" in printed and fuse_verdicts.summary(written["rows"], written["missing"]) in printed
 
 
 @pytest.mark.parametrize("name", ["fuse_zoo", "fuzz_fuse"])
@@ -192,8 +192,8 @@ def test_the_published_tables_are_those_of_the_saved_results(name: str) -> None:
     if name == "fuzz_fuse":
         assert fuzz_fuse.summary(saved) in page
     else:
-        assert fuse_zoo.summary(saved["rows"], saved["missing"]) in page
-        assert fuse_zoo.growth_table(saved["growth"]) in page
+        assert fuse_verdicts.summary(saved["rows"], saved["missing"]) in page
+        assert fuse_verdicts.growth_table(saved["growth"]) in page
     assert evidence.headline(saved["machine"]) in page
 
 

@@ -32,7 +32,7 @@ from fxexpand import (
     rank_report,
     report,
 )
-from tests.blocks import BLOCKS
+from tests.block_table import BLOCKS
 from tests.compare import assert_same
 from tests.networks import ConvNet, Language, perturb, train_steps
 

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
+from benchmarks.fusing.fuse_verdicts import exact_enough, failures, growth_table, summary
 from benchmarks.fusing.operators import operators
 from benchmarks.fusing.surgery_cost import timed
 from benchmarks.fusing.traps import TRAPS
 from benchmarks.models import Network
 from benchmarks.settle import settle
 from fxexpand import count_flops, fuse, measure_latency, report
-from fxexpand.reporting.table import short, table
 from fxexpand.running.outputs import outputs_of, worst_error
 
 # By the file in timm: those with fuse, reparameterize or switch_to_deploy.
@@ -62,10 +62,8 @@ LEFT = (
 )
 QUICK = ("repghostnet_050", "efficientvit_m0", "mobilenetv3_small_050", "resnet18")
 
-COMPARED = ("conv", "linear", "norm", "add")  # of these there may be no more than after timm's own method
 
-LIMIT64, LIMIT32 = 1e-10, 1e-5
-WRONG = 1e-3  # above this an error is no matter of rounding
+LIMIT32 = 1e-5
 ROUNDS = 20  # of latency
 
 
@@ -143,7 +141,7 @@ def measure(name: str, model: nn.Module, x: Tensor, latency: bool = False) -> di
     if "fxexpand" in fused:
         row["norms_left"] = _norms_left(fused["fxexpand"])
     if latency:
-        sound = {key: made for key, made in fused.items() if key != "unfused" and _sound(row, key)}
+        sound = {key: made for key, made in fused.items() if key != "unfused" and exact_enough(row, key)}
         for key, ratios in latency_ratios(model, sound, x).items():
             row["methods"][key] |= ratios
     row["failures"] = failures(row)
@@ -157,52 +155,6 @@ def _after(method: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, x
 def _one_line(error: Exception) -> str:
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:200]}"
-
-
-def _sound(row: dict[str, Any], method: str) -> bool:
-    """Whether a method kept the outputs, in every dtype that it can be used in."""
-    found = row["methods"][method]
-    return (
-        "failed" not in found and found["error32"] <= row["limit32"] and found.get("error64", 0.0) <= LIMIT64
-    )
-
-
-def _trouble(row: dict[str, Any], method: str) -> str:
-    """What a method does not do, or does wrong; "" for nothing."""
-    found = row["methods"][method]
-    if "failed" in found:
-        return f"fails: {found['failed']}"
-    if "failed64" in found and _sound(row, method):
-        return f"fails in float64: {found['failed64']}"
-    if _sound(row, method):
-        return ""
-    error = max(found["error32"], found.get("error64", 0.0))
-    if error > WRONG:
-        return f"wrong: {error:.2g} relative error"
-    dtype = "float32" if found["error32"] > row["limit32"] else "float64"
-    return f"inexact: {found[f'error{dtype[5:]}']:.2g} relative error in {dtype}"
-
-
-def failures(row: dict[str, Any]) -> list[str]:
-    """What does not hold of ``fxexpand.fuse``; empty for a good row.
-
-    A peer that crashes or changes the outputs is no measure of what should be left.
-    """
-    trouble, mine = _trouble(row, "fxexpand"), row["methods"]["fxexpand"]
-    if "failed" in mine:
-        return [trouble]
-    found = [trouble] if trouble else []
-    unfused, timm = row["methods"]["unfused"], row["methods"]["timm"]
-    # Parameters may grow: a bias takes the place of a norm without parameters, and a shared layer is two.
-    compared: dict[str, tuple[str, ...]] = {"unfused": ("conv", "linear", "norm", "flops")}
-    if _sound(row, "timm") and any(timm[kind] != unfused[kind] for kind in (*COMPARED, "params")):
-        compared["timm"] = (*COMPARED, "params", "flops")
-    for method, kinds in compared.items():
-        theirs = row["methods"][method]
-        found += [
-            f"{kind}: {mine[kind]}, {method} {theirs[kind]}" for kind in kinds if mine[kind] > theirs[kind]
-        ]
-    return found
 
 
 def _norms_left(model: nn.Module) -> dict[str, str]:
@@ -271,71 +223,6 @@ def growth_row(name: str) -> dict[str, Any]:
         "params": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
     }
-
-
-def summary(rows: Sequence[dict[str, Any]], lacking: Sequence[str] = ()) -> str:
-    """The table of all rows, and lines that count."""
-    head = (
-        *("network", "method", "conv", "linear", "norm", "add", "params", "FLOPs"),
-        *("float32", "float64", "eager", "ort", "s", "verdict"),
-    )
-    lines = []
-    for row in sorted(rows, key=lambda row: row["name"]):
-        if "methods" not in row:
-            lines.append((row["name"], *["-"] * 12, "; ".join(row["failures"])))
-            continue
-        for method, found in row["methods"].items():
-            verdict = _trouble(row, method)
-            if method == "fxexpand":
-                verdict = "; ".join(row["failures"]) or "holds"
-            if "failed" in found:
-                lines.append((row["name"], method, *["-"] * 11, verdict))
-                continue
-            lines.append(
-                (
-                    row["name"],
-                    method,
-                    *(str(found[kind]) for kind in COMPARED),
-                    short(found["params"]),
-                    short(found["flops"]),
-                    f"{row['noise32']:.0e}*" if method == "unfused" else f"{found['error32']:.0e}",
-                    f"{found['error64']:.0e}" if "error64" in found else "-",
-                    *(_ratio(found.get(backend)) for backend in ("eager", "onnxruntime")),
-                    f"{found['seconds']:.2f}" if method != "unfused" else "-",
-                    verdict,
-                )
-            )
-    good = sum(not row["failures"] for row in rows)
-    text = f"{table(head, lines, left=(0, 1, 13))}\n\n{good} of {len(rows)} networks: everything holds."
-    for method in ("torch.fx", "timm"):
-        found = [_trouble(row, method) for row in rows if "methods" in row]
-        failed = sum(reason.startswith("fails") for reason in found)
-        wrong = sum(reason.startswith(("wrong", "inexact")) for reason in found)
-        text += f"\n{method}: {failed} fail, {wrong} wrong or inexact."
-    return f"{text}\nNot in this timm: {', '.join(lacking)}." if lacking else text
-
-
-def _ratio(found: Any) -> str:
-    if found is None:
-        return "-"
-    return f"{found['ratio']:.2f}" if isinstance(found, dict) else "fails"
-
-
-def growth_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Seconds to fuse, and per node."""
-    head = ("network", "nodes", "left", "params", "fuse s", "ms / node")
-    lines = [
-        (
-            row["name"],
-            str(row["nodes"]),
-            str(row["left"]),
-            short(row["params"]),
-            f"{row['seconds']:.2f}",
-            f"{1e3 * row['seconds'] / row['nodes']:.2f}",
-        )
-        for row in rows
-    ]
-    return table(head, lines)
 
 
 def row_of(network: Network, latency: bool) -> dict[str, Any]:

@@ -1,115 +1,23 @@
-"""Small configurations of the models of the transformers library, one per architecture.
-
-Widths differ from one another where the architecture allows, so that a transposed weight shows.
-"""
+"""Small configurations of the models of the transformers library, one per architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from benchmarks.zoo import transformers_inputs as make
-from benchmarks.zoo.transformers_inputs import VOCABULARY, Inputs
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How to build a model.
-
-    Attributes:
-        model, config: names of classes in transformers.
-        options: of the configuration.
-        inputs: makes the keyword arguments of the forward.
-        nested: sub-configurations, by the option that takes each: a class name and its options.
-    """
-
-    model: str
-    config: str
-    options: Inputs
-    inputs: Callable[[], Inputs]
-    nested: tuple[tuple[str, str, Inputs], ...] = ()
-
-
-def _bert(**more: Any) -> Inputs:
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 40,
-    } | more
-
-
-def _llama(**more: Any) -> Inputs:
-    return _bert(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
-
-
-def _vit(**more: Any) -> Inputs:
-    return {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "image_size": 32,
-        "patch_size": 8,
-    } | more
-
-
-def _bart(**more: Any) -> Inputs:
-    return {
-        "vocab_size": VOCABULARY,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 40,
-        "max_position_embeddings": 40,
-    } | more
-
-
-def _detr(**more: Any) -> Inputs:
-    return {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 40,
-    } | more
-
-
-def _rwkv() -> Inputs:
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "context_length": 40,
-    }
-
-
-def _resnet(**more: Any) -> Inputs:
-    return {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]} | more
-
-
-_CLIP_TEXT = _bert(projection_dim=24, bos_token_id=1, eos_token_id=VOCABULARY - 1, pad_token_id=0)
-_CLIP_VISION = _vit(projection_dim=24)
+from benchmarks.zoo import transformers_options as options
+from benchmarks.zoo.transformers_inputs import VOCABULARY
+from benchmarks.zoo.transformers_options import Entry
 
 ENTRIES: dict[str, Entry] = {
     "albert": Entry(
-        "AlbertForMaskedLM", "AlbertConfig", _bert(embedding_size=16, num_hidden_layers=3), make.text
+        "AlbertForMaskedLM", "AlbertConfig", options.bert(embedding_size=16, num_hidden_layers=3), make.text
     ),
-    "bart": Entry("BartForConditionalGeneration", "BartConfig", _bart(), make.pairs),
+    "bart": Entry("BartForConditionalGeneration", "BartConfig", options.bart(), make.pairs),
     "beit": Entry(
-        "BeitForImageClassification", "BeitConfig", _vit(use_relative_position_bias=True), make.image
+        "BeitForImageClassification", "BeitConfig", options.vit(use_relative_position_bias=True), make.image
     ),
-    "bert": Entry("BertForMaskedLM", "BertConfig", _bert(), make.text),
+    "bert": Entry("BertForMaskedLM", "BertConfig", options.bert(), make.text),
     "bloom": Entry(
         "BloomForCausalLM",
         "BloomConfig",
@@ -122,8 +30,12 @@ ENTRIES: dict[str, Entry] = {
         {"projection_dim": 24},
         make.image_and_text,
         (
-            ("text_config", "BlipTextConfig", _bert(encoder_hidden_size=32, bos_token_id=1, eos_token_id=2)),
-            ("vision_config", "BlipVisionConfig", _vit()),
+            (
+                "text_config",
+                "BlipTextConfig",
+                options.bert(encoder_hidden_size=32, bos_token_id=1, eos_token_id=2),
+            ),
+            ("vision_config", "BlipVisionConfig", options.vit()),
         ),
     ),
     "clip": Entry(
@@ -132,8 +44,8 @@ ENTRIES: dict[str, Entry] = {
         {"projection_dim": 24},
         make.image_and_text,
         (
-            ("text_config", "CLIPTextConfig", _CLIP_TEXT),
-            ("vision_config", "CLIPVisionConfig", _CLIP_VISION),
+            ("text_config", "CLIPTextConfig", options.CLIP_TEXT),
+            ("vision_config", "CLIPVisionConfig", options.CLIP_VISION),
         ),
     ),
     "convnext": Entry(
@@ -145,18 +57,20 @@ ENTRIES: dict[str, Entry] = {
     "deberta_v2": Entry(
         "DebertaV2ForMaskedLM",
         "DebertaV2Config",
-        _bert(relative_attention=True, pos_att_type="p2c|c2p", position_buckets=8, norm_rel_ebd="layer_norm"),
+        options.bert(
+            relative_attention=True, pos_att_type="p2c|c2p", position_buckets=8, norm_rel_ebd="layer_norm"
+        ),
         make.text,
     ),
-    "deit": Entry("DeiTForImageClassificationWithTeacher", "DeiTConfig", _vit(), make.image),
+    "deit": Entry("DeiTForImageClassificationWithTeacher", "DeiTConfig", options.vit(), make.image),
     "detr": Entry(
         "DetrForObjectDetection",
         "DetrConfig",
-        _detr(num_queries=5, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None),
+        options.detr(num_queries=5, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None),
         partial(make.image, 64),
-        (("backbone_config", "ResNetConfig", _resnet(out_features=["stage4"])),),
+        (("backbone_config", "ResNetConfig", options.resnet(out_features=["stage4"])),),
     ),
-    "dinov2": Entry("Dinov2ForImageClassification", "Dinov2Config", _vit(), make.image),
+    "dinov2": Entry("Dinov2ForImageClassification", "Dinov2Config", options.vit(), make.image),
     "distilbert": Entry(
         "DistilBertForMaskedLM",
         "DistilBertConfig",
@@ -170,7 +84,7 @@ ENTRIES: dict[str, Entry] = {
         },
         make.text,
     ),
-    "electra": Entry("ElectraForMaskedLM", "ElectraConfig", _bert(embedding_size=16), make.text),
+    "electra": Entry("ElectraForMaskedLM", "ElectraConfig", options.bert(embedding_size=16), make.text),
     "falcon": Entry(
         "FalconForCausalLM",
         "FalconConfig",
@@ -184,8 +98,10 @@ ENTRIES: dict[str, Entry] = {
         },
         make.causal,
     ),
-    "gemma": Entry("GemmaForCausalLM", "GemmaConfig", _llama(head_dim=8), make.causal),
-    "gemma2": Entry("Gemma2ForCausalLM", "Gemma2Config", _llama(head_dim=8, sliding_window=8), make.whole),
+    "gemma": Entry("GemmaForCausalLM", "GemmaConfig", options.llama(head_dim=8), make.causal),
+    "gemma2": Entry(
+        "Gemma2ForCausalLM", "Gemma2Config", options.llama(head_dim=8, sliding_window=8), make.whole
+    ),
     "gpt2": Entry(
         "GPT2LMHeadModel",
         "GPT2Config",
@@ -210,16 +126,16 @@ ENTRIES: dict[str, Entry] = {
         },
         make.causal,
     ),
-    "gpt_neox": Entry("GPTNeoXForCausalLM", "GPTNeoXConfig", _bert(), make.causal),
-    "llama": Entry("LlamaForCausalLM", "LlamaConfig", _llama(), make.causal),
+    "gpt_neox": Entry("GPTNeoXForCausalLM", "GPTNeoXConfig", options.bert(), make.causal),
+    "llama": Entry("LlamaForCausalLM", "LlamaConfig", options.llama(), make.causal),
     "llava": Entry(
         "LlavaForConditionalGeneration",
         "LlavaConfig",
         {"image_token_id": VOCABULARY - 1, "image_seq_length": 16},
         make.llava,
         (
-            ("text_config", "LlamaConfig", _llama()),
-            ("vision_config", "CLIPVisionConfig", _CLIP_VISION),
+            ("text_config", "LlamaConfig", options.llama()),
+            ("vision_config", "CLIPVisionConfig", options.CLIP_VISION),
         ),
     ),
     "mamba": Entry(
@@ -246,7 +162,7 @@ ENTRIES: dict[str, Entry] = {
     "marian": Entry(
         "MarianMTModel",
         "MarianConfig",
-        _bart(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, decoder_vocab_size=VOCABULARY),
+        options.bart(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, decoder_vocab_size=VOCABULARY),
         make.pairs,
     ),
     "mask2former": Entry(
@@ -282,40 +198,45 @@ ENTRIES: dict[str, Entry] = {
             (
                 "backbone_config",
                 "ResNetConfig",
-                _resnet(out_features=["stage1", "stage2", "stage3", "stage4"]),
+                options.resnet(out_features=["stage1", "stage2", "stage3", "stage4"]),
             ),
-            ("decoder_config", "DetrConfig", _detr(num_queries=5)),
+            ("decoder_config", "DetrConfig", options.detr(num_queries=5)),
         ),
     ),
-    "mistral": Entry("MistralForCausalLM", "MistralConfig", _llama(sliding_window=6), make.causal),
+    "mistral": Entry("MistralForCausalLM", "MistralConfig", options.llama(sliding_window=6), make.causal),
     "mixtral": Entry(
-        "MixtralForCausalLM", "MixtralConfig", _llama(num_local_experts=4, num_experts_per_tok=2), make.causal
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        options.llama(num_local_experts=4, num_experts_per_tok=2),
+        make.causal,
     ),
     "mobilebert": Entry(
         "MobileBertForMaskedLM",
         "MobileBertConfig",
-        _bert(embedding_size=24, true_hidden_size=16, intra_bottleneck_size=16, num_feedforward_networks=2),
+        options.bert(
+            embedding_size=24, true_hidden_size=16, intra_bottleneck_size=16, num_feedforward_networks=2
+        ),
         make.text,
     ),
     "opt": Entry(
         "OPTForCausalLM",
         "OPTConfig",
-        _bert(ffn_dim=48, word_embed_proj_dim=24, bos_token_id=1, eos_token_id=2),
+        options.bert(ffn_dim=48, word_embed_proj_dim=24, bos_token_id=1, eos_token_id=2),
         make.causal,
     ),
-    "phi": Entry("PhiForCausalLM", "PhiConfig", _bert(bos_token_id=1, eos_token_id=2), make.causal),
-    "phi3": Entry("Phi3ForCausalLM", "Phi3Config", _llama(), make.causal),
-    "qwen2": Entry("Qwen2ForCausalLM", "Qwen2Config", _llama(), make.causal),
+    "phi": Entry("PhiForCausalLM", "PhiConfig", options.bert(bos_token_id=1, eos_token_id=2), make.causal),
+    "phi3": Entry("Phi3ForCausalLM", "Phi3Config", options.llama(), make.causal),
+    "qwen2": Entry("Qwen2ForCausalLM", "Qwen2Config", options.llama(), make.causal),
     "qwen2_moe": Entry(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
-        _llama(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+        options.llama(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
         | {"shared_expert_intermediate_size": 40},
         make.causal,
     ),
-    "qwen3": Entry("Qwen3ForCausalLM", "Qwen3Config", _llama(head_dim=8), make.causal),
-    "roberta": Entry("RobertaForMaskedLM", "RobertaConfig", _bert(), make.text),
-    "rwkv": Entry("RwkvForCausalLM", "RwkvConfig", _rwkv(), make.plain),
+    "qwen3": Entry("Qwen3ForCausalLM", "Qwen3Config", options.llama(head_dim=8), make.causal),
+    "roberta": Entry("RobertaForMaskedLM", "RobertaConfig", options.bert(), make.text),
+    "rwkv": Entry("RwkvForCausalLM", "RwkvConfig", options.rwkv(), make.plain),
     "sam": Entry(
         "SamModel",
         "SamConfig",
@@ -363,8 +284,8 @@ ENTRIES: dict[str, Entry] = {
         {},
         make.image_and_text,
         (
-            ("text_config", "SiglipTextConfig", _bert(projection_size=32, pad_token_id=0)),
-            ("vision_config", "SiglipVisionConfig", _vit()),
+            ("text_config", "SiglipTextConfig", options.bert(projection_size=32, pad_token_id=0)),
+            ("vision_config", "SiglipVisionConfig", options.vit()),
         ),
     ),
     "swin": Entry(
@@ -389,13 +310,13 @@ ENTRIES: dict[str, Entry] = {
         make.pairs,
     ),
     "timesformer": Entry(
-        "TimesformerForVideoClassification", "TimesformerConfig", _vit(num_frames=3), make.video
+        "TimesformerForVideoClassification", "TimesformerConfig", options.vit(num_frames=3), make.video
     ),
-    "vit": Entry("ViTForImageClassification", "ViTConfig", _vit(), make.image),
+    "vit": Entry("ViTForImageClassification", "ViTConfig", options.vit(), make.image),
     "vit_mae": Entry(
         "ViTMAEForPreTraining",
         "ViTMAEConfig",
-        _vit(
+        options.vit(
             decoder_num_attention_heads=4,
             decoder_hidden_size=24,
             decoder_num_hidden_layers=2,
@@ -406,7 +327,7 @@ ENTRIES: dict[str, Entry] = {
     "wav2vec2": Entry(
         "Wav2Vec2ForCTC",
         "Wav2Vec2Config",
-        _bert(
+        options.bert(
             conv_dim=(16, 24, 32),
             conv_stride=(5, 4, 2),
             conv_kernel=(10, 4, 3),
@@ -420,7 +341,7 @@ ENTRIES: dict[str, Entry] = {
     "whisper": Entry(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
-        _bart(
+        options.bart(
             num_mel_bins=16,
             max_source_positions=20,
             max_target_positions=30,

@@ -25,3 +25,7 @@ class UnusableWeightError(FxExpandError, ValueError):
 
 class VerificationError(FxExpandError, AssertionError):
     """A measured error exceeds its stated tolerance; the message holds both figures."""
+
+
+class ContractError(FxExpandError, AssertionError):
+    """A pass breaks the contract of ``fxexpand.passes.check``; the message lists every clause it breaks."""

@@ -2,13 +2,15 @@
 
 A pass is a frozen dataclass with its options as fields. Called on a GraphModule it returns a ``Result``:
 the new graph module, whether it changed, and a report of every site. All of them run inside torch.fx's pass
-managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` what they return, ``norms``
-splits norms while a graph is fused; ``operators`` and ``affine`` are rooms of their own.
+managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` what they return, ``contract`` the
+rules that all keep; ``norms`` splits norms while a graph is fused; ``operators`` and ``affine`` are rooms of
+their own.
 """
 
+from fxexpand.passes.contract import check
 from fxexpand.passes.expand import Expand
 from fxexpand.passes.factorize import Factorize
 from fxexpand.passes.fuse import Fuse
 from fxexpand.passes.result import Result
 
-__all__ = ["Expand", "Factorize", "Fuse", "Result"]
+__all__ = ["Expand", "Factorize", "Fuse", "Result", "check"]

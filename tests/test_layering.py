@@ -53,7 +53,7 @@ INSIDE = {
         *("operators.table", "affine.maps", "affine.steps", "affine.shapes", "operators.layers"),
         *("affine.aliasing", "affine.constants", "affine.reader", "affine.candidates"),
         *("affine.interpretation", "affine.extraction", "operators", "affine"),
-        *("result", "norms", "fuse", "expand", "factorize"),
+        *("result", "contract", "norms", "fuse", "expand", "factorize"),
     ],
     "surgery": [
         *("uses", "sites", "transaction", "expand", "fold"),

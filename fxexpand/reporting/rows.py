@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, TypeAlias
 
 from fxexpand.reporting.table import short, table
 
-Action = Literal["expanded", "fused", "factorized", "refused", "left"]
-CHANGES: tuple[Action, ...] = ("expanded", "fused", "factorized")
+Action: TypeAlias = str  # one of UNCHANGED, or what the pass did to the site: a verb in the past tense
+REFUSED, LEFT = "refused", "left"
+UNCHANGED = (REFUSED, LEFT)
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Row:
     Attributes:
         site: the dotted name of the module or parameter.
         kind: what it is, with its sizes: ``Conv2d 64->64 k3 p1``.
-        action: ``"expanded"``, ``"fused"`` or ``"factorized"``; ``"refused"``: cannot be done,
-            ``reason`` says why; ``"left"``: not asked for, or no weight of a linear map.
+        action: ``"refused"``: cannot be done, ``reason`` says why; ``"left"``: not asked for, or no weight of
+            a linear map; any other verb: changed, as in ``"expanded"``, ``"fused"``, ``"factorized"``.
         reason: for a changed site, what it became.
         params_before, params_after: numbers of parameters of the site.
         error: relative error measured on a random probe in float64, of a factorized layer that of the
@@ -38,7 +39,7 @@ class Row:
     @property
     def message(self) -> str:
         """The row as one sentence, as errors print it."""
-        verb = {"refused": "not changed", "left": "left alone"}.get(self.action, self.action)
+        verb = {REFUSED: "not changed", LEFT: "left alone"}.get(self.action, self.action)
         where = f"{self.site} ({self.kind})" if self.kind else self.site
         reason = self.reason.rstrip(".")
         return f"{where}: {verb}: {reason}." if reason else f"{where}: {verb}."
@@ -59,12 +60,12 @@ class Report:
     @property
     def changed(self) -> tuple[Row, ...]:
         """The sites that were rewritten."""
-        return tuple(row for row in self.rows if row.action in CHANGES)
+        return tuple(row for row in self.rows if row.action not in UNCHANGED)
 
     @property
     def refusals(self) -> tuple[Row, ...]:
         """The sites that could not be rewritten, with their reasons."""
-        return tuple(row for row in self.rows if row.action == "refused")
+        return tuple(row for row in self.rows if row.action == REFUSED)
 
     @property
     def worst_error(self) -> float | None:
@@ -94,7 +95,8 @@ class Report:
     def summary(self) -> str:
         """One line: how many sites, by action."""
         counts = Counter(row.action for row in self.rows)
-        parts = [f"{counts[action]} {action}" for action in get_args(Action) if counts[action]]
+        order = [*(action for action in counts if action not in UNCHANGED), *UNCHANGED]
+        parts = [f"{counts[action]} {action}" for action in order if counts[action]]
         return f"{self.title}: {', '.join(parts) or 'no site'}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,7 +39,15 @@ INSIDE = {
         *("chain", "expandnet", "branches", "doconv", "selection"),
     ],
     "running": ["finite", "inputs", "evaluation", "copying", "outputs", "flops", "verify"],
-    "layers": ["sharding", "products", "expanded", "parametrized", "accumulation", "param_groups"],
+    "layers": [
+        "sharding",
+        "products",
+        "rewritten",
+        "expanded",
+        "parametrized",
+        "accumulation",
+        "param_groups",
+    ],
     "tracing": [
         *("example_values", "guards", "tracer", "export", "graphs"),
         *("paths", "submodules", "edit"),

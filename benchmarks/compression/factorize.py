@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from benchmarks.compression.expand_then_compress import unfinished
 from benchmarks.evidence import FOLDER, headline, machine, publish, save
 from fxexpand import count_flops, factorize, fuse, measure_latency, report
+from fxexpand.layers.rewritten import kernel_like
 from fxexpand.lowrank.cuts import matrix_of
-from fxexpand.lowrank.factored import Factorized, kernel_like
+from fxexpand.lowrank.factored import Factorized
 from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
 from fxexpand.reporting.table import short, table
 from fxexpand.running.inputs import ExampleInputs

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.training.training_steps import timed
 from fxexpand.kernel.algebra import macs
 from fxexpand.kernel.modules import kernel_of
-from fxexpand.layers.expanded import Expanded, bare, effective_shape
+from fxexpand.layers.expanded import Expanded
+from fxexpand.layers.rewritten import bare, effective_shape
 
 
 def matmul_rate(device: str, half: bool = False, size: int = 1024) -> float:

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.deploy.latency.timing import peak_bytes
 from fxexpand.layers.accumulation import accumulate
-from fxexpand.layers.expanded import Expanded, Form, bare, effective_shape
+from fxexpand.layers.expanded import Expanded, Form
+from fxexpand.layers.rewritten import bare, effective_shape
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ def parametrized(big: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, Expanded):
             factors = [part.get_parameter("weight") for part in module.expansion]
-            stock: Any = bare(module, torch.empty(effective_shape(module), device="meta"))
+            stock: Any = bare(module, nn.Parameter(torch.empty(effective_shape(module), device="meta")))
             stock._parameters["bias"] = module._parameters["bias"]
-            for attribute in ("recipe", "form", "normed", "collapse_from", "chain", "held"):
+            for attribute in module.attributes:
                 stock.__dict__.pop(attribute, None)
             module.__class__ = type(stock)
             module.__dict__.clear()

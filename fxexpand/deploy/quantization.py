@@ -25,8 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fxexpand.deploy.onnx import export_onnx
 from fxexpand.deploy.sessions import feeds, open_session, required
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.layers.expanded import original_class
-from fxexpand.lowrank.factored import Factorized
+from fxexpand.layers.rewritten import Rewritten, original_class
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.finite import require_finite
@@ -222,8 +221,10 @@ def _without_batch(inputs: ExampleInputs) -> list[str]:
 
 def _ranges(model: nn.Module) -> Iterator[tuple[str, WeightRange]]:
     for name, module in own_modules(model):
-        if not isinstance(module, nn.Linear | _ConvNd) or isinstance(module, Factorized):
+        if not isinstance(module, nn.Linear | _ConvNd):
             continue
+        if isinstance(module, Rewritten) and module.traced_inside:
+            continue  # its factors are layers with rows of their own
         with evaluating(module):  # spectral norm would take a step, a chain with norms has no weight
             weight = module.weight.detach()
         where = (f"{name}.weight" if name else "weight", original_class(module).__name__)

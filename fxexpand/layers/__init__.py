@@ -1,8 +1,9 @@
 """Layers that train as a product of factors, and the tools of their training.
 
-``expanded`` has the layers that ``expand`` puts in, ``parametrized`` the parameters it expands in weight
-space; ``products`` multiplies factors in the cheapest order, ``accumulation`` shares their products over
-micro-batches, ``param_groups`` sets weight decay per factor, ``sharding`` knows FSDP.
+``rewritten`` is the base of layers that were rewritten in place, ``expanded`` has those of ``expand``,
+``parametrized`` the parameters that ``expand`` computes in weight space; ``products`` multiplies factors in
+the cheapest order, ``accumulation`` shares their products over micro-batches, ``param_groups`` sets weight
+decay per factor, ``sharding`` knows FSDP.
 """
 
 from fxexpand.layers.expanded import (
@@ -18,8 +19,8 @@ from fxexpand.layers.expanded import (
     ExpandedLinear,
     Form,
     expand_layer,
-    restore_layer,
 )
+from fxexpand.layers.rewritten import Rewritten, restore_layer
 
 __all__ = [
     "EXPANDED",
@@ -33,6 +34,7 @@ __all__ = [
     "ExpandedConvTranspose3d",
     "ExpandedLinear",
     "Form",
+    "Rewritten",
     "expand_layer",
     "restore_layer",
 ]

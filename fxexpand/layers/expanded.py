@@ -1,15 +1,13 @@
 """Expanded layers: a Linear or convolution whose weight is the product of trainable factors.
 
-The module object stays what it was, hooks, training flag and owners included; only its class becomes the
-subclass here of its old class, as torch.nn.utils.parametrize does it. Its ``weight`` is then computed, and
-the factors live in ``expansion``, a plain nn.Sequential of stock layers.
+The layer is rewritten in place (see ``layers.rewritten``): its weight is computed from ``expansion``, a plain
+nn.Sequential of stock layers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,8 +19,17 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fxexpand.errors import FxExpandError, InexactError
 from fxexpand.kernel.algebra import macs, native_weight
 from fxexpand.kernel.lower import is_channels_last, laid_out_as
-from fxexpand.kernel.modules import LAYERS, kernel_of, stock_layer
-from fxexpand.layers.products import Held, MatrixChain, Segment, Way, matrix_chain, surely_below
+from fxexpand.kernel.modules import LAYERS, kernel_of
+from fxexpand.layers.products import (
+    Held,
+    MatrixChain,
+    Segment,
+    Way,
+    exact_products,
+    matrix_chain,
+    surely_below,
+)
+from fxexpand.layers.rewritten import Rewritten, by_original, effective_shape, kernel_like, rewrite_layer
 from fxexpand.layers.sharding import placed_as, sharded_part
 from fxexpand.recipes import Recipe, fold, has_norm
 from fxexpand.recipes.structure import chain_macs, fold_cost, leaves, telling_weight
@@ -39,8 +46,8 @@ UNFOLD_BELOW = 8
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Expanded(nn.Module):
-    """What the expanded layers have in common; mixed in before the class of the layer.
+class Expanded(Rewritten):
+    """Base class of the expanded layers; comes before the class of the layer.
 
     Attributes:
         expansion: the training-time block, without the layer's bias.
@@ -59,6 +66,11 @@ class Expanded(nn.Module):
     between them are kept instead; as that is the cheaper way only for few positions, these are fewer than
     the factors on both sides have elements on average (hidden widths not below the outer ones).
     """
+
+    factor_names = ("expansion",)
+    computed = ("weight",)
+    attributes = ("recipe", "form", "normed", "collapse_from", "chain", "held")
+    status = "expanded already"
 
     expansion: nn.Sequential
     recipe: Recipe
@@ -120,13 +132,6 @@ class Expanded(nn.Module):
         except InexactError:  # torch reads the attribute of every name in a state dict, in training too
             return own
 
-    # Any: they take the place of what are attributes in the layers below.
-    weight: Any = property(_effective_weight, doc="The effective weight, laid out as in the original layer.")
-    bias: Any = property(
-        _effective_bias,
-        doc="The layer's own bias, plus what a BatchNorm inside adds if no batch decides that.",
-    )
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the original layer; extra arguments are those of a transposed convolution (``output_size``)."""
         way = self._way(input)
@@ -184,23 +189,29 @@ class Expanded(nn.Module):
                 rows = _CONV[weight.ndim - 2](rows, weight, bias, groups=layer.groups)
         return rows
 
-    def factor(self, weight: Tensor) -> list[Tensor]:
-        """Values of the block's parameters and buffers, in order, with which it computes ``weight``."""
+    def factor(self, weight: Tensor) -> dict[str, Tensor]:
+        """Values of the block's parameters and buffers with which it computes ``weight``."""
         with exact_products(weight):
-            block = self.recipe.build(kernel_of(bare(self, weight.detach())))
-        return [*block.parameters(), *block.buffers()]
+            block = self.recipe.build(kernel_like(self, weight.detach()))
+        return {f"expansion.{key}": value for key, value in block.state_dict().items()}
 
     def reset_parameters(self) -> None:
         """Random factors as in the recipe's paper, and a bias as the original layer draws it."""
         like = next(self.expansion.parameters())
         empty = torch.empty(effective_shape(self), dtype=like.dtype, device=like.device)
-        block = self.recipe.build(kernel_of(bare(self, empty)), init="kaiming")
+        block = self.recipe.build(kernel_like(self, empty), init="kaiming")
         own = self._parameters["bias"]
         with torch.no_grad():
-            _copy(self.expansion, [*block.parameters(), *block.buffers()])
+            self._set_factors({f"expansion.{key}": value for key, value in block.state_dict().items()})
             if own is not None:
-                bound = 1.0 / math.sqrt(math.prod(effective_shape(self)[1:]))
+                bound = 1.0 / math.sqrt(math.prod(empty.shape[1:]))
                 own.uniform_(-bound, bound)
+
+    def _set_factors(self, values: Mapping[str, Tensor]) -> None:
+        targets = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        with torch.no_grad():
+            for key, value in values.items():
+                targets[key].copy_(placed_as(value, targets[key]))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "bias" and (value is None or isinstance(value, nn.Parameter)):
@@ -218,49 +229,7 @@ class Expanded(nn.Module):
                 "weight.detach(), or compute the weight from others before the layer is expanded."
             )
         require_finite(value, "weight", type(self).__name__.removeprefix("Expanded"))
-        with torch.no_grad():
-            _copy(self.expansion, self.factor(value))
-
-    def __delattr__(self, name: str) -> None:
-        if name == "weight":  # the first thing that torch.nn.utils.parametrize does to a module
-            raise AttributeError(
-                "weight: is the product of the factors in expansion, and stays. Fuse the layer first, or "
-                "parametrize its factors."
-            )
-        if name == "bias":
-            raise AttributeError("bias: is part of an expanded layer, and stays. Fuse the layer first.")
-        super().__delattr__(name)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads an original checkpoint too: ``weight`` is factored, so the function is the original's."""
-        inside = f"{prefix}expansion."
-        given = state_dict.get(f"{prefix}weight")
-        if isinstance(given, Tensor) and not any(key.startswith(inside) for key in state_dict):
-            del state_dict[f"{prefix}weight"]
-            expected = effective_shape(self)
-            if given.shape != expected:
-                error_msgs.append(size_mismatch(f"{prefix}weight", given.shape, expected))
-                state_dict.update({inside + key: value for key, value in self.expansion.state_dict().items()})
-            else:
-                assigned = local_metadata.get("assign_to_params_buffers", False)
-                require_finite(given, f"{prefix}weight", type(self).__name__.removeprefix("Expanded"))
-                like = given if assigned else next(self.expansion.parameters())
-                value = given.detach().to(like.device, like.dtype)
-                with exact_products(value):
-                    block = self.recipe.build(kernel_of(bare(self, value)))
-                state_dict.update({inside + key: value for key, value in block.state_dict().items()})
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._set_factors(self.factor(value))
 
     def extra_repr(self) -> str:
         """The original's, and the recipe."""
@@ -296,28 +265,24 @@ class ExpandedConvTranspose3d(Expanded, nn.ConvTranspose3d):
     """See ``Expanded``."""
 
 
-EXPANDED: dict[type[nn.Module], type[Expanded]] = {
-    cls.__bases__[1]: cls
-    for cls in (
-        ExpandedLinear,
-        ExpandedConv1d,
-        ExpandedConv2d,
-        ExpandedConv3d,
-        ExpandedConvTranspose1d,
-        ExpandedConvTranspose2d,
-        ExpandedConvTranspose3d,
-    )
-}
+EXPANDED = by_original(
+    ExpandedLinear,
+    ExpandedConv1d,
+    ExpandedConv2d,
+    ExpandedConv3d,
+    ExpandedConvTranspose1d,
+    ExpandedConvTranspose2d,
+    ExpandedConvTranspose3d,
+)
 
 
 def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, form: Form) -> None:
     """Turn a layer of an exact type in ``EXPANDED`` into its expanded subclass, in place; cannot fail."""
-    original = macs(kernel_of(module))
-    module.__class__ = EXPANDED[type(module)]
-    module._parameters["weight"] = None  # keeps its place, so that folding restores the order of the keys
-    module._modules["expansion"] = expansion.train(module.training)
-    saved = chain_macs(expansion) - original
-    module.__dict__.update(
+    saved = chain_macs(expansion) - macs(kernel_of(module))
+    rewrite_layer(
+        module,
+        EXPANDED[type(module)],
+        {"expansion": expansion.train(module.training)},
         recipe=recipe,
         form=form,
         normed=has_norm(expansion),
@@ -325,16 +290,6 @@ def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, fo
         chain=matrix_chain(expansion),
         held=None,
     )
-
-
-def restore_layer(module: Expanded, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """Undo ``expand_layer`` with the given weight and bias, in place; nothing can fail."""
-    del module._modules["expansion"]
-    for name in ("recipe", "form", "normed", "collapse_from", "chain", "held"):
-        del module.__dict__[name]
-    module.__class__ = original_class(module)
-    module._parameters["weight"] = weight
-    module._parameters["bias"] = bias
 
 
 def _is_changed(layer: nn.Module) -> bool:
@@ -346,47 +301,6 @@ def _is_hooked(layer: nn.Module) -> bool:
     """Whether a factor's weight is computed at each call, as by weight_norm, prune and parametrize."""
     layers = type(layer) in LAYERS or "parametrizations" in layer._modules
     return layers and layer._parameters.get("weight") is None
-
-
-def original_class(module: nn.Module) -> Any:
-    """The class that an expanded layer had; ``fully_shard`` puts one of its own before the expanded one."""
-    return next(cls for cls in type(module).__mro__ if cls in EXPANDED)
-
-
-def bare(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A stock layer with the geometry of an expanded one, and ``weight`` in the original layout; no bias."""
-    return stock_layer(original_class(module), module, weight=nn.Parameter(weight), bias=None)
-
-
-def effective_shape(module: Any) -> torch.Size:
-    """The shape of the original weight."""
-    if isinstance(module, nn.Linear):
-        return torch.Size((module.out_features, module.in_features))
-    rows, columns = module.out_channels, module.in_channels // module.groups
-    if isinstance(module, _ConvTransposeNd):
-        rows, columns = module.in_channels, module.out_channels // module.groups
-    return torch.Size((rows, columns, *module.kernel_size))
-
-
-def size_mismatch(key: str, given: torch.Size, expected: torch.Size) -> str:
-    """torch's own words for a tensor of the wrong shape in a checkpoint."""
-    return (
-        f"size mismatch for {key}: copying a param with shape {given} from checkpoint, "
-        f"the shape in current model is {expected}."
-    )
-
-
-def exact_products(like: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: a half-precision product would add its rounding once per factor."""
-    device = like.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
-def _copy(block: nn.Module, values: list[Tensor]) -> None:
-    for target, value in zip([*block.parameters(), *block.buffers()], values, strict=True):
-        target.copy_(placed_as(value, target))
 
 
 def _positions(module: Any, x: Tensor) -> float:

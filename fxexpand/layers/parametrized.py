@@ -23,8 +23,8 @@ from torch.nn.utils import parametrize
 
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.lower import laid_out_as
-from fxexpand.layers.expanded import exact_products, size_mismatch
-from fxexpand.layers.products import Held, matrix_chain, state, unhooked
+from fxexpand.layers.products import Held, exact_products, matrix_chain, state, unhooked
+from fxexpand.layers.rewritten import replace_original
 from fxexpand.recipes import Recipe, fold
 from fxexpand.running.finite import require_finite
 
@@ -250,20 +250,23 @@ def load_original(
     error_msgs: list[str] = _[-1]
     for name, held, expansion in expanded_weights(module):
         inside = f"{prefix}parametrizations.{name}.original"
-        given = state_dict.get(prefix + name)
-        if not isinstance(given, Tensor) or any(key.startswith(inside) for key in state_dict):
-            continue
-        del state_dict[prefix + name]
-        current = originals(held)
-        if given.shape != expansion.view.shape:
-            error_msgs.append(size_mismatch(prefix + name, given.shape, expansion.view.shape))
-            factors: Sequence[Tensor] = current
-        else:
-            assigned = local_metadata.get("assign_to_params_buffers", False)
-            require_finite(given, prefix + name, type(module).__name__.removeprefix("Parametrized"))
-            value = given if assigned else given.detach().to(current[0].device, current[0].dtype)
-            factors = expansion.factor(value)
-        state_dict.update({f"{inside}{i}": factor for i, factor in enumerate(factors)})
+        error_msgs += replace_original(
+            state_dict,
+            prefix + name,
+            _numbered(inside, originals(held)),
+            shape=expansion.view.shape,
+            kind=type(module).__name__.removeprefix("Parametrized"),
+            factor=partial(_factored, expansion, inside),
+            assigned=local_metadata.get("assign_to_params_buffers", False),
+        )
+
+
+def _factored(expansion: WeightExpansion, inside: str, value: Tensor) -> dict[str, Tensor]:
+    return _numbered(inside, expansion.factor(value))
+
+
+def _numbered(inside: str, factors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{inside}{i}": factor for i, factor in enumerate(factors)}
 
 
 def _read_once_per_forward(module: nn.Module) -> None:

@@ -175,6 +175,14 @@ class Held:
         return any(now is not then for now, then in zip(self._factors(), self._first, strict=True))
 
 
+def exact_products(like: Tensor) -> AbstractContextManager[Any]:
+    """No autocast: a half-precision product would add its rounding once per factor."""
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def unhooked() -> AbstractContextManager[Any]:
     """What is saved for backward inside escapes the hooks around.
 

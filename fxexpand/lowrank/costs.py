@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxexpand.kernel.algebra import FLOATING
+from fxexpand.layers.rewritten import kernel_like
 from fxexpand.lowrank.calibration import Seen
 from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
-from fxexpand.lowrank.factored import FACTORIZED, factors, kernel_like
+from fxexpand.lowrank.factored import FACTORIZED, factors
 from fxexpand.lowrank.projection import Spectrum, rank_of_share
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call

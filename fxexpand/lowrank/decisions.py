@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import SelectionError
+from fxexpand.layers.rewritten import kernel_like
 from fxexpand.lowrank.allocation import Option, allocate
 from fxexpand.lowrank.calibration import Moment, Seen, Tokens, sizes, watch_moments
 from fxexpand.lowrank.costs import Costs, Target, timed_cuts, whole_cost
 from fxexpand.lowrank.criteria import Approach, Criterion, Ranks, cut_of
 from fxexpand.lowrank.cuts import Cut, Scheme, matrix_of, schemes_of
-from fxexpand.lowrank.factored import kernel_like
 from fxexpand.lowrank.factorize_report import FactorRow
 from fxexpand.lowrank.lp import lp_spectrum
 from fxexpand.lowrank.projection import COLUMNS, Spectrum, of_tokens, rank_of_share, spectrum

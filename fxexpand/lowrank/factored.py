@@ -1,9 +1,8 @@
 """Factored layers: a Linear, convolution or Embedding that runs two smaller ones, one after the other.
 
-The module object stays what it was, its name, hooks, training flag and owners included; only its class
-becomes the subclass here of its old class. Its parameters are those of the two factors, under ``0`` and
-``1``: ``fc.weight`` and ``fc.bias`` become ``fc.0.weight``, ``fc.1.weight`` and ``fc.1.bias``. A state dict
-with the original names loads too: the weight is factored at the rank that the layer has.
+The layer is rewritten in place (see ``layers.rewritten``). Its parameters are those of the two factors, under
+``0`` and ``1``: ``fc.weight`` and ``fc.bias`` become ``fc.0.weight``, ``fc.1.weight`` and ``fc.1.bias``. A
+state dict with the original names loads too: the weight is factored at the rank that the layer has.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from fxexpand.kernel.algebra import Kernel, cast, compose
 from fxexpand.kernel.lower import laid_out_as, to_module
-from fxexpand.kernel.modules import kernel_of, stock_layer
+from fxexpand.kernel.modules import kernel_of
+from fxexpand.layers.rewritten import Rewritten, by_original, kernel_like, rewrite_layer
 from fxexpand.lowrank.cuts import Cut, factors_of, matrix_of
 from fxexpand.lowrank.projection import spectrum
 
@@ -83,19 +83,24 @@ FACTS: set[Any] = {
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
 
 
-class Factorized(nn.Module):
-    """What the factored layers have in common; mixed in before the class of the layer.
+class Factorized(Rewritten):
+    """Base class of the factored layers; comes before the class of the layer.
 
     Attributes:
         cut: where the kernel was cut, and the rank.
-        traced_inside: a graph of the model calls the factors, not the layer.
 
     ``weight`` and ``bias`` are the effective ones: computed at every read, so they are for reading. Writing
     into them does nothing, assigning to them is an error; train the factors.
     """
 
+    factor_names = ("0", "1")
+    computed = ("weight", "bias")
+    attributes = ("cut",)
+    moved: ClassVar[Mapping[str, str]] = {"bias": "1.bias"}
+    traced_inside = True
+    status = "factorized already; its factors are layers of their own"
+
     cut: Cut
-    traced_inside: ClassVar[bool] = True
 
     def forward(self, input: Tensor) -> Tensor:
         """The second factor of the first."""
@@ -124,21 +129,18 @@ class Factorized(nn.Module):
     def _effective_bias(self) -> Tensor | None:
         return self.get_submodule("1")._parameters.get("bias")
 
-    # Any: they take the place of what are attributes in the layers below.
-    weight: Any = property(_effective_weight, doc="The product of the factors, as in the original layer.")
-    bias: Any = property(_effective_bias, doc="That of the second factor.")
+    def _original_shape(self) -> torch.Size:
+        return self._effective_weight().shape
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuses what would never be read, as it is for assignments too.
-
-        Raises: AttributeError: a ``weight`` or ``bias`` beside those of the factors.
-        """
-        if name in ("weight", "bias"):
-            raise AttributeError(
-                f"{type(self).__name__}.{name} is that of the factors, which a new one would not change. "
-                "Load a state dict with the original names, or assign to the factors (0 and 1)."
-            )
-        super().register_parameter(name, param)
+    def factor(self, weight: Tensor) -> dict[str, Tensor]:
+        """The weights of both factors of ``weight``, at the rank that the layer has."""
+        first, second = self.factors()
+        kernel = kernel_like(self, weight)
+        left, right = spectrum(matrix_of(kernel, self.cut.scheme)).factors(self.cut.rank)
+        one, two = factor_weights(self, kernel, self.cut, left, right)
+        if isinstance(first, nn.Embedding) and first.padding_idx is not None:
+            one[first.padding_idx] = 0.0
+        return {"0.weight": one, "1.weight": two.mT if isinstance(second, Rows) else two}
 
     def reset_parameters(self) -> None:
         """Random factors, as torch draws them for layers of their sizes."""
@@ -147,44 +149,6 @@ class Factorized(nn.Module):
                 nn.init.kaiming_uniform_(part.weight.mT, a=5**0.5)
             elif part is not None:
                 part.reset_parameters()  # type: ignore[operator]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads the original names too, by factoring the weight; the others are the children's own."""
-        given = state_dict.get(f"{prefix}weight")
-        if isinstance(given, Tensor) and f"{prefix}0.weight" not in state_dict:
-            del state_dict[f"{prefix}weight"]
-            shape = self._effective_weight().shape
-            if given.shape != shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix}weight: copying a param with shape {given.shape} from "
-                    f"checkpoint, the shape in current model is {shape}."
-                )
-                return
-            if not bool(torch.isfinite(given).all()):
-                error_msgs.append(f"{prefix}weight holds NaN or Inf: it cannot be factored.")
-                return
-            first, second = self.get_submodule("0"), self.get_submodule("1")
-            kernel = kernel_like(self, given.detach())
-            left, right = spectrum(matrix_of(kernel, self.cut.scheme)).factors(self.cut.rank)
-            one, two = factor_weights(self, kernel, self.cut, left, right)
-            state_dict[f"{prefix}0.weight"] = one
-            state_dict[f"{prefix}1.weight"] = two.mT if isinstance(second, Rows) else two
-            if isinstance(first, nn.Embedding) and first.padding_idx is not None:
-                state_dict[f"{prefix}0.weight"][first.padding_idx] = 0.0
-            if f"{prefix}bias" in state_dict:
-                state_dict[f"{prefix}1.bias"] = state_dict.pop(f"{prefix}bias")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
     def extra_repr(self) -> str:
         """The original's sizes, and the cut."""
@@ -211,19 +175,9 @@ class FactorizedEmbedding(Factorized, nn.Embedding):
     """See ``Factorized``."""
 
 
-FACTORIZED: dict[type[nn.Module], type[Factorized]] = {
-    cls.__bases__[1]: cls
-    for cls in (FactorizedLinear, FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedEmbedding)
-}
-
-
-def kernel_like(module: nn.Module, weight: Tensor) -> Kernel:
-    """The kernel of a layer, factored or not, with this weight and no bias; an Embedding's is its table."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        return Kernel(weight)
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    base: Any = next(cls for cls in type(module).__mro__ if cls in FACTORIZED)
-    return kernel_of(stock_layer(base, module, weight=weight, bias=None))
+FACTORIZED = by_original(
+    FactorizedLinear, FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedEmbedding
+)
 
 
 def _kernel_of(factor: nn.Module) -> Kernel:
@@ -301,8 +255,4 @@ def tied_factors(
 
 def factorize_layer(module: nn.Module, first: nn.Module, second: nn.Module, cut: Cut) -> None:
     """Turn a layer of an exact type in ``FACTORIZED`` into its factored subclass, in place; cannot fail."""
-    module.__class__ = FACTORIZED[type(module)]
-    for name in module._parameters.keys() & {"weight", "bias"}:
-        module._parameters[name] = None
-    module._modules.update({"0": first, "1": second})
-    module.__dict__["cut"] = cut
+    rewrite_layer(module, FACTORIZED[type(module)], {"0": first, "1": second}, cut=cut)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxexpand.errors import SelectionError, UnusableWeightError
+from fxexpand.layers.rewritten import kernel_like
 from fxexpand.lowrank.cuts import SCHEMES, Scheme, matrix_of, schemes_of, weight_of
-from fxexpand.lowrank.factored import FACTORIZED, kernel_like
+from fxexpand.lowrank.factored import FACTORIZED
 from fxexpand.lowrank.projection import spectrum
 from fxexpand.recipes import Chain
 from fxexpand.recipes.selection import Select, Selection

@@ -13,11 +13,12 @@ from torch.nn.parameter import is_lazy
 from fxexpand.errors import InexactError, RefusedError, SelectionError
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.modules import kernel_of
-from fxexpand.layers.expanded import FORMS, Form, exact_products, expand_layer
+from fxexpand.layers.expanded import FORMS, Form, expand_layer
 from fxexpand.layers.parametrized import (
     WeightExpansion,
     expand_weight,
 )
+from fxexpand.layers.products import exact_products
 from fxexpand.recipes import Init, Recipe, fold
 from fxexpand.recipes.chain import Chain
 from fxexpand.recipes.recipe import INITS

@@ -12,13 +12,14 @@ from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import cast, native_weight
 from fxexpand.kernel.lower import laid_out_as
 from fxexpand.kernel.modules import describe
-from fxexpand.layers.expanded import Expanded, bare, restore_layer
+from fxexpand.layers.expanded import Expanded
 from fxexpand.layers.parametrized import (
     WeightExpansion,
     expanded_weights,
     originals,
     restore_weight,
 )
+from fxexpand.layers.rewritten import bare, restore_layer
 from fxexpand.recipes import fold
 from fxexpand.recipes.structure import telling_weight
 from fxexpand.reporting.rows import Report, Row

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.kernel.modules import LAYERS, describe
-from fxexpand.lowrank.factored import Factorized
+from fxexpand.layers.rewritten import Rewritten
 from fxexpand.passes.affine.extraction import Walk
 from fxexpand.passes.fuse import Fuse, grouped, new_layer, rows
 from fxexpand.passes.norms import split_norms
@@ -87,8 +87,8 @@ def commit_fusing(model: nn.Module, edits: Edits) -> nn.Module:
                 parent._modules[name] = edits.replaced[child]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, Factorized) and type(child._modules["1"]) is nn.Identity:
-                parent._modules[name] = child._modules["0"]  # a pair of full rank is one layer again
+            if isinstance(child, Rewritten) and (layer := child.remaining_layer()) is not None:
+                parent._modules[name] = layer  # a pair of full rank is one layer again
     return edits.replaced.get(model, model)
 
 

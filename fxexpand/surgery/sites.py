@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 
 from fxexpand.kernel.algebra import FLOATING
 from fxexpand.kernel.modules import describe
-from fxexpand.layers.expanded import EXPANDED, Expanded
+from fxexpand.layers.expanded import EXPANDED
 from fxexpand.layers.parametrized import View, expanded_weights
-from fxexpand.lowrank.factored import Factorized
+from fxexpand.layers.rewritten import Rewritten
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.surgery.uses import UnknownUse, Use, observed_uses, parameter_uses
 
@@ -127,8 +127,8 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of ``model`` once each, without the factors that an expansion put in."""
     hidden: set[int] = set()
     for _, module in model.named_modules():
-        if isinstance(module, Expanded):
-            hidden.update(map(id, module.expansion.modules()))
+        if isinstance(module, Rewritten) and not module.traced_inside:
+            hidden.update(id(inner) for part in module.factors() for inner in part.modules())
         if parametrize.is_parametrized(module):
             lists = module.parametrizations
             assert isinstance(lists, nn.ModuleDict)
@@ -291,11 +291,8 @@ def _without_parameter(path: str, module: nn.Module) -> Iterator[Site]:
         if any(True for _ in module.parameters(recurse=False)):
             yield site(module.original_name, "refuse", "TorchScript is compiled. Expand before scripting")
         return
-    if isinstance(module, Expanded):
-        yield site(describe(module), "leave", "expanded already")
-        return
-    if isinstance(module, Factorized):
-        yield site(describe(module), "leave", "factorized already; its factors are layers of their own")
+    if isinstance(module, Rewritten):
+        yield site(describe(module), "leave", module.status)
         return
     ours = {attribute for attribute, _, _ in expanded_weights(module)}
     for attribute in sorted(ours):

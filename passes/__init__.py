@@ -2,9 +2,9 @@
 
 A pass is a frozen dataclass with its options as fields. Called on a GraphModule it returns a ``Result``:
 the new graph module, whether it changed, and a report of every site. All of them run inside torch.fx's pass
-managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` what they return, ``contract`` the
-rules that all keep; ``norms`` splits norms while a graph is fused; ``operators`` and ``affine`` are rooms of
-their own.
+managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` is the type they return, and
+``contract`` holds the rules that all keep. ``fusions`` makes the layers of ``fuse``, ``norms`` splits norms
+while a graph is fused, and ``fixed_point`` repeats its rounds; ``operators`` and ``affine`` are rooms inside.
 """
 
 from fxexpand.passes.contract import check

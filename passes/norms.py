@@ -1,7 +1,7 @@
-"""Modules of which one part is an affine map of the channels, as two nodes while a graph is rewritten.
+"""Norms with an affine part, as two nodes each while a graph is rewritten.
 
-The norm+act modules of timm: a BatchNorm, then the rest. LayerNorm and RMSNorm before Linear layers: what is
-divided by a standard deviation, then a scale and a shift of the last dimension.
+The norm+act modules of timm are a BatchNorm, then the rest. A LayerNorm or RMSNorm before Linear layers is a
+division by the standard deviation or root mean square, then a scale and a shift of the last dimension.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fxexpand.recipes.structure import LastDimBatchNorm
 from fxexpand.tracing.edit import operand, put, remove
 from fxexpand.tracing.graphs import hooked
 
-NORM = "__norm"  # what the name of the affine part ends with
+NORM = "__norm"  # the end of the name of the affine part
 
 
 class LayerNormAffine(LastDimBatchNorm):
@@ -27,7 +27,7 @@ class LayerNormAffine(LastDimBatchNorm):
 
 
 class _Split:
-    """The calls of a module as two nodes each; ``rest`` keeps the module's name."""
+    """The calls of one module as two nodes each; ``rest`` keeps the module's name."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class _Split:
             self._calls.append((new, node))
 
     def rejoin(self) -> None:
-        """Make the calls whole again where both parts are still called, one after the other."""
+        """Make a call one node again where both parts are still called, one after the other."""
         target, nodes = self._target, set(self._graph_module.graph.nodes)
         whole = [(one, two) for one, two in self._calls if {one, two} <= nodes and set(one.users) == {two}]
         apart = [node for call in self._calls if call not in whole for node in call if node in nodes]
@@ -76,17 +76,17 @@ class _Split:
 
 @contextmanager
 def split_norms(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Inside the context such modules are two nodes each.
+    """Inside the context each norm with an affine part is two nodes.
 
-    Afterwards, where the affine part is gone from the graph, the rest stays under the module's name; where
-    both are there, they are one module again.
+    Afterwards, if the affine part is gone from the graph, the rest stays under the module's name; if both are
+    called, they are one module again.
     """
     calls: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.find_nodes(op="call_module"):
         calls.setdefault(str(node.target), []).append(node)
     around = {target.rpartition(".")[0] for target in calls}
     sizes = set(shape_readers(graph_module))
-    found = []
+    splits = []
     for target, nodes in calls.items():
         module = graph_module.get_submodule(target)
         if hooked(module) or target in around or any(operand(node) is None for node in nodes):
@@ -96,11 +96,11 @@ def split_norms(graph_module: fx.GraphModule) -> Iterator[None]:
             readers = {user for node in nodes for user in node.users if user not in sizes}
             parts, affine_first = _layer_norm(graph_module, module, readers), False
         if parts is not None:
-            found.append(_Split(graph_module, target, module, *parts, affine_first, nodes))
+            splits.append(_Split(graph_module, target, module, *parts, affine_first, nodes))
     try:
         yield
     finally:
-        for split in found:
+        for split in splits:
             split.rejoin()
         graph_module.recompile()
 
@@ -108,9 +108,9 @@ def split_norms(graph_module: fx.GraphModule) -> Iterator[None]:
 def _layer_norm(
     graph_module: fx.GraphModule, module: nn.Module, readers: Collection[fx.Node]
 ) -> tuple[nn.Module, nn.Module] | None:
-    """The scale and shift, and the norm without them, where Linear layers are all that reads the value.
+    """The scale and shift, and the norm without them, where only Linear layers read the value.
 
-    A shift needs a bias there: in the norm's own kernel it costs nothing, as a new bias it would.
+    A shift asks that these have a bias: a new one would cost more than the shift inside the norm does.
     """
     if not is_layer_norm(module):
         return None
@@ -128,7 +128,7 @@ def _layer_norm(
 
 
 def _is_linear(graph_module: fx.GraphModule, node: fx.Node, shifted: bool) -> bool:
-    """Whether a node is a Linear, with a bias where what it reads is shifted."""
+    """Whether a node is a Linear, with a bias if its input is ``shifted``."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         return isinstance(module, nn.Linear) and (
@@ -138,6 +138,6 @@ def _is_linear(graph_module: fx.GraphModule, node: fx.Node, shifted: bool) -> bo
     return call is not None and call.name == "linear" and (call.get("bias") is not None or not shifted)
 
 
-def shown(name: str) -> str:
-    """The name of the module that a part belongs to."""
+def owner_name(name: str) -> str:
+    """The name of the norm that a part belongs to; any other name as it is."""
     return name.removesuffix(NORM)

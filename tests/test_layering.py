@@ -60,8 +60,9 @@ INSIDE = {
     "passes": [
         *("operators.table", "affine.maps", "affine.steps", "affine.shapes", "operators.layers"),
         *("affine.aliasing", "affine.constants", "affine.reader", "affine.candidates"),
-        *("affine.interpretation", "affine.extraction", "operators", "affine"),
-        *("result", "contract", "norms", "fuse", "expand", "factorize"),
+        *("affine.layouts", "affine.writes", "affine.interpretation", "affine.extraction"),
+        *("operators", "affine"),
+        *("result", "contract", "norms", "fusions", "fixed_point", "fuse", "expand", "factorize"),
     ],
     "surgery": [
         *("uses", "sites", "transaction", "expand", "fold"),

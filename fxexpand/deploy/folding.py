@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fxexpand.passes.fuse import combined
+from fxexpand.passes.fixed_point import combined
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.surgery.fuse import fuse
 from fxexpand.surgery.placement import ONE_GRAPH

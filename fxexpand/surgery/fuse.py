@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import RefusedError, SelectionError
-from fxexpand.passes.fuse import combined
+from fxexpand.passes.fixed_point import combined
 from fxexpand.reporting.progress import at_work, progress_bar
 from fxexpand.reporting.rows import Report
 from fxexpand.running.copying import copied

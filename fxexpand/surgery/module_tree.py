@@ -11,11 +11,11 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from fxexpand.passes.affine.candidates import Form
-from fxexpand.passes.affine.extraction import Walk
+from fxexpand.passes.affine.candidates import Candidate
+from fxexpand.passes.affine.extraction import Extraction
 from fxexpand.passes.affine.shapes import NDIM
-from fxexpand.passes.fuse import Group
-from fxexpand.passes.norms import LayerNormAffine, shown
+from fxexpand.passes.fusions import Group
+from fxexpand.passes.norms import LayerNormAffine, owner_name
 from fxexpand.tracing.edit import works_in_place, written
 from fxexpand.tracing.graphs import WORDY, UntraceableError, fixes_arguments, symbolic
 from fxexpand.tracing.submodules import Parts
@@ -38,7 +38,7 @@ class Tree:
     """
 
     def __init__(
-        self, walk: Walk, root: nn.Module, groups: Sequence[Group], part: bool, one_path: bool = False
+        self, walk: Extraction, root: nn.Module, groups: Sequence[Group], part: bool, one_path: bool = False
     ) -> None:
         self._walk = walk
         self._part = part
@@ -86,7 +86,7 @@ class Tree:
         touching: dict[str, list[fx.Node]] = {}
         calls: dict[str, list[fx.Node]] = {}
         for node in self._walk.order:
-            target = shown(str(node.target)) if node.op in ("call_module", "get_attr") else ""
+            target = owner_name(str(node.target)) if node.op in ("call_module", "get_attr") else ""
             for path in {*_prefixes(target), *_modules_around(node)}:
                 touching.setdefault(path, []).append(node)
             if node.op == "call_module":
@@ -278,7 +278,7 @@ class Tree:
         found[places[layers[0]]] = None
         return found
 
-    def _unnoticed(self, group: Group, form: Form, anchor: fx.Node) -> bool:
+    def _unnoticed(self, group: Group, form: Candidate, anchor: fx.Node) -> bool:
         """Whether no code that stays reads a value that is another one now, or writes into it.
 
         What stays runs, whether its result is read or not; before the new layer it finds the source.
@@ -306,7 +306,7 @@ class Tree:
     def _unit(self, node: fx.Node, calls: int, mine: set[fx.Node]) -> str | None:
         """The module that does nothing but what a node and others of ``mine`` do, at all of its calls."""
         if node.op == "call_module":
-            path, made = shown(str(node.target)), self._calls_of(str(node.target))
+            path, made = owner_name(str(node.target)), self._calls_of(str(node.target))
         else:
             path = self._stack(node)[-1]
             made = len(self._calls.get(path, ()))

@@ -18,8 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.kernel.modules import LAYERS, describe
 from fxexpand.layers.rewritten import Rewritten
-from fxexpand.passes.affine.extraction import Walk
-from fxexpand.passes.fuse import Fuse, grouped, new_layer, rows
+from fxexpand.passes.affine.extraction import Extraction
+from fxexpand.passes.affine.interpretation import Note
+from fxexpand.passes.fuse import Fuse, rows
+from fxexpand.passes.fusions import grouped, new_layer
 from fxexpand.passes.norms import split_norms
 from fxexpand.reporting.rows import Row
 from fxexpand.running.copying import keep_attributes
@@ -146,7 +148,7 @@ def _fuse_graph(
     """Fuse one graph; returns the paths of modules in it that are left, to be read by themselves."""
     graph_module = reading.graph_module
     with split_norms(graph_module):
-        walk = Walk(graph_module)
+        walk = Extraction(graph_module)
         groups = grouped(walk)
         tree = Tree(walk, module, groups, part=bool(name), one_path=reading.error is not None)
         tree.apart = {group.name for group in groups if tree.shared(group, calls)}
@@ -164,7 +166,7 @@ def _fuse_graph(
             reason = SHARED if group.name in tree.apart else reason
             if reason is not None:
                 forms = group.values.values()
-                walk.notes |= {node: (True, reason) for form in forms for node in walk.kernels(form)}
+                walk.notes |= {node: Note(True, reason) for form in forms for node in walk.kernels(form)}
             if where is None or reason is not None or any(within_any(path, graphs) for path in where):
                 continue
             title = next(path for path, new in where.items() if new is None)
@@ -205,7 +207,7 @@ def _conflicts(
         if other is None:
             return {group.name: reason for group in placed} | found, []
         with split_norms(other):
-            walk = Walk(other)
+            walk = Extraction(other)
             others = Tree(walk, module, grouped(walk), part=True, one_path=tree.one_path)
             same: dict[frozenset[str], list[object]] = {}
             for group in others.groups:

@@ -2,5 +2,6 @@
 
 ``reader`` reads each node as one of the ``steps``, with the ``constants``, the ``shapes`` and the
 ``aliasing`` of the graph; ``maps`` compose and add; ``candidates`` are the ways in which a value is a map
-of an earlier one, ``interpretation`` finds them, and ``extraction`` chooses what is fused.
+of an earlier one, ``interpretation`` finds them, past changes of layout (``layouts``) and in-place operators
+(``writes``), and ``extraction`` chooses those to fuse.
 """

@@ -1,7 +1,7 @@
 """Affine maps along the channels, before their numbers are needed.
 
-A map is a tree: leaves that give a kernel, "after" and "plus" in between. Its geometry is known on the meta
-device as soon as the number of channels and of spatial dimensions is; the numbers are computed once, in
+A map is a tree: its leaves give kernels, and "after", "plus" and "beside" join them. Its geometry is known on
+the meta device once the numbers of channels and of spatial dimensions are; the weights are computed once, in
 float64, when a fold is decided. A leaf such as ``x / 2`` or zero padding fits any number of both.
 """
 
@@ -22,12 +22,12 @@ MIXED = "it takes channels along another dimension"
 
 
 class ApartError(InexactError):
-    """Two maps have nothing to do with each other: no obstacle that could be removed."""
+    """Two maps stay apart by their nature; no change of the model would let them merge."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a map is applied: channels it gets, spatial dimensions, and where its numbers are made."""
+    """Where a map is applied: channels of its input, spatial dimensions, and the device of its weights."""
 
     channels: int
     rank: int
@@ -39,15 +39,15 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """See the module.
+    """An affine map: a leaf, or two maps joined.
 
     Attributes:
         rank: spatial dimensions after the channels; None: any.
-        inputs: channels it takes; None: any.
-        outputs: channels it gives; None: as many as it takes.
+        inputs: channels of the input; None: any.
+        outputs: channels of the output; None: those of the input.
         leaf: gives the kernel, on the meta device or in float64.
-        node: how two maps make this one, and which.
-        shape: the kernel on the meta device; None where rank or inputs are open.
+        node: how two maps are joined, and these.
+        shape: the kernel on the meta device; None while rank or inputs are open.
     """
 
     rank: int | None = None
@@ -67,7 +67,7 @@ class Map:
         return channels if self.outputs is None else self.outputs
 
     def at(self, place: Place) -> Kernel:
-        """The kernel there. Without recursion: a chain of a thousand layers is a thousand levels deep."""
+        """The kernel at a place. Without recursion: a chain of a thousand layers has a thousand levels."""
         if place.device == META and self.shape is not None:
             return self.shape
         done: list[Kernel] = []
@@ -131,9 +131,9 @@ def beside(one: Map, two: Map) -> Map:
 
 
 def fitted(moved: Map, beside: Map) -> Map:
-    """A pointwise map with the number of spatial dimensions, and where it is open of channels, of another.
+    """A pointwise map with the rank of the map beside it, and with its channels where those are open.
 
-    Raises: InexactError where it is not pointwise.
+    Raises: InexactError: ``moved`` is not pointwise, or the rank or the channels are known of neither.
     """
     rank = beside.rank
     own = moved.rank if moved.rank is not None else rank
@@ -184,7 +184,7 @@ def shifting(shift: Callable[[torch.device], Tensor] | float, channels: int | No
 
 
 def identity() -> Map:
-    """Any value as it is."""
+    """The identity on any value."""
     return scaling(1.0, None, None)
 
 

@@ -1,0 +1,210 @@
+"""The new layers of ``Fuse``: which values one layer computes, its name, and the layer itself, verified."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxexpand.errors import InexactError, UnusableWeightError
+from fxexpand.kernel.algebra import Kernel, cast
+from fxexpand.kernel.lower import laid_out_as, to_module
+from fxexpand.kernel.modules import describe
+from fxexpand.passes.affine.candidates import Candidate
+from fxexpand.passes.affine.extraction import Extraction
+from fxexpand.passes.affine.maps import Place
+from fxexpand.passes.norms import owner_name
+from fxexpand.reporting.rows import Row
+from fxexpand.running.verify import fold_error, require_small
+from fxexpand.tracing.edit import call_alone, extract
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Values that one new layer is to compute, each with its candidate, and the name of that layer."""
+
+    name: str
+    values: dict[fx.Node, Candidate]
+
+    @property
+    def first(self) -> Candidate:
+        """The candidate of the first value; those of the others call the same modules."""
+        return next(iter(self.values.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """A new layer, and the values it computes.
+
+    Attributes:
+        name: the name of the layer.
+        values: the nodes that it replaces, each with its candidate.
+        targets: the modules and parameters that they called and read.
+    """
+
+    row: Row
+    module: nn.Module
+    name: str
+    values: dict[fx.Node, Candidate]
+    targets: Sequence[str]
+
+
+def grouped(extraction: Extraction) -> list[Group]:
+    """The chosen values, calls of the same modules in the same way together; no numbers are computed yet."""
+    groups: dict[object, dict[fx.Node, Candidate]] = {}
+    for node, candidate in extraction.chosen.items():
+        groups.setdefault(_calls(extraction, candidate) or node, {})[node] = candidate
+    gone = extraction.gone()
+    calls = (node for node in extraction.order if node.op == "call_module" and node not in gone)
+    kept = {str(node.target) for node in calls}
+    found = []
+    for values in groups.values():
+        name = _name(extraction, next(iter(values.values())), kept)
+        kept.add(name)
+        found.append(Group(name, values))
+    return found
+
+
+def _calls(extraction: Extraction, candidate: Candidate) -> object:
+    """The calls of modules and the sums of a candidate; None where it has other operators as well."""
+    nodes = extraction.kernels(candidate)
+    if any(node.op != "call_module" and node.target is not operator.add for node in nodes):
+        return None
+    return tuple((node.op, node.target) for node in extraction.in_order(candidate))
+
+
+def _name(extraction: Extraction, candidate: Candidate, kept: set[str]) -> str:
+    """The name of the first layer, or of the expanded layer all of whose factors are merged."""
+    first = candidate.layer
+    assert first is not None
+    name, site = str(first.target) if first.op == "call_module" else first.name, extraction.site(first)
+    mine = {str(node.target) for node in candidate.nodes}
+    if site is not None and extraction.factors(first) <= mine and not extraction.factors(first) & kept:
+        name = site
+    number, free = 0, name
+    while free in kept or ((number > 0 or first.op != "call_module") and _taken(extraction, free)):
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _taken(extraction: Extraction, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    return hasattr(extraction.graph_module.get_submodule(path), attribute)
+
+
+@torch.inference_mode(False)  # tensors made in inference mode never train
+def new_layer(extraction: Extraction, group: Group, verify: bool = True) -> Fusion:
+    """The layer of a group, folded in float64 and cast once; nothing is changed yet.
+
+    Raises:
+        UnusableWeightError: what would be folded holds NaN or Inf.
+        VerificationError: the layer computes something else than what it replaces.
+    """
+    candidate, reader = group.first, extraction.reader
+    nodes, kernels = extraction.in_order(candidate), extraction.kernels(candidate)
+    reading = [node for node in nodes if node in kernels or reader.read(node)]  # ATen's BatchNorm too
+    for node in reading:
+        _require_finite(extraction, node)
+    module, kernel = _folded(extraction, candidate)
+    _train_as_before(extraction, module, candidate, reading)
+    error, dtype = None, kernel.weight.dtype
+    if verify and not kernel.weight.is_meta:
+        error = _error(extraction, candidate, module, kernel)
+        if error is not None:
+            require_small(error, dtype, group.name)
+    held = {id(tensor): tensor for node in reading for tensor in reader.tensors(node)}
+    row = Row(
+        site=group.name,
+        kind=describe(module),
+        action="fused",
+        reason=f"one kernel for {', '.join(_titles(kernels))}",
+        params_before=sum(tensor.numel() for tensor in held.values() if isinstance(tensor, nn.Parameter)),
+        params_after=sum(parameter.numel() for parameter in module.parameters()),
+        error=error,
+    )
+    targets = [str(node.target) for node in (*kernels, *nodes) if node.op == "call_module"]
+    targets += [name for node in reading for name in reader.read(node)]
+    return Fusion(row, module, group.name, group.values, list(dict.fromkeys(targets)))
+
+
+def _folded(extraction: Extraction, candidate: Candidate) -> tuple[nn.Module, Kernel]:
+    """The layer of a candidate, in the dtype, on the device and in the memory format of its first weight."""
+    assert candidate.layer is not None and candidate.map.shape is not None
+    first, shape, (dtype,) = _weight(extraction, candidate.layer), candidate.map.shape, candidate.dtypes
+    with torch.no_grad():
+        kernel = cast(candidate.map.at(Place(shape.in_channels, shape.rank, first.device)), dtype)
+        if kernel.weight.ndim == first.ndim:
+            kernel = replace(kernel, weight=laid_out_as(kernel.weight, first))
+        return to_module(kernel), kernel
+
+
+def _train_as_before(
+    extraction: Extraction, module: nn.Module, candidate: Candidate, reading: Sequence[fx.Node]
+) -> None:
+    """Give a layer the mode of the one that it is named after, and train it if one it replaces is trained."""
+    layer = candidate.layer
+    assert layer is not None
+    holder = extraction.module(layer) if layer.op == "call_module" else extraction.graph_module
+    module.train(holder.training)
+    weight, bias = module.get_parameter("weight"), module._parameters["bias"]
+    layers = [node for node in candidate.nodes if extraction.has_macs(node)]
+    weight.requires_grad_(any(_weight(extraction, node).requires_grad for node in layers))
+    if bias is not None:
+        biases = [each for node in reading for each in _biases(extraction, node)]
+        bias.requires_grad_(any(each.requires_grad for each in biases) if biases else weight.requires_grad)
+
+
+def _titles(kernels: Sequence[fx.Node]) -> list[str]:
+    """The names of modules that are merged, then those of other nodes, but of sums."""
+    modules = [owner_name(str(node.target)) for node in kernels if node.op == "call_module"]
+    others = [node.name for node in kernels if node.op != "call_module" and node.target is not operator.add]
+    return list(dict.fromkeys([*modules, *others]))
+
+
+def _error(extraction: Extraction, candidate: Candidate, module: nn.Module, kernel: Kernel) -> float | None:
+    """The relative error on a probe; None where the nodes read sizes that only a run of the network knows."""
+    probe, sizes = extraction.probe(candidate)
+    graph_module, source = extraction.graph_module, candidate.source
+    try:
+        probed = extract(graph_module, source, extraction.in_order(candidate), sizes)
+        alone = call_alone(graph_module, module, source, candidate.before, candidate.after, sizes)
+    except InexactError:
+        return None
+    return fold_error(probed, alone, kernel, probe)
+
+
+def _weight(extraction: Extraction, layer: fx.Node) -> Tensor:
+    """The weight of a layer, or the largest tensor that it is computed from."""
+    if layer.op == "call_module":
+        module = extraction.module(layer)
+        if isinstance(module._parameters.get("weight"), Tensor):
+            return module.get_parameter("weight")
+    return max(extraction.reader.tensors(layer), key=Tensor.numel)
+
+
+def _biases(extraction: Extraction, node: fx.Node) -> Iterator[nn.Parameter]:
+    """The parameters that a node adds to each channel."""
+    own = extraction.module(node)._parameters.get("bias") if node.op == "call_module" else None
+    for tensor in extraction.reader.tensors(node):
+        added = tensor is own if node.op == "call_module" else tensor.ndim <= 1
+        if added and isinstance(tensor, nn.Parameter):
+            yield tensor
+
+
+def _require_finite(extraction: Extraction, node: fx.Node) -> None:
+    if node.op == "call_module":
+        module = extraction.module(node)
+        owner, kind = owner_name(str(node.target)), describe(module)
+        held = [(f"{owner}.{name} ({kind})", tensor) for name, tensor in module.state_dict().items()]
+    else:
+        named = zip(extraction.reader.read(node), extraction.reader.tensors(node), strict=True)
+        held = [(f"{name} (read by {node.name})", tensor) for name, tensor in named]
+    for title, tensor in held:
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise UnusableWeightError(
+                f"{title}: holds NaN or Inf, so what it folds to cannot be checked. Load a sound checkpoint."
+            )

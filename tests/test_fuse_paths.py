@@ -15,7 +15,9 @@ from torch.fx import _symbolic_trace
 import fxexpand
 from fxexpand.errors import RefusedError
 from fxexpand.tracing import graphs as tracing
+from fxexpand.tracing import recording
 from fxexpand.tracing import submodules as calls
+from fxexpand.tracing.recording import Failed
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -315,7 +317,7 @@ def test_the_cost_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for depth in (4, 8):
         calls = 0
-        original = tracing.record
+        original = recording.record
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
@@ -367,23 +369,22 @@ def test_what_has_no_graph_is_traced_again_only_where_it_changed(monkeypatch: py
     model = nn.Sequential(made(lambda net, x: net.odd(net.conv(x))), nn.Conv2d(4, 4, 1).double())
     traced: list[nn.Module] = []
 
-    def counted(module: nn.Module, **options: Any) -> Any:
+    def counted(module: nn.Module, options: Any) -> Any:
         traced.append(module)
-        return tracing.symbolic(module, **options)
+        return tracing.attempt_symbolic(module, options)
 
-    monkeypatch.setattr(calls, "symbolic", counted)
+    monkeypatch.setattr(calls, "attempt_symbolic", counted)
     parts = calls.Parts(model, X)
     for one_path in (False, False, True):
         parts = parts.after(model, one_path)
-        try:
-            reading = parts.traced(model[0])
-        except tracing.UntraceableError as error:
-            assert not one_path and "control flow" in str(error)
+        reading = parts.traced(model[0])
+        assert one_path or (isinstance(reading, Failed) and "control flow" in reading.reason)
     assert traced == [model[0]]
-    assert reading.error is not None and reading.leaf is not None
+    assert isinstance(reading, calls.Reading) and reading.failure is not None and reading.leaf is not None
     assert reading.leaf("odd", model[0].get_submodule("odd"))
     model[0].odd = nn.ReLU()
-    assert parts.after(model, False).traced(model[0]).error is None
+    reading = parts.after(model, False).traced(model[0])
+    assert isinstance(reading, calls.Reading) and reading.failure is None
 
 
 def test_what_is_at_work_is_shown(

@@ -17,8 +17,10 @@ from fxexpand.passes.affine.shapes import NDIM
 from fxexpand.passes.fusions import Group
 from fxexpand.passes.norms import LayerNormAffine, owner_name
 from fxexpand.tracing.edit import works_in_place, written
-from fxexpand.tracing.graphs import WORDY, UntraceableError, fixes_arguments, symbolic
+from fxexpand.tracing.graphs import attempt_symbolic, fixes_arguments
+from fxexpand.tracing.recording import Failed
 from fxexpand.tracing.submodules import Parts
+from fxexpand.tracing.tracer import TraceOptions
 
 KNOWN = ("torch.nn.", "fxexpand.")  # where modules come from that do not write into their inputs
 
@@ -27,6 +29,7 @@ class Tree:
     """Where the nodes of a graph come from in the tree of modules.
 
     Args:
+        multi_argument_calls: see ``Traced``.
         part: there is a model around the root.
         one_path: the root stays as it is, with all of its paths; modules inside it may be replaced.
 
@@ -38,13 +41,18 @@ class Tree:
     """
 
     def __init__(
-        self, walk: Extraction, root: nn.Module, groups: Sequence[Group], part: bool, one_path: bool = False
+        self,
+        walk: Extraction,
+        root: nn.Module,
+        groups: Sequence[Group],
+        multi_argument_calls: Collection[str],
+        part: bool,
+        one_path: bool = False,
     ) -> None:
         self._walk = walk
         self._part = part
         self.one_path = one_path
         self._root = root
-        self._wordy = walk.graph_module.meta.get(WORDY, ())
         self._inside: dict[str, list[fx.Node]] = {}
         self._calls: dict[str, set[str]] = {}
         for node in walk.order:
@@ -53,9 +61,9 @@ class Tree:
                 self._calls.setdefault(path, set()).add(call)
                 if computes:
                     self._inside.setdefault(path, []).append(node)
-        self._read = {
-            path for node in walk.order if node.op == "get_attr" for path in self._read_by_others(node)
-        }
+        self._kept = {*multi_argument_calls}  # modules for which no layer of one argument can stand in
+        for node in walk.graph_module.graph.find_nodes(op="get_attr"):
+            self._kept.update(self._read_by_others(node))
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in root.named_modules(remove_duplicate=False):
             self._names.setdefault(module, []).append(name)
@@ -211,12 +219,10 @@ class Tree:
         if not owner:
             other = self._part and fixes_arguments(self._walk.graph_module)
             return None if other or self.one_path else self._walk.graph_module
-        try:
-            graph_module = symbolic(self._root.get_submodule(owner))
-        except UntraceableError:
+        outcome = attempt_symbolic(self._root.get_submodule(owner), TraceOptions())
+        if isinstance(outcome, Failed) or fixes_arguments(outcome.graph_module):
             return None
-        if fixes_arguments(graph_module):
-            return None
+        graph_module = outcome.graph_module
         inside = set(self._inside[owner])
         given = {each for node in inside for each in node.all_input_nodes if each not in inside}
         given = {each for each in given if each not in self._walk.reader.constants}
@@ -241,7 +247,7 @@ class Tree:
         if self.one_path:
             return None
         path = self.owner(group)
-        if path in self._wordy or path in self._read:
+        if path in self._kept:
             return None
         nodes = self._nodes_of(group)
         viewed = any(form.before or form.after for form in group.values.values())
@@ -310,7 +316,7 @@ class Tree:
         else:
             path = self._stack(node)[-1]
             made = len(self._calls.get(path, ()))
-            if path in self._wordy or path in self._read or not mine.issuperset(self._inside.get(path, ())):
+            if path in self._kept or not mine.issuperset(self._inside.get(path, ())):
                 return None
         return path if path and made == calls and self._named_once(path) else None
 

@@ -27,7 +27,8 @@ from fxexpand.reporting.rows import Row
 from fxexpand.running.copying import keep_attributes
 from fxexpand.surgery.module_tree import Tree, outermost, within, within_any
 from fxexpand.tracing.edit import ModuleUses
-from fxexpand.tracing.graphs import UntraceableError, hooked, unfinished
+from fxexpand.tracing.graphs import hooked
+from fxexpand.tracing.recording import Failed
 from fxexpand.tracing.submodules import Parts, Reading
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
@@ -107,18 +108,17 @@ def _visit(
         return
     seen.add(module)
     edits.show(name or type(module).__name__)
-    try:
-        reading = calls.traced(module)
-    except UntraceableError as error:
+    reading = calls.traced(module)
+    if isinstance(reading, Failed):
         if hooked(module) and "forward" not in vars(module):
             _visit(name, _without_hooks(module), calls, verify, edits, seen)
             return
-        edits.untraced = edits.untraced if name else error.reason
+        edits.untraced = edits.untraced if name else reading.reason
         for child_name, child in module.named_children():
             inner = f"{name}.{child_name}" if name else child_name
             if type(child) in LAYERS or isinstance(child, _BatchNorm):
                 count = sum(parameter.numel() for parameter in child.parameters())
-                reason = f"{name or type(module).__name__} cannot be traced: {error.reason}"
+                reason = f"{name or type(module).__name__} cannot be traced: {reading.reason}"
                 reason += "" if calls.given(module) is not None else "; example_inputs may help"
                 edits.rows.append(Row(inner, describe(child), "refused", reason, count, count))
                 seen.add(child)
@@ -126,9 +126,9 @@ def _visit(
                 _visit(inner, child, calls, verify, edits, seen)
         return
     edits.graphs += 1
-    if reading.error is not None and not name:
-        edits.untraced = reading.error.reason
-    graph_module = reading.graph_module
+    if reading.failure is not None and not name:
+        edits.untraced = reading.failure.reason
+    graph_module = reading.traced.graph_module
     parts, around = dict(module.named_modules()), ModuleUses(graph_module).around
     for node in graph_module.graph.find_nodes(op="call_module"):
         part = parts.get(str(node.target))
@@ -146,11 +146,11 @@ def _fuse_graph(
     name: str, module: nn.Module, reading: Reading, calls: Parts, verify: bool, edits: Edits
 ) -> list[str]:
     """Fuse one graph; returns the paths of modules in it that are left, to be read by themselves."""
-    graph_module = reading.graph_module
+    graph_module, multi_argument_calls = reading.traced.graph_module, reading.traced.multi_argument_calls
     with split_norms(graph_module):
         walk = Extraction(graph_module)
         groups = grouped(walk)
-        tree = Tree(walk, module, groups, part=bool(name), one_path=reading.error is not None)
+        tree = Tree(walk, module, groups, multi_argument_calls, bool(name), reading.failure is not None)
         tree.apart = {group.name for group in groups if tree.shared(group, calls)}
         graphs = tree.graphs()
         conflicts, alone = _conflicts(module, reading, tree, calls)
@@ -206,9 +206,9 @@ def _conflicts(
     for reason, other in calls.others(module, reading) if placed else ():
         if other is None:
             return {group.name: reason for group in placed} | found, []
-        with split_norms(other):
-            walk = Extraction(other)
-            others = Tree(walk, module, grouped(walk), part=True, one_path=tree.one_path)
+        with split_norms(other.graph_module):
+            walk = Extraction(other.graph_module)
+            others = Tree(walk, module, grouped(walk), other.multi_argument_calls, True, tree.one_path)
             same: dict[frozenset[str], list[object]] = {}
             for group in others.groups:
                 same.setdefault(frozenset(others.places[group.name] or ()), []).append(
@@ -218,10 +218,10 @@ def _conflicts(
                 where, owner = tree.places[group.name] or {}, tree.owner(group)
                 used = others.uses(where)
                 # Where the module's own code fails, that of the parts which it has called by then is known.
-                unknown = unfinished(other) and (not used or owner == "")
+                unknown = other.partial and (not used or owner == "")
                 if unknown or (used and tree.outlines[group.name] not in same.get(frozenset(where), ())):
                     found.setdefault(group.name, reason)
-                    if unfinished(other) or not all(others.inside(node, [owner]) for node in used):
+                    if other.partial or not all(others.inside(node, [owner]) for node in used):
                         outside.add(group.name)
     owners = {tree.owner(group) for group in placed if group.name in found} - {""}
     mixed = [path for name in outside for path in tree.places[name] or ()]

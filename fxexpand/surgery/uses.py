@@ -21,7 +21,7 @@ from fxexpand.errors import FxExpandError
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call
 from fxexpand.running.inputs import copy as copy_inputs
-from fxexpand.tracing.graphs import UntraceableError, record
+from fxexpand.tracing import Failed, TraceOptions, record
 
 Kind: TypeAlias = Literal[
     "linear",
@@ -67,10 +67,9 @@ def parameter_uses(module: nn.Module) -> dict[str, Use]:
 
     Raises: UnknownUse: the forward has no graph.
     """
-    try:
-        graph = record(module, leaf=lambda name, child: True, faithful=False).graph
-    except UntraceableError as error:
-        raise UnknownUse(error.reason) from error
+    outcome = record(module, TraceOptions(leaf=lambda name, child: True, faithful=False))
+    if isinstance(outcome, Failed):
+        raise UnknownUse(outcome.reason) from outcome.cause
     flow = _Flow()
     values: dict[fx.Node, _Value | None] = {}
     parameters = _matrices(module)
@@ -79,7 +78,7 @@ def parameter_uses(module: nn.Module) -> dict[str, Use]:
     def lookup(argument: Any) -> _Value | None:
         return values[argument] if isinstance(argument, fx.Node) else None
 
-    for node in graph.nodes:
+    for node in outcome.graph_module.graph.nodes:
         if node.op == "get_attr":
             parameter = parameters.get(node.target)
             values[node] = NEITHER if parameter is None else flow.hold(parameter)

@@ -17,22 +17,11 @@ class UntraceableError(FxExpandError):
 
     Attributes:
         reason: why.
-        differs: there is a graph, which computes something else than the model.
-        within: the innermost module in whose forward the trace failed; None for the model itself.
-        decisions: how the branches went before it failed; see ``RegionTracer``.
-        begun: the graph up to there, of a blind trace in which the model's own code failed.
     """
 
-    decisions: tuple[bool, ...] = ()
-    begun: fx.GraphModule | None = None
-
-    def __init__(
-        self, message: str, reason: str = "", differs: bool = False, within: nn.Module | None = None
-    ) -> None:
+    def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason or message
-        self.differs = differs
-        self.within = within
 
 
 @fx.has_side_effect

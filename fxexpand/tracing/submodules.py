@@ -1,56 +1,47 @@
-"""With what arguments a model calls its parts: one run, watched."""
+"""Submodules of a model: the arguments that it calls them with, in one watched run, and their graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxexpand.running.evaluation import evaluating, undisturbed
 from fxexpand.running.inputs import ExampleInputs, call
 from fxexpand.running.inputs import copy as copy_inputs
-from fxexpand.tracing.graphs import check_with_shapes, fixes_arguments, in_both_modes, symbolic
-from fxexpand.tracing.guards import UntraceableError, fixed_arguments, signature_of
-from fxexpand.tracing.paths import Whole, alternatives, other_paths
-from fxexpand.tracing.tracer import FAILURES, Leaf
+from fxexpand.tracing.graphs import attempt_symbolic, check_with_shapes, fixes_arguments, in_both_modes
+from fxexpand.tracing.guards import fixed_arguments, signature_of
+from fxexpand.tracing.paths import OpaqueLeaves, alternatives, other_paths
+from fxexpand.tracing.recording import Failed, Traced
+from fxexpand.tracing.tracer import FAILURES, Leaf, TraceOptions
 
 PLAIN = (Tensor, bool, int, float, complex, str)
 
 
 def observed_calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[nn.Module, dict[str, Any]]:
-    """The arguments of each part that the model calls, by name, as at its first call.
+    """The arguments of each submodule that the model calls, by name, as at its first call.
 
-    Left out are parts that are called again with another flag, string or None, and those that get ``*args``
-    or objects (a cache) that the call may have changed. The run is in evaluation mode and leaves no trace;
-    tensors are those of the run itself, so what writes in place may have changed them since.
+    Left out are submodules that are called again with another flag, string or None, and those that get
+    ``*args`` or objects (a cache) that the call may have changed. The run is in evaluation mode, the model is
+    as before afterwards; tensors are those of the run, so operators in place may have changed them since.
     """
-    found: dict[nn.Module, dict[str, Any]] = {}
-    odd: set[nn.Module] = set()
+    first_calls: dict[nn.Module, dict[str, Any]] = {}
+    excluded: set[nn.Module] = set()
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            given = signature_of(module).bind(*args, **kwargs)
-        except TypeError:  # a forward of its own, on the object
-            odd.add(module)
-            return
-        named = given.arguments
-        for parameter in given.signature.parameters.values():
-            if parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
-                odd.add(module)
-            if parameter.kind is parameter.VAR_KEYWORD:
-                named |= named.pop(parameter.name, {})
-        plain = all(leaf is None or isinstance(leaf, PLAIN) for leaf in tree_leaves(named))
-        if not plain or _switches(found.setdefault(module, named)) != _switches(named):
-            odd.add(module)
+        named = _named_arguments(module, args, kwargs)
+        if named is None or _switches(first_calls.setdefault(module, named)) != _switches(named):
+            excluded.add(module)
 
-    parts = [part for part in model.modules() if part is not model]
     handles = [
-        part.register_forward_pre_hook(note, with_kwargs=True)
-        for part in parts
-        if not isinstance(part, torch.jit.ScriptModule)
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if module is not model and not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         with undisturbed(model), evaluating(model):
@@ -58,7 +49,25 @@ def observed_calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[nn.M
     finally:
         for handle in handles:
             handle.remove()
-    return {module: named for module, named in found.items() if module not in odd}
+    return {module: named for module, named in first_calls.items() if module not in excluded}
+
+
+def _named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of a call by name; None where one has no name or is an object."""
+    try:
+        given = signature_of(module).bind(*args, **kwargs)
+    except TypeError:  # a forward of its own, on the object
+        return None
+    named = given.arguments
+    for parameter in given.signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
+            return None
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    plain = all(leaf is None or isinstance(leaf, PLAIN) for leaf in tree_leaves(named))
+    return named if plain else None
 
 
 def _switches(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -69,37 +78,37 @@ def _switches(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class Reading(NamedTuple):
-    """The graph of a part of a model.
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The graph of a submodule.
 
     Attributes:
-        graph_module: the graph.
-        leaf: the modules kept whole because their code has no graph; None if it is that of all paths.
-        error: why there is none of all paths.
+        traced: the graph.
+        leaf: the modules kept whole because their code has no graph. None: the graph is that of all paths.
+        failure: why there is none of all paths.
         others: the graphs of the other paths.
     """
 
-    graph_module: fx.GraphModule
+    traced: Traced
     leaf: Leaf | None = None
-    error: UntraceableError | None = None
-    others: tuple[fx.GraphModule, ...] = ()
+    failure: Failed | None = None
+    others: tuple[Traced, ...] = ()
 
 
-class _Failure:
-    """Why a part that holds these modules has no graph; ``everywhere``: not even one along its inputs."""
+@dataclass
+class _Attempt:
+    """The failure of a submodule that holds these modules; ``everywhere``: on the path of its inputs too."""
 
-    def __init__(self, inside: tuple[nn.Module, ...], error: UntraceableError) -> None:
-        self.inside = inside
-        # Without the frames, which hold what was traced.
-        self.error = UntraceableError(str(error), error.reason)
-        self.everywhere = False
+    inside: tuple[nn.Module, ...]
+    failure: Failed
+    everywhere: bool = False
 
 
 class Parts:
-    """The example inputs of a model, those that it gives to its parts, and the graphs of these.
+    """The example inputs of a model, those that it gives to its submodules, and the graphs of these.
 
     Args:
-        one_path: where a part has no graph of all paths, take that of its inputs, and those of the others.
+        one_path: where a submodule has no graph of all paths, take that of its inputs and of the others.
     """
 
     def __init__(
@@ -108,8 +117,7 @@ class Parts:
         self._model = model
         self._one_path = one_path
         self._example_inputs = example_inputs
-        self._failures: dict[nn.Module, _Failure] = {}
-        self._parts: dict[nn.Module, dict[str, Any]] | None = None
+        self._attempts: dict[nn.Module, _Attempt] = {}
         self._inside: dict[nn.Module, set[int]] = {}
         self._holders: dict[nn.Module, set[int]] = {}  # by their children: a copy without hooks has the same
         for module in model.modules():
@@ -118,9 +126,9 @@ class Parts:
                     self._holders.setdefault(child, set()).add(id(module._modules))
 
     def after(self, model: nn.Module, one_path: bool) -> Parts:
-        """Those of what has become of the model; what holds the same modules is not traced in vain again."""
+        """Those of the changed model; a submodule that holds the same modules is not traced in vain again."""
         parts = Parts(model, self._example_inputs, one_path)
-        parts._failures = self._failures
+        parts._attempts = self._attempts
         return parts
 
     def shared(self, root: nn.Module, owner: str, paths: Iterable[str]) -> bool:
@@ -139,72 +147,77 @@ class Parts:
                 path = path.rpartition(".")[0]
         return False
 
-    def traced(self, module: nn.Module) -> Reading:
-        """The graph of a part, checked on its inputs where they are known.
+    def traced(self, module: nn.Module) -> Reading | Failed:
+        """The graph of a submodule, compared with it on its inputs where they are known.
 
         With ``one_path``, control flow may go by sizes, and modules whose code has no graph are kept whole.
-
-        Raises: UntraceableError.
         """
         given, inside = self.given(module), tuple(module.modules())
-        failure = self._failures.get(module)
-        if failure is None or failure.inside != inside:
-            try:
-                return Reading(self._symbolic(module, given))
-            except UntraceableError as error:
-                failure = self._failures[module] = _Failure(inside, error)
-        if self._one_path and given is not None and not failure.everywhere:
-            found = self._along(module, given, failure.error)
-            if found is not None:
-                return found
-            failure.everywhere = True
-        raise failure.error
+        attempt = self._attempts.get(module)
+        if attempt is None or attempt.inside != inside:
+            outcome = self._symbolic(module, given)
+            if isinstance(outcome, Traced):
+                return Reading(outcome)
+            failure = replace(outcome, cause=None)  # whose frames hold what was traced
+            attempt = self._attempts[module] = _Attempt(inside, failure)
+        if self._one_path and given is not None and not attempt.everywhere:
+            reading = self._on_one_path(module, given, attempt.failure)
+            if reading is not None:
+                return reading
+            attempt.everywhere = True
+        return attempt.failure
 
-    def _symbolic(self, module: nn.Module, given: ExampleInputs | None) -> fx.GraphModule:
+    def _symbolic(self, module: nn.Module, given: ExampleInputs | None) -> Traced | Failed:
         if module is self._model or given is None:
-            return symbolic(module, example_inputs=given)
+            return attempt_symbolic(module, TraceOptions(example_inputs=given))
         try:
-            return symbolic(module, example_inputs=given)
-        except UntraceableError as error:
-            if error.differs or _fixes_the_same(module, given):
-                raise
+            outcome = attempt_symbolic(module, TraceOptions(example_inputs=given))
         except FAILURES:  # a second call with the same arguments may not be possible
-            pass
-        return symbolic(module)
+            outcome = None
+        if outcome is None or (
+            isinstance(outcome, Failed) and not outcome.differs and not _fixes_the_same(module, given)
+        ):
+            return attempt_symbolic(module, TraceOptions())
+        return outcome
 
-    def _along(self, module: nn.Module, given: ExampleInputs, error: UntraceableError) -> Reading | None:
-        """The graph of the path of the inputs, around what fails there too."""
-        leaf = Whole()
-        while True:
-            try:
-                graph_module = in_both_modes(module, leaf, given, along=())
-                break
-            except UntraceableError as failed:
-                if not leaf.add(failed.within):
-                    return None
-        try:
-            others = tuple(other_paths(module, leaf, given, graph_module))
-            check_with_shapes(graph_module, module, given)
-        except (UntraceableError, *FAILURES):  # what it calls is read by itself then
+    def _on_one_path(self, module: nn.Module, given: ExampleInputs, failure: Failed) -> Reading | None:
+        """The graph of the path of the inputs, around the modules that fail there too."""
+        leaf = OpaqueLeaves()
+        options = TraceOptions(leaf, given, branch_prefix=())
+        traced = leaf.around(lambda: in_both_modes(module, options))
+        if isinstance(traced, Failed):
             return None
-        return Reading(graph_module, leaf, error, others)
+        others = other_paths(module, options, traced)
+        try:
+            if (
+                isinstance(others, Failed)
+                or check_with_shapes(traced.graph_module, module, given) is not None
+            ):
+                return None
+        except FAILURES:  # as what it calls is read by itself then
+            return None
+        return Reading(traced, leaf, failure, tuple(others))
 
-    def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, fx.GraphModule | None]]:
-        """Other graphs of a part, each with why a fold may not hold in it; None for one that is not known."""
-        if fixes_arguments(reading.graph_module):
-            nodes = len(reading.graph_module.graph.nodes)
-            for names, graph_module in alternatives(module, reading.leaf, self.given(module), nodes):
-                yield f"it holds for some values of the argument {names} only", graph_module
-        for graph_module in reading.others:
-            yield "it holds for some paths through the code only, which goes by sizes", graph_module
+    def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, Traced | None]]:
+        """Other graphs of a submodule, with the reason why a fold may not hold there; None: no graph."""
+        graph_module = reading.traced.graph_module
+        if fixes_arguments(graph_module):
+            options = TraceOptions(reading.leaf, self.given(module))
+            for names, traced in alternatives(module, options, len(graph_module.graph.nodes)):
+                yield f"it holds for some values of the argument {names} only", traced
+        for traced in reading.others:
+            yield "it holds for some paths through the code only, which goes by sizes", traced
 
     def given(self, module: nn.Module) -> ExampleInputs | None:
-        """The example inputs of a part, where they are known."""
+        """The example inputs of a submodule, where they are known."""
         if module is self._model or self._example_inputs is None:
             return self._example_inputs if module is self._model else None
-        if self._parts is None:
-            self._parts = observed_calls(self._model, self._example_inputs)
-        return self._parts.get(module)
+        return self._calls.get(module)
+
+    @cached_property
+    def _calls(self) -> dict[nn.Module, dict[str, Any]]:
+        assert self._example_inputs is not None
+        return observed_calls(self._model, self._example_inputs)
 
 
 def _fixes_the_same(module: nn.Module, given: ExampleInputs) -> bool:

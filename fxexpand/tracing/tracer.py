@@ -6,8 +6,8 @@ import inspect
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.nn.utils import parametrize
 
 from fxexpand.kernel.library_layers import is_layer_norm
+from fxexpand.running.inputs import ExampleInputs
 from fxexpand.tracing.example_values import Sizes, UnknownValue
 from fxexpand.tracing.guards import require_argument
 
@@ -38,6 +39,30 @@ FAILURES = (
 
 BRANCHES = 64  # in one trace: a loop that goes by sizes may have no end on a path that no input takes
 STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How to trace a model.
+
+    Attributes:
+        leaf: ``(name, module) -> bool``: further modules to keep whole.
+        example_inputs: the source of ``fixed`` and, with ``branch_prefix``, of the sizes.
+        training: the mode to trace in. None: each module in the mode that it is in.
+        faithful: fail for anything that a graph cannot do again. False: the graph is for reading only.
+        fixed: values of arguments, by the names of their placeholders. None: those of ``fixed_arguments``.
+        branch_prefix: results of the first conditions on sizes; later conditions have the results of the
+            example inputs. The length of a shape is known then, too. None: a condition on sizes fails.
+        assume_false: take every other condition as false. A failure then holds the partial graph.
+    """
+
+    leaf: Leaf | None = None
+    example_inputs: ExampleInputs | None = None
+    training: bool | None = None
+    faithful: bool = True
+    fixed: Mapping[str, Any] | None = None
+    branch_prefix: tuple[bool, ...] | None = None
+    assume_false: bool = False
 
 
 def first_line(error: BaseException) -> str:
@@ -67,40 +92,27 @@ class RegionTracer(fx.Tracer):
     """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time.
 
     Args:
-        sizes: lets control flow go by sizes.
-        along: how the first of these branches go; the others go as in ``sizes``.
-        blind: branches that go by anything else are taken as not to be gone into, for a graph that is only
-            read; they are decisions, too.
+        sizes: the values that conditions on sizes are computed from; None: such a condition raises.
 
     Attributes:
-        decisions: how they all went.
+        decisions: the results of all conditions, in order.
         failed: the innermost module of the model whose call raised.
-        stopped: why there is no graph, whatever the model makes of that error.
-        wordy: the paths of modules that are called with other than one argument, or by its name.
+        stopped: the error that ends the trace, even where the model catches it.
+        multi_argument_calls: the paths of modules called with several arguments, or with one by its name.
     """
 
-    def __init__(
-        self,
-        leaf: Leaf | None = None,
-        fixed: Mapping[str, Any] | None = None,
-        faithful: bool = True,
-        sizes: Sizes | None = None,
-        along: Sequence[bool] = (),
-        blind: bool = False,
-    ) -> None:
+    def __init__(self, options: TraceOptions = TraceOptions(), sizes: Sizes | None = None) -> None:
         types, functions, modules = _library_leaves()
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
         self._types = types
-        self._leaf = leaf
-        self._fixed = fixed or {}
-        self._faithful = faithful
+        self._options, self._sizes = options, sizes
+        self._fixed, self._faithful = options.fixed or {}, options.faithful
         self._names: dict[int, str] = {}
         self._gradients, self._autocasts = True, 0
-        self._sizes, self._along, self._blind = sizes, along, blind
         self.decisions: list[bool] = []
         self.failed: nn.Module | None = None
         self.stopped: Exception | None = None
-        self.wordy: set[str] = set()
+        self.multi_argument_calls: set[str] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """See ``fx.Tracer.trace``."""
@@ -125,7 +137,7 @@ class RegionTracer(fx.Tracer):
         # torchvision.ops: the operators, not the permutation and the blocks of layers that are also there.
         theirs = type(m).__module__.startswith("torchvision.ops.") and type(m).__name__ != "Permute"
         operator = theirs and not m._modules
-        asked = self._leaf is not None and self._leaf(module_qualified_name, m)
+        asked = self._options.leaf is not None and self._options.leaf(module_qualified_name, m)
         return kept or operator or asked or is_layer_norm(m) or _switch(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -166,7 +178,7 @@ class RegionTracer(fx.Tracer):
         if m not in (self.submodule_paths or ()):
             return forward(*args, **kwargs)
         if len(args) != 1 or kwargs:
-            self.wordy.add(self.path_of_module(m))
+            self.multi_argument_calls.add(self.path_of_module(m))
         try:
             if self._faithful and calls_more(m) and not self.is_leaf_module(m, self.path_of_module(m)):
                 raise RuntimeError(f"it calls a {type(m).__name__}, whose class has a __call__ of its own")
@@ -195,7 +207,7 @@ class RegionTracer(fx.Tracer):
         known = self._known(obj)
         if isinstance(known, bool | int | float | tuple | list):
             return self._decided(bool(known))
-        if self._blind:
+        if self._options.assume_false:
             return self._decided(False)
         try:
             return super().to_bool(obj)
@@ -204,13 +216,15 @@ class RegionTracer(fx.Tracer):
             raise
 
     def _decided(self, default: bool) -> bool:
-        place = len(self.decisions)
+        """The result of a condition: as in ``branch_prefix`` or, after that, ``default``."""
+        place, prefix = len(self.decisions), self._options.branch_prefix or ()
         if place == BRANCHES:
             raise RuntimeError("its code goes by sizes, in too many branches to look at")
-        self.decisions.append(self._along[place] if place < len(self._along) else default)
+        self.decisions.append(prefix[place] if place < len(prefix) else default)
         return self.decisions[-1]
 
     def _known(self, obj: fx.Proxy) -> Any:
+        """The value of a proxy for the example inputs; None where it is unknown."""
         try:
             return None if self._sizes is None else self._sizes.of(obj.node)
         except UnknownValue:

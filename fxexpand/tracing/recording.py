@@ -1,0 +1,191 @@
+"""One symbolic trace of a model: its graph, or the reason why it has none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxexpand.running.evaluation import undisturbed
+from fxexpand.running.inputs import ExampleInputs, as_call
+from fxexpand.tracing.example_values import Sizes, UnknownValue
+from fxexpand.tracing.guards import UntraceableError, fixed_arguments, signature_of
+from fxexpand.tracing.tracer import RegionTracer, TraceOptions, calls_more, first_line, hooked
+
+FIX = "fxexpand.tracing.regions finds the parts that have a graph."
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The graph of a model.
+
+    Attributes:
+        graph_module: the graph, with the modules, parameters and buffers of the model.
+        decisions: the results of the conditions on sizes, in order.
+        multi_argument_calls: the paths of modules called with several arguments, or with one by its name.
+        partial: the model's own code failed at the end of the graph.
+    """
+
+    graph_module: fx.GraphModule
+    decisions: tuple[bool, ...] = ()
+    multi_argument_calls: frozenset[str] = frozenset()
+    partial: bool = False
+
+    def unwrap(self) -> fx.GraphModule:
+        """The graph."""
+        return self.graph_module
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """The reason why a model has no graph.
+
+    Attributes:
+        name: the class name of the model.
+        reason: why it has none.
+        fix: what to do about it.
+        differs: there is a graph, but it computes something else than the model.
+        within: the innermost module in whose forward the trace failed. None: the model itself.
+        decisions: the results of the conditions on sizes before the failure.
+        partial_graph: the graph before the failure, where ``TraceOptions.assume_false`` asks for it.
+        cause: the exception that ended the trace.
+    """
+
+    name: str
+    reason: str
+    fix: str = FIX
+    differs: bool = False
+    within: nn.Module | None = None
+    decisions: tuple[bool, ...] = ()
+    partial_graph: Traced | None = None
+    cause: Exception | None = None
+
+    def unwrap(self) -> NoReturn:
+        """Raise the failure.
+
+        Raises: UntraceableError.
+        """
+        raise UntraceableError(f"{self.name}: {self.reason}. {self.fix}", self.reason) from self.cause
+
+
+def record(model: nn.Module, options: TraceOptions) -> Traced | Failed:
+    """One trace of ``model``, which is as before afterwards."""
+    name = type(model).__name__
+    refusal = _refusal(model, options.faithful)
+    if refusal is not None:
+        return Failed(name, *refusal)
+    with undisturbed(model):
+        if options.training is not None:
+            for module in model.modules():
+                module.training = options.training
+        with _side_effects(model) as effects:
+            outcome = _traced(model, options)
+    if isinstance(outcome, Failed):
+        return outcome
+    if options.faithful and effects:
+        return Failed(name, *effects[0])
+    graph_module = outcome.graph_module
+    graph_module.training = model.training
+    for path, module in graph_module.named_modules():
+        if type(module) is nn.Module:  # fx makes these to hold what the graph calls, in training mode
+            module.training = model.get_submodule(path).training
+    return outcome
+
+
+def _refusal(model: nn.Module, faithful: bool) -> tuple[str, str] | None:
+    """The reason not to trace a model at all, and the fix."""
+    if "forward" in vars(model):
+        reason = "its forward was replaced on this very object, and its graph would be that of the class"
+        return reason, "Give it a class of its own."
+    if faithful and hooked(model):
+        return "it has hooks, which a graph would drop", "Remove them, or trace the modules inside it."
+    if faithful and calls_more(model):
+        reason = "its class has a __call__ of its own, which a graph of its forward would drop"
+        return reason, "Move what it does into the forward."
+    return None
+
+
+@contextmanager
+def _side_effects(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
+    """Effects of a trace that no graph records, each with the fix; the random states are put back."""
+    effects: list[tuple[str, str]] = []
+    numbers, torch_state, python_state = _numbers(model), torch.get_rng_state(), random.getstate()
+    try:
+        yield effects
+    finally:
+        drawn = not torch.equal(torch_state, torch.get_rng_state()) or random.getstate() != python_state
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+    if drawn:
+        reason = "it draws random numbers of constant shape, and a graph would repeat one draw"
+        effects.append((reason, "Put them into a module of their own, and name it as a leaf."))
+    for key, value in _numbers(model).items():
+        if numbers.get(key, value) != value:
+            reason = f"it assigns to its attribute {key[1]}, which a graph does not record"
+            effects.append((reason, "Put it into a module of its own, and name it as a leaf."))
+    for name in [name for name, buffer in model.named_buffers() if not isinstance(buffer, Tensor)]:
+        reason = f"it assigns to its buffer {name}, which a graph does not record"
+        effects.append((reason, "Write into the buffer in place (copy_, add_)."))
+
+
+def _numbers(model: nn.Module) -> dict[tuple[int, str], float]:
+    """The attributes of modules that are numbers, such as a count of their calls."""
+    held = ((id(module), vars(module)) for module in model.modules())
+    return {(key, name): value for key, named in held for name, value in named.items()
+            if isinstance(value, int | float)}  # fmt: skip
+
+
+def _traced(model: nn.Module, options: TraceOptions) -> Traced | Failed:
+    """The trace itself, in the modes that the modules are in."""
+    name = type(model).__name__
+    try:
+        tracer = _tracer_of(model, options)
+    except Exception as error:  # whatever inspect says of a forward, or of arguments that it does not take
+        return Failed(name, first_line(error), cause=error)
+    try:
+        return _module_of(model, tracer, tracer.trace(model))
+    except Exception as error:  # whatever a model raises
+        cause = error if tracer.stopped is None else tracer.stopped
+        partial = _partial_graph(model, tracer) if options.assume_false and tracer.failed is None else None
+        return Failed(
+            name,
+            first_line(cause),
+            within=tracer.failed,
+            decisions=tuple(tracer.decisions),
+            partial_graph=partial,
+            cause=cause,
+        )
+
+
+def _tracer_of(model: nn.Module, options: TraceOptions) -> RegionTracer:
+    steering = fixed_arguments(model, options.example_inputs)
+    fixed = steering if options.fixed is None else options.fixed
+    sizes = None
+    if options.branch_prefix is not None and options.example_inputs is not None:
+        changed = {name: UnknownValue("it is no example") for name in steering if name not in fixed}
+        sizes = Sizes(model, arguments_by_name(model, options.example_inputs) | changed)
+    return RegionTracer(replace(options, fixed=fixed), sizes)
+
+
+def _module_of(model: nn.Module, tracer: RegionTracer, graph: fx.Graph, partial: bool = False) -> Traced:
+    graph_module = fx.GraphModule(model, graph, type(model).__name__)
+    calls = frozenset(tracer.multi_argument_calls)
+    return Traced(graph_module, tuple(tracer.decisions), calls, partial)
+
+
+def _partial_graph(model: nn.Module, tracer: RegionTracer) -> Traced:
+    """The graph up to the failure of the model's own code; it returns the values that nothing reads yet."""
+    graph = tracer.graph
+    graph.output(tuple(node for node in graph.nodes if not node.users))
+    return _module_of(model, tracer, graph, partial=True)
+
+
+def arguments_by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
+    """The example inputs by the names of their placeholders, which a rest (``*args``) has not."""
+    args, kwargs = as_call(example_inputs)
+    return dict(signature_of(model).bind(*args, **kwargs).arguments)

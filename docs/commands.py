@@ -21,6 +21,10 @@ is run. A model of timm or torchvision gets a head of as many classes as the fil
 What a model takes is known for models of the libraries; `--input 1,3,224,224` says it otherwise,
 once per argument, with a dtype where it is not float32: `--input 1,16:int64`.
 
+Every option may stand in a TOML file, under its name; the command line comes first:
+`fxexpand train --config run.toml --seed 1` with lines such as `epochs = 90` and
+`select = ["conv*"]`.
+
 Results go to stdout, everything else to stderr; `--json` prints JSON and nothing else on stdout.
 Tables have no colours, and fit 80 columns. Files are written whole or not at all.
 

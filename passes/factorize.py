@@ -11,12 +11,11 @@ from torch.nn.parameter import is_lazy
 from fxexpand.errors import RefusedError, SelectionError
 from fxexpand.kernel.modules import describe
 from fxexpand.lowrank.costs import Target, unfit
-from fxexpand.lowrank.criteria import TRP_THRESHOLD, Approach, Criterion, Method, Ranks
-from fxexpand.lowrank.cuts import Scheme
+from fxexpand.lowrank.criteria import TRP_THRESHOLD, Approach, Criterion
 from fxexpand.lowrank.decisions import Decision, decide, totals
 from fxexpand.lowrank.factored import FACTORIZED, factors
 from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
-from fxexpand.lowrank.lp import Body
+from fxexpand.lowrank.options import FactorizeOptions
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.recipes import Chain
 from fxexpand.recipes.selection import Select, Selection
@@ -29,7 +28,7 @@ ELSEWHERE = "Use fxexpand.factorize on the model before tracing"
 
 
 @dataclass(frozen=True)
-class Factorize:
+class Factorize(FactorizeOptions):
     """Replace the layers that the graph calls by two cheaper ones each, of lower rank.
 
     Only layers whose calls are all there is to them, as for ``Expand``. ``Fuse`` leaves the pairs alone as
@@ -48,16 +47,6 @@ class Factorize:
     All are explained at ``fxexpand.factorize``.
     """
 
-    rank: Ranks | None = None
-    energy: float | None = None
-    threshold: float | None = None
-    flops: float | None = None
-    params: float | None = None
-    latency: float | None = None
-    method: Method = "svd"
-    p: float = 1.0
-    body: Body = "lewis"
-    scheme: Scheme | None = None
     select: Select = None
     example_inputs: ExampleInputs | None = None
     calibration: Sequence[ExampleInputs] | None = None

@@ -26,7 +26,7 @@ from fxexpand.recipes import Chain
 from fxexpand.training.data import digits
 from fxexpand.training.demo import FILES, Digits, experiment, run
 from fxexpand.training.demo.findings import Findings
-from fxexpand.training.loop import Schedule
+from fxexpand.training.options import Schedule
 from tests.compare import assert_same
 
 TINY: dict[str, Any] = {"train_size": 100, "schedule": Schedule(epochs=1), "rounds": 8, "progress": False}

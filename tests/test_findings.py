@@ -12,7 +12,8 @@ import pytest
 
 from fxexpand.deploy.latency import Difference, LatencyReport, Measurement
 from fxexpand.training.demo.findings import Findings, Proof, Run, Spread, combined
-from fxexpand.training.loop import History, Schedule
+from fxexpand.training.loop import History
+from fxexpand.training.options import Schedule
 
 
 def history(accuracy: float, ranks: dict[str, float]) -> History:

@@ -32,7 +32,7 @@ ORDER = [
 ]
 
 INSIDE = {
-    "reporting": ["closest", "files", "table", "rows", "progress", "html", "figures"],
+    "reporting": ["closest", "options", "files", "table", "rows", "progress", "html", "figures"],
     "kernel": ["geometry", "algebra", "library_layers", "modules", "lower"],
     "recipes": [
         *("recipe", "fixed", "structure", "factors", "parts"),
@@ -55,7 +55,7 @@ INSIDE = {
     "lowrank": [
         *("measures", "sketch", "features", "model_ranks", "rank_plots", "tracker"),
         *("cuts", "projection", "lp", "factored"),
-        *("allocation", "criteria", "calibration", "costs", "factorize_report", "decisions", "trp"),
+        *("allocation", "criteria", "options", "calibration", "costs", "factorize_report", "decisions", "trp"),
     ],
     "passes": [
         *("operators.table", "affine.maps", "affine.steps", "affine.shapes", "operators.layers"),
@@ -69,16 +69,17 @@ INSIDE = {
         *("module_tree", "placement", "fuse", "factorize"),
     ],
     "deploy": [
+        "options",
         *("sessions", "free_sizes", "onnx_files", "folding", "onnx", "quantization"),
         *("latency.intervals", "latency.backends", "latency.timing", "latency.candidates"),
         *("latency.measure", "latency.plots", "latency.page", "latency"),
     ],
     "training": [
-        *("data", "loop", "distributed", "checkpoint", "runs", "train"),
+        *("options", "data", "loop", "distributed", "checkpoint", "runs", "train"),
         *("demo.network", "demo.findings", "demo.plots", "demo.page", "demo.experiment", "demo"),
     ],
     "cli": [
-        *("failures", "files", "output", "options"),
+        *("dataclass_options", "failures", "files", "output", "options"),
         *("demo", "inspect", "fuse", "export", "bench", "train", "factorize", "rank"),
     ],
 }

@@ -24,7 +24,8 @@ from fxexpand.surgery.expand import expand
 from fxexpand.training import train as job
 from fxexpand.training.data import Data, Order, loader
 from fxexpand.training.demo import Digits
-from fxexpand.training.runs import LOG, WEIGHTS, Epoch, Outcome, Settings
+from fxexpand.training.options import Settings
+from fxexpand.training.runs import LOG, WEIGHTS, Epoch, Outcome
 from fxexpand.zoo import load_weights
 from tests.compare import assert_same
 from tests.images import write_cifar

@@ -20,7 +20,8 @@ from fxexpand.recipes import Chain
 from fxexpand.training import train as job
 from fxexpand.training.checkpoint import latest
 from fxexpand.training.data import Data
-from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS, Settings
+from fxexpand.training.options import Settings
+from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS
 from tests.compare import assert_same
 from tests.processes import ProcessExitedException, ranks
 

@@ -21,7 +21,8 @@ from fxexpand.recipes import Chain
 from fxexpand.training import checkpoint, runs
 from fxexpand.training import train as job
 from fxexpand.training.data import Data
-from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS, Settings
+from fxexpand.training.options import Settings
+from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS
 from tests.processes import ProcessExitedException, started
 
 STEPS, EPOCHS = 6, 3

@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.lowrank import effective_rank
 from fxexpand.training.data import Batches, batches
-from fxexpand.training.loop import Schedule, accuracy, fit, logits
+from fxexpand.training.loop import accuracy, fit, logits
+from fxexpand.training.options import Schedule
 from tests.compare import assert_same
 
 

@@ -29,7 +29,8 @@ from fxexpand.reporting.table import short, table
 from fxexpand.training.data import Data, InMemory, batches, digits
 from fxexpand.training.demo import Digits
 from fxexpand.training.demo.findings import Spread
-from fxexpand.training.loop import Schedule, accuracy, fit
+from fxexpand.training.loop import accuracy, fit
+from fxexpand.training.options import Schedule
 
 SHARES = (0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 WITHIN = 1.0  # points of test accuracy that a compressed network may lose

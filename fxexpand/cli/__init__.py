@@ -2,8 +2,9 @@
 
 The commands are ``demo``, ``inspect``, ``fuse``, ``export``, ``bench``, ``train``, ``factorize`` and
 ``rank``. They share ``options``, ``output`` (what is printed), ``files`` and ``failures`` (messages and
-exit codes). What a command needs is imported inside it, so that ``--help`` and ``--version`` answer at
-once. Exit codes: 0 ok, 1 refused or a check failed, 2 wrong usage.
+exit codes). ``dataclass_options`` makes the options of a command from the dataclasses that it takes. The
+libraries that a command needs are imported inside it, so that ``--help`` and ``--version`` answer at once.
+Exit codes: 0 ok, 1 refused or a check failed, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
+            from fxexpand.cli.dataclass_options import flattened
+
             module = importlib.import_module(f"{__name__}.{cmd_name}")
             alone = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=SETTINGS)
-            alone.command(cmd_name, cls=Command)(getattr(module, cmd_name))
+            alone.command(cmd_name, cls=Command)(flattened(getattr(module, cmd_name)))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands.get(cmd_name)
 

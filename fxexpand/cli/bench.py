@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fxexpand.cli.files import require_writable
-from fxexpand.cli.options import (
-    Device,
-    Input,
-    Json,
-    Model,
-    Weights,
-    device_of,
-    given_inputs,
-    loaded,
-    recipe_of,
-)
+from fxexpand.cli.options import Json, PlacedSource, recipe_of
 from fxexpand.cli.output import columns, note, show, show_json, sites, stdout_kept, working
+from fxexpand.deploy.options import EVERY_BACKEND, LatencyOptions
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +22,8 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def bench(
-    model: Model,
-    inputs: Input = None,
-    weights: Weights = None,
+    source: PlacedSource,
+    options: LatencyOptions,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -40,21 +31,9 @@ def bench(
         ),
     ] = None,
     backend: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--backend",
-            metavar="NAME",
-            help="eager, compile, onnxruntime, aotinductor, cudagraphs, tensorrt. Repeatable.",
-        ),
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Timings per model and backend.")] = 30,
-    batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Batch size, in place of the input's. Repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(EVERY_BACKEND)}. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}.")] = "float32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Lay images out so.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU.")] = None,
-    device: Device = "cpu",
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page with plots, one file.")
     ] = None,
@@ -67,8 +46,7 @@ def bench(
     """
     if html is not None:
         require_writable(html)
-    place = device_of(device)
-    precision = _dtype(dtype)
+    precision, place = _dtype(dtype), source.place
     chosen = None if recipe is None else recipe_of(recipe)
     with stdout_kept():
         from fxexpand.deploy.latency import measure_latency
@@ -76,36 +54,32 @@ def bench(
         from fxexpand.surgery.fuse import fuse
         from fxexpand.surgery.transaction import report as report_of
 
-        with working(f"{model}: building"):
-            network = loaded(model, weights, place)
-            given = given_inputs(model, network, inputs, place)
+        with working(f"{source.model}: building"):
+            network = source.loaded()
+            given = source.required_inputs(network)
         models: dict[str, nn.Module] = {"original": network, "fused": fuse(network, given)}
         if chosen is not None:
             models["expanded"] = expand(network, chosen)
             models["folded back"] = fuse(models["expanded"], scope="expanded")
-        found = measure_latency(
-            models,
-            given,
+        options = replace(
+            options,
             backends=backend or _usual_backends(),
             device=place,
-            rounds=rounds,
-            threads=threads,
             dtype=precision,
-            channels_last=channels_last,
-            batch_sizes=batch,
             skip_unavailable=not backend,
         )
+        found = measure_latency(models, given, **vars(options))
     folded = report_of(models["fused"])
     if html is not None:
         from fxexpand.deploy.latency.page import latency_page
         from fxexpand.reporting.files import write_whole
 
-        write_whole(html, latency_page(model, found, folded))
+        write_whole(html, latency_page(source.model, found, folded))
         note(f"{html}: written")
     if as_json:
-        show_json({"model": model, **found.to_dict()})
+        show_json({"model": source.model, **found.to_dict()})
     else:
-        show(f"{model}\n{sites(folded, every=False)}\n\n{columns(str(found))}")
+        show(f"{source.model}\n{sites(folded, every=False)}\n\n{columns(str(found))}")
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -11,15 +11,14 @@ from fxexpand.cli.failures import fail
 from fxexpand.cli.files import require_folder
 from fxexpand.cli.options import Device, Json, device_of
 from fxexpand.cli.output import show, show_json, stdout_kept
+from fxexpand.training.options import DemoOptions, Schedule
 
 
 def demo(
-    seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs each is trained for.")] = 40,
-    train_size: Annotated[int, typer.Option(min=10, help="Digits to train on, of 1797.")] = 600,
+    options: DemoOptions,
+    schedule: Schedule,
     depth: Annotated[int, typer.Option(help="Factors per layer.")] = 3,
     width: Annotated[float, typer.Option(help="Hidden width, in multiples of the outputs.")] = 2.0,
-    rounds: Annotated[int, typer.Option(min=8, help="Rounds of the latency measurement.")] = 30,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")] = Path("runs/demo"),
     device: Device = "cpu",
     as_json: Json = False,
@@ -27,20 +26,11 @@ def demo(
     """Train a network plain and expanded, fuse it, prove the result."""
     from fxexpand.recipes import Chain
     from fxexpand.training.demo import describe, run
-    from fxexpand.training.loop import Schedule
 
     require_folder(out)
-    place = device_of(device)
+    place, recipe = device_of(device), Chain(depth=depth, width=width)
     with stdout_kept():
-        findings = run(
-            out,
-            seeds=seeds,
-            train_size=train_size,
-            schedule=Schedule(epochs=epochs),
-            recipe=Chain(depth=depth, width=width),
-            rounds=rounds,
-            device=place,
-        )
+        findings = run(out, **vars(options), schedule=schedule, recipe=recipe, device=place)
     if as_json:
         show_json(findings.to_dict())
     else:

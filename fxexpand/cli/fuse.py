@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxexpand.cli.files import require_safetensors, weights_of
-from fxexpand.cli.options import (
-    Device,
-    Input,
-    Json,
-    Model,
-    Weights,
-    built,
-    device_of,
-    filled,
-    given_inputs,
-    recipe_of,
-)
+from fxexpand.cli.options import Json, PlacedSource, Strict, recipe_of
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
 
 if TYPE_CHECKING:
@@ -27,17 +16,14 @@ if TYPE_CHECKING:
 
 
 def fuse(
-    model: Model,
+    source: PlacedSource,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The safetensors file to write.")],
-    inputs: Input = None,
-    weights: Weights = None,
     recipe: Annotated[
         str | None,
         typer.Option(metavar="RECIPE", help="How the model of --weights was expanded: Chain(depth=2)..."),
     ] = None,
     scope: Annotated[str, typer.Option(help="all, or expanded: undo expand and nothing else.")] = "all",
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a layer is refused.")] = False,
-    device: Device = "cpu",
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Fold everything affine, and save the weights of what is left.
@@ -45,32 +31,30 @@ def fuse(
     With --scope expanded, the file holds the weights of the original network under its own names.
     """
     require_safetensors(out)
-    place = device_of(device)
     with stdout_kept():
         from fxexpand import __version__
         from fxexpand.reporting.files import write_whole
         from fxexpand.surgery.expand import expand
         from fxexpand.surgery.fuse import fuse as fuse_model
         from fxexpand.surgery.transaction import report as report_of
-        from fxexpand.zoo import default_inputs
 
-        with working(f"{model}: building"):
-            network, lines = built(model, weights)
+        with working(f"{source.model}: building"):
+            network, lines = source.built()
             names = set(network.state_dict())
             if recipe is not None:
                 network = expand(network, recipe_of(recipe), inplace=True)
-            network = filled(network, weights, place)
-            known = bool(inputs) or default_inputs(model, network) is not None
-            given = given_inputs(model, network, inputs, place) if known else None
+            network = source.filled(network)
+            given = source.known_inputs(network)
         # fuse checks the scope before it does anything
         fused = fuse_model(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
         report = report_of(fused)
-        data = weights_of(fused, {"fxexpand": __version__, "model": model, "scope": scope})
+        data = weights_of(fused, {"fxexpand": __version__, "model": source.model, "scope": scope})
         write_whole(out, data)
     grown = scope == "expanded" and set(fused.state_dict()) != names
     loading = _loading(lines, recipe, scope, given, grown, out)
     if as_json:
-        show_json({"model": model, "path": str(out), "size": len(data), "load": loading, **report.to_dict()})
+        written = {"model": source.model, "path": str(out), "size": len(data), "load": loading}
+        show_json({**written, **report.to_dict()})
     else:
         from fxexpand.reporting.table import short
 

@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxexpand.cli.failures import fail
-from fxexpand.cli.options import (
-    DEFAULT_RECIPE,
-    Input,
-    Json,
-    Model,
-    RecipeText,
-    Select,
-    Weights,
-    built,
-    given_inputs,
-    loaded,
-    recipe_of,
-)
+from fxexpand.cli.options import Json, Source, Strict, recipe_of
 from fxexpand.cli.output import show, show_json, sites, stdout_kept, working, wrapped
+from fxexpand.training.options import RECIPE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,12 +46,14 @@ class Traces:
 
 
 def inspect(
-    model: Model,
-    inputs: Input = None,
-    weights: Weights = None,
-    recipe: RecipeText = DEFAULT_RECIPE,
-    select: Select = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a layer is refused.")] = False,
+    source: Source,
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE", help="Recipe of each layer: RepVGG, Chain(depth=2)...")
+    ] = RECIPE,
+    select: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only layers whose name matches. Repeatable.")
+    ] = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Show how a model is read, and what fusing and expanding would change.
@@ -71,55 +62,38 @@ def inspect(
     """
     chosen = recipe_of(recipe)
     with stdout_kept():
-        with working(f"{model}: reading"):
+        with working(f"{source.model}: reading"):
             from fxexpand.surgery.expand import expand
             from fxexpand.surgery.fuse import fuse
             from fxexpand.surgery.transaction import report
-            from fxexpand.zoo import default_inputs
 
-            # On the meta device where that is possible: factors are large, and nobody asks for their values.
-            bare, _ = built(model, weights, meta=True)
+            # On the meta device where that is possible: factors are large, and their values are not shown.
+            bare, _ = source.built(meta=True)
             expanded = report(expand(bare, chosen, select=select, inplace=True))
-            network = loaded(model, weights)
-            known = bool(inputs) or default_inputs(model, network) is not None
-            given = given_inputs(model, network, inputs) if known else None
+            network = source.loaded()
+            given = source.known_inputs(network)
             traces, before = _traces(network), _size(network, given)
         fused = fuse(network, given)
-        with working(f"{model}: counting"):
+        with working(f"{source.model}: counting"):
             after = _size(fused, given)
         folded = report(fused)
+    name, kind, inputs = source.model, type(network).__name__, _shapes(given)
     if as_json:
-        show_json(
-            {
-                "model": model,
-                "class": type(network).__name__,
-                "inputs": _shapes(given),
-                "traced": asdict(traces),
-                "before": asdict(before),
-                "fused": asdict(after),
-                "fuse": folded.to_dict(),
-                "expand": expanded.to_dict(),
-            }
-        )
+        sizes = {"traced": asdict(traces), "before": asdict(before), "fused": asdict(after)}
+        reports = {"fuse": folded.to_dict(), "expand": expanded.to_dict()}
+        show_json({"model": name, "class": kind, "inputs": inputs, **sizes, **reports})
     else:
-        shapes = ", ".join("x".join(map(str, shape)) for shape in _shapes(given).values())
-        title = f"{model}: {type(network).__name__}, {f'input {shapes}' if shapes else 'no --input given'}"
-        show(
-            "\n".join(
-                [
-                    title,
-                    wrapped(str(traces), ""),
-                    "",
-                    _sizes(before, after),
-                    "",
-                    sites(folded),
-                    "",
-                    sites(expanded),
-                ]
-            )
-        )
+        shapes = ", ".join("x".join(map(str, shape)) for shape in inputs.values())
+        title = f"{name}: {kind}, {f'input {shapes}' if shapes else 'no --input given'}"
+        parts = [
+            f"{title}\n{wrapped(str(traces), '')}",
+            _sizes(before, after),
+            sites(folded),
+            sites(expanded),
+        ]
+        show("\n\n".join(parts))
     if strict and expanded.refusals:
-        fail(f"{model}: {len(expanded.refusals)} refused, the first: {expanded.refusals[0].message}")
+        fail(f"{name}: {len(expanded.refusals)} refused, the first: {expanded.refusals[0].message}")
 
 
 def _traces(model: nn.Module) -> Traces:

@@ -1,12 +1,15 @@
-"""The options that several commands have, and what their words stand for."""
+"""Options that several commands have, and the networks, inputs, devices and recipes that they name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from fxexpand.reporting.options import option
 
 if TYPE_CHECKING:
     import torch
@@ -15,64 +18,115 @@ if TYPE_CHECKING:
     from fxexpand.recipes import Recipe
     from fxexpand.running.inputs import ExampleInputs
 
-_MODEL = typer.Argument(
-    metavar="MODEL", help="timm:NAME, torchvision:NAME, transformers:NAME or package.module:factory."
-)
-Model = Annotated[str, _MODEL]
+MODEL = "timm:NAME, torchvision:NAME, transformers:NAME or package.module:factory."
+WEIGHTS = "Weights to load: safetensors, or a saved state dict."
+INPUT = "An argument: 1,3,224,224 or 1,16:int64. Repeatable. Left out: what the library says."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Weights = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Weights to load: safetensors, or a saved state dict."),
-]
-Input = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE",
-        help="An argument: 1,3,224,224 or 1,16:int64. Repeatable. Left out: what the library says.",
-    ),
-]
-RecipeText = Annotated[
-    str, typer.Option("--recipe", metavar="RECIPE", help="What a layer becomes: RepVGG, Chain(depth=2)...")
-]
-Select = Annotated[
-    list[str] | None,
-    typer.Option("--select", metavar="PATTERN", help="Only layers whose name matches. Repeatable."),
-]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help=WEIGHTS)]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1...")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 if a layer is refused.")]
 
-DEFAULT_RECIPE = "Chain(depth=3, width=2)"
+
+@dataclass(frozen=True)
+class Source:
+    """The network that a command reads: its name, the shapes of its inputs, its weights, and its device."""
+
+    model: str = option(MISSING, MODEL, str, argument=True, metavar="MODEL")
+    inputs: tuple[str, ...] = option((), INPUT, list[str], flag="--input", metavar="SHAPE")
+    weights: Path | None = option(None, WEIGHTS, Path, metavar="FILE")
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        return device_of("cpu")
+
+    def built(self, *, meta: bool = False) -> tuple[nn.Module, list[str]]:
+        """A network that the file of weights fits, without them; and the lines of Python that build it.
+
+        A head has as many outputs as the file says, and a layer has a bias if the file has one: folding the
+        norms inside an expansion (RepVGG) leaves one.
+        """
+        import torch
+        from torch import nn
+        from torch.nn.modules.conv import _ConvNd
+
+        from fxexpand.zoo import load_model
+
+        model, (source, _, rest) = load_model(self.model, meta=meta), self.model.partition(":")
+        lines = [f"model = fxexpand.zoo.load_model({self.model!r})"]
+        shapes = {} if self.weights is None else _shapes(self.weights)
+        classes = _classes_in(shapes, model)
+        if classes is not None and give_classes(self.model, model, classes):
+            call = {"timm": "timm.create_model", "torchvision": "torchvision.models.get_model"}[source]
+            lines = [f"model = {call}({rest!r}, num_classes={classes})"]
+        grown: dict[str, int] = {}
+        for path, layer in model.named_modules():
+            key = f"{path}.bias" if path else "bias"
+            if isinstance(layer, nn.Linear | _ConvNd) and layer.bias is None and key in shapes:
+                layer.bias = nn.Parameter(torch.zeros(shapes[key], device=layer.weight.device))
+                grown[path] = shapes[key][0]
+        if grown:
+            lines.append(f"for name, size in {grown}.items():")
+            lines.append("    model.get_submodule(name).bias = torch.nn.Parameter(torch.zeros(size))")
+        return model, lines
+
+    def filled(self, model: nn.Module) -> nn.Module:
+        """The model with the weights of the file, on the device and in evaluation mode."""
+        from fxexpand.zoo import load_weights
+
+        place = self.place
+        if self.weights is not None:
+            load_weights(model, self.weights)
+        return model.to(place).eval()
+
+    def loaded(self) -> nn.Module:
+        """The network with the weights of the file, on the device and in evaluation mode."""
+        return self.filled(self.built()[0])
+
+    def known_inputs(self, model: nn.Module) -> ExampleInputs | None:
+        """The inputs of ``--input``, or else those that the model's library gives; the model takes them.
+
+        Raises: SelectionError: the model does not take them.
+        """
+        from fxexpand.running.inputs import move
+        from fxexpand.zoo import default_inputs, example_input, require_accepts
+
+        given: ExampleInputs | None = tuple(example_input(shape, self.place) for shape in self.inputs)
+        if not given:
+            found = default_inputs(self.model, model)
+            given = None if found is None else move(found, self.place)
+        if given is not None:
+            require_accepts(model, given)
+        return given
+
+    def required_inputs(self, model: nn.Module) -> ExampleInputs:
+        """As ``known_inputs``.
+
+        Raises: SelectionError: there are none, or the model does not take them.
+        """
+        from fxexpand.errors import SelectionError
+
+        given = self.known_inputs(model)
+        if given is None:
+            raise SelectionError(
+                f"{self.model}: what does it take? Give --input, for example --input 1,3,224,224."
+            )
+        return given
 
 
-def built(name: str, weights: Path | None, *, meta: bool = False) -> tuple[nn.Module, list[str]]:
-    """A model that the file of weights fits, without them; and the lines of Python that build it.
+@dataclass(frozen=True)
+class PlacedSource(Source):
+    """The same on a device of choice."""
 
-    A head has as many outputs as the file says, and a layer has a bias if the file has one: folding the norms
-    inside an expansion (RepVGG) leaves one.
-    """
-    import torch
-    from torch import nn
-    from torch.nn.modules.conv import _ConvNd
+    device: str = option("cpu", "cpu, cuda, cuda:1...", metavar="DEVICE")
 
-    from fxexpand.zoo import load_model
+    @property
+    def place(self) -> torch.device:
+        """The device.
 
-    model, (source, _, rest) = load_model(name, meta=meta), name.partition(":")
-    lines = [f"model = fxexpand.zoo.load_model({name!r})"]
-    shapes = {} if weights is None else _shapes(weights)
-    classes = _classes_in(shapes, model)
-    if classes is not None and give_classes(name, model, classes):
-        call = {"timm": "timm.create_model", "torchvision": "torchvision.models.get_model"}[source]
-        lines = [f"model = {call}({rest!r}, num_classes={classes})"]
-    grown: dict[str, int] = {}
-    for path, layer in model.named_modules():
-        key = f"{path}.bias" if path else "bias"
-        if isinstance(layer, nn.Linear | _ConvNd) and layer.bias is None and key in shapes:
-            layer.bias = nn.Parameter(torch.zeros(shapes[key], device=layer.weight.device))
-            grown[path] = shapes[key][0]
-    if grown:
-        lines.append(f"for name, size in {grown}.items():")
-        lines.append("    model.get_submodule(name).bias = torch.nn.Parameter(torch.zeros(size))")
-    return model, lines
+        Raises: SelectionError: there is no such device.
+        """
+        return device_of(self.device)
 
 
 def give_classes(name: str, model: nn.Module, classes: int) -> bool:
@@ -127,42 +181,6 @@ def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
         return {}
 
 
-def loaded(name: str, weights: Path | None, device: torch.device | str = "cpu") -> nn.Module:
-    """The model, with the weights of the file, on the device and in evaluation mode."""
-    return filled(built(name, weights)[0], weights, device)
-
-
-def filled(model: nn.Module, weights: Path | None, device: torch.device | str = "cpu") -> nn.Module:
-    """What was ``built``, with the weights of the file, on the device and in evaluation mode."""
-    from fxexpand.zoo import load_weights
-
-    if weights is not None:
-        load_weights(model, weights)
-    return model.to(device).eval()
-
-
-def given_inputs(
-    name: str, model: nn.Module, shapes: list[str] | None, device: torch.device | str = "cpu"
-) -> ExampleInputs:
-    """The inputs of ``--input``, or else those that the model's library gives; the model takes them.
-
-    Raises: SelectionError: there are none, or the model does not take them.
-    """
-    from fxexpand.errors import SelectionError
-    from fxexpand.running.inputs import move
-    from fxexpand.zoo import default_inputs, example_input, require_accepts
-
-    if shapes:
-        given: ExampleInputs = tuple(example_input(shape, device) for shape in shapes)
-    else:
-        found = default_inputs(name, model)
-        if found is None:
-            raise SelectionError(f"{name}: what does it take? Give --input, for example --input 1,3,224,224.")
-        given = move(found, device)
-    require_accepts(model, given)
-    return given
-
-
 def device_of(name: str) -> torch.device:
     """The device called ``name``, on which a tensor has been made.
 
@@ -209,10 +227,8 @@ def recipe_of(text: str) -> Recipe:
         )
     kind = known[call.func.id]
     fields = [field.name for field in dataclasses.fields(kind)]
-    for option in options:
-        if option not in fields:
-            raise SelectionError(
-                f"recipe {text!r}: {call.func.id} has no {option!r}; "
-                f"it has {', '.join(fields) or 'no options'}."
-            )
+    if unknown := next((name for name in options if name not in fields), ""):
+        raise SelectionError(
+            f"recipe {text!r}: {call.func.id} has no {unknown!r}; it has {', '.join(fields) or 'no options'}."
+        )
     return cast("Recipe", kind(**options))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from fxexpand.cli.options import Input, Json, Model, Weights, given_inputs, loaded
+from fxexpand.cli.options import Json, Source
 from fxexpand.cli.output import fitted, note, show, show_json, stdout_kept, working
 
 if TYPE_CHECKING:
@@ -15,12 +16,10 @@ if TYPE_CHECKING:
 
 
 def rank(
-    model: Model,
-    weights: Weights = None,
+    source: Source,
     before: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Earlier weights, for a column to compare with.")
     ] = None,
-    inputs: Input = None,
     unfolding: Annotated[
         str, typer.Option(help="How a kernel becomes a matrix: channel or spatial.")
     ] = "channel",
@@ -38,14 +37,14 @@ def rank(
 
     if plot is not None:
         require_writable(plot)
-    with stdout_kept(), working(f"{model}: singular values"):
+    with stdout_kept(), working(f"{source.model}: singular values"):
         from fxexpand.lowrank import rank_report
 
-        network = loaded(model, weights)
+        network = source.loaded()
         found = rank_report(
             network,
-            given_inputs(model, network, inputs) if inputs else None,
-            before=loaded(model, before) if before is not None else None,
+            source.required_inputs(network) if source.inputs else None,
+            before=replace(source, weights=before).loaded() if before is not None else None,
             unfolding=cast(Any, unfolding),
             sketched=sketched,
         )
@@ -56,7 +55,7 @@ def rank(
     if plot is not None:
         note(f"{plot}: written")
     if as_json:
-        show_json({"model": model, **found.to_dict()})
+        show_json({"model": source.model, **found.to_dict()})
     else:
         show(_tables(found))
 

@@ -1,18 +1,17 @@
 """How does a model leave torch, and does what was written compute the same?
 
 ``onnx`` writes a model as a file and proves it in onnxruntime, whose ``sessions`` it opens; ``folding``
-fuses what is written, ``free_sizes`` says which sizes of the inputs stay free, ``onnx_files`` what a file
-holds. ``quantization`` tells what int8 would do; ``latency`` is a room of its own.
+fuses the model first, ``free_sizes`` says which sizes of the inputs stay free, ``onnx_files`` reads files and
+moves them into place. ``quantization`` measures int8; ``latency`` is a room of its own. ``options`` has the
+options of ``export_onnx`` and ``measure_latency``.
 """
 
-from fxexpand.deploy.onnx import OnnxReport, export_onnx
-from fxexpand.deploy.quantization import (
-    Int8Report,
-    RangeReport,
-    WeightRange,
-    check_int8,
-    weight_ranges,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxexpand.deploy.onnx import OnnxReport, export_onnx
+    from fxexpand.deploy.quantization import Int8Report, RangeReport, WeightRange, check_int8, weight_ranges
 
 __all__ = [
     "Int8Report",
@@ -23,3 +22,11 @@ __all__ = [
     "export_onnx",
     "weight_ranges",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name when it is first used: the command line reads ``options`` without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "onnx" if name in ("OnnxReport", "export_onnx") else "quantization"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

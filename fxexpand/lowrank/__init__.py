@@ -6,20 +6,25 @@ Factors: ``cuts`` says where a kernel is cut, ``projection`` and ``lp`` find the
 l_p, ``factored`` has the layers that run them. What to factor: ``criteria`` is what a user asks for,
 ``calibration`` and ``costs`` measure what layers see and cost, ``allocation`` spreads a budget, ``decisions``
 decides before anything is changed, ``factorize_report`` says what. ``trp`` trains towards low rank.
+``options`` has the options of ``factorize``.
 """
 
-from fxexpand.lowrank.criteria import Method, Ranks
-from fxexpand.lowrank.cuts import Cut, Scheme
-from fxexpand.lowrank.factored import Factorized
-from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
-from fxexpand.lowrank.features import kernel_rank
-from fxexpand.lowrank.lp import lp_spectrum
-from fxexpand.lowrank.measures import effective_rank, spectral_entropy, stable_rank
-from fxexpand.lowrank.model_ranks import FeatureRank, RankReport, WeightRank, layer_weights, rank_report
-from fxexpand.lowrank.projection import Spectrum, spectrum
-from fxexpand.lowrank.rank_plots import plot_ranks, plot_report, plot_spectra
-from fxexpand.lowrank.tracker import RankTracker
-from fxexpand.lowrank.trp import TrainedRankPruning
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxexpand.lowrank.criteria import Method, Ranks
+    from fxexpand.lowrank.cuts import Cut, Scheme
+    from fxexpand.lowrank.factored import Factorized
+    from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
+    from fxexpand.lowrank.features import kernel_rank
+    from fxexpand.lowrank.lp import lp_spectrum
+    from fxexpand.lowrank.measures import effective_rank, spectral_entropy, stable_rank
+    from fxexpand.lowrank.model_ranks import FeatureRank, RankReport, WeightRank, layer_weights, rank_report
+    from fxexpand.lowrank.projection import Spectrum, spectrum
+    from fxexpand.lowrank.rank_plots import plot_ranks, plot_report, plot_spectra
+    from fxexpand.lowrank.tracker import RankTracker
+    from fxexpand.lowrank.trp import TrainedRankPruning
 
 __all__ = [
     "Cut",
@@ -47,3 +52,16 @@ __all__ = [
     "spectrum",
     "stable_rank",
 ]
+
+_HOMES = (
+    *("criteria", "cuts", "factored", "factorize_report", "features", "lp", "measures", "model_ranks"),
+    *("projection", "rank_plots", "tracker", "trp"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name when it is first used: the command line reads ``options`` without torch."""
+    if name in __all__:
+        modules = (importlib.import_module(f"{__name__}.{home}") for home in _HOMES)
+        return next(getattr(module, name) for module in modules if hasattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

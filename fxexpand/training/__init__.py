@@ -1,23 +1,6 @@
 """How is a network trained, by the demo and by ``fxexpand train``, and resumed exactly?
 
-``data`` has the images, ``loop`` the short loop of the demo that watches ranks. The run of ``fxexpand train``
-is in ``train``: its settings, log and outcome in ``runs``, its processes in ``distributed``, what it goes on
-from in ``checkpoint``. These load torch.distributed, and are imported by their own names.
+``data`` has the images, ``loop`` the loop over them. The run of ``fxexpand train`` is in ``train``: its log
+and outcome in ``runs``, its processes in ``distributed``, the state from which it goes on in ``checkpoint``.
+``options`` has the options of the commands; the room loads nothing, so that they are read without torch.
 """
-
-from fxexpand.training.data import Batches, Data, batches, cifar, digits, image_folders
-from fxexpand.training.loop import History, Schedule, accuracy, fit, logits
-
-__all__ = [
-    "Batches",
-    "Data",
-    "History",
-    "Schedule",
-    "accuracy",
-    "batches",
-    "cifar",
-    "digits",
-    "fit",
-    "image_folders",
-    "logits",
-]

@@ -13,32 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.errors import FxExpandError
 from fxexpand.lowrank import rank_report
 from fxexpand.running.evaluation import evaluating
 from fxexpand.training.data import Batches
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Adam without weight decay; the learning rate falls from ``lr`` to 0 along half a cosine.
-
-    There is no weight decay because decay of the factors is not decay of their product: with it, a plain and
-    an expanded network would be regularised differently, and their comparison would not show the effect of
-    the parameterisation alone.
-    """
-
-    epochs: int = 40
-    batch_size: int = 50
-    lr: float = 1e-3
-    rank_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "rank_every"):
-            if getattr(self, name) < 1:
-                raise SelectionError(f"{name}={getattr(self, name)}: choose 1 or more.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise SelectionError(f"lr={self.lr}: choose a positive number.")
+from fxexpand.training.options import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,124 +1,20 @@
-"""What is known of a training run: its settings, its log, and what came out."""
+"""The files, the log and the outcome of a training run."""
 
 from __future__ import annotations
 
 import json
-import math
 import textwrap
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-from fxexpand.errors import SelectionError
-from fxexpand.layers.expanded import FORMS, Form
-from fxexpand.layers.param_groups import TARGETS, Target
-from fxexpand.recipes import INITS, Init
 from fxexpand.reporting.files import write_whole
 from fxexpand.reporting.table import short, table
-
-OptimizerName: TypeAlias = Literal["sgd", "adamw"]
-OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
-Precision: TypeAlias = Literal["off", "bf16", "fp16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+from fxexpand.training.options import Settings
 
 LOG = "log.jsonl"
 WEIGHTS = "model.safetensors"
 CHECKPOINTS = "checkpoints"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a network is trained.
-
-    Attributes:
-        model, data, recipe: what is trained on what, as names; ``train`` is given the things themselves.
-        select: patterns of the layers to expand; none stands for all.
-        batch_size: images per step, over all processes and micro-batches.
-        lr: at the end of the warm-up; then it falls to 0 along half a cosine, step by step.
-        warmup: epochs in which the learning rate rises linearly.
-        optimizer: ``"sgd"`` with a Nesterov momentum of 0.9, or ``"adamw"``.
-        decay_on: what the weight decay is meant for, see ``fxexpand.optim.param_groups``.
-        clip: largest norm of all gradients together; 0 for none.
-        accumulate: micro-batches per step.
-        amp: autocast to this; fp16 with loss scaling.
-        ema: decay of an exponential moving average of the weights, per step; 0 for none.
-        fsdp: shard the model over the processes, instead of a copy in each.
-        save_every: steps between checkpoints within an epoch; each epoch ends with one anyway.
-        rank_every: epochs between measurements of the effective ranks; 0 for the first and the last alone.
-        workers: processes that read images, for each process that trains.
-    """
-
-    model: str
-    data: str
-    recipe: str = "none"
-    select: tuple[str, ...] = ()
-    init: Init = "preserve"
-    form: Form = "auto"
-    epochs: int = 40
-    batch_size: int = 50
-    lr: float = 1e-3
-    warmup: float = 0.0
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = 0.0
-    decay_on: Target = "factors"
-    clip: float = 0.0
-    accumulate: int = 1
-    amp: Precision = "off"
-    ema: float = 0.0
-    seed: int = 0
-    compile: bool = False
-    fsdp: bool = False
-    save_every: int = 1000
-    rank_every: int = 1
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("init", INITS),
-            ("form", FORMS),
-            ("optimizer", OPTIMIZERS),
-            ("decay_on", TARGETS),
-            ("amp", PRECISIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise SelectionError(f"{name}={getattr(self, name)!r}: choose from {', '.join(known)}.")
-        for name in ("epochs", "batch_size", "accumulate", "save_every"):
-            if getattr(self, name) < 1:
-                raise SelectionError(f"{name}={getattr(self, name)}: choose 1 or more.")
-        for name in ("weight_decay", "warmup", "clip", "rank_every", "workers", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SelectionError(f"{name}={getattr(self, name)}: choose 0 or more.")
-        if not 0 < self.lr < math.inf:
-            raise SelectionError(f"lr={self.lr}: choose a positive number.")
-        if not 0 <= self.ema < 1:
-            raise SelectionError(f"ema={self.ema}: choose a decay below 1, such as 0.999, or 0 for none.")
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step ``step``, from 0, with ``steps`` in an epoch; nothing else decides."""
-        rising = self.warmup * steps
-        if step < rising:
-            return self.lr * (step + 1) / (rising + 1)
-        share = (step - rising) / max(self.epochs * steps - rising, 1)
-        return self.lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-
-# What a run may be resumed with other values of: it goes on with the same steps, up to rounding.
-FREE = ("accumulate", "compile", "fsdp", "save_every", "rank_every", "workers")
-
-
-def require_same(folder: Path, now: Settings, then: Mapping[str, Any]) -> None:
-    """That a run goes on as it began.
-
-    Raises: SelectionError: a setting differs; the message names the first.
-    """
-    for name, value in json.loads(json.dumps(asdict(now))).items():
-        if name not in FREE and then.get(name) != value:
-            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            raise SelectionError(
-                f"{folder}: was trained with {option} {then.get(name)}, not {value}. Resume it with the same "
-                "options, or name another folder with --out."
-            )
 
 
 @dataclass(frozen=True)

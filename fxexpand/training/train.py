@@ -31,7 +31,8 @@ from fxexpand.surgery.transaction import report
 from fxexpand.training import checkpoint
 from fxexpand.training.data import Data, Order, loader
 from fxexpand.training.distributed import Processes, processes, wrapped
-from fxexpand.training.runs import CHECKPOINTS, WEIGHTS, Epoch, Outcome, Settings, require_same, write_log
+from fxexpand.training.options import Settings, require_same
+from fxexpand.training.runs import CHECKPOINTS, WEIGHTS, Epoch, Outcome, write_log
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -5,8 +5,8 @@ ready on ``backends`` and proves that they agree, ``timing`` times the calls, ``
 median is; ``page`` and ``plots`` show it.
 """
 
-from fxexpand.deploy.latency.backends import BACKENDS, EVERY_BACKEND
 from fxexpand.deploy.latency.measure import Difference, LatencyReport, Measurement, measure_latency
+from fxexpand.deploy.options import BACKENDS, EVERY_BACKEND
 
 __all__ = [
     "BACKENDS",

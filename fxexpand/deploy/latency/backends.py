@@ -13,15 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.deploy.onnx import export_onnx
+from fxexpand.deploy.options import EVERY_BACKEND
 from fxexpand.deploy.sessions import feeds, open_session
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.running import inputs
 from fxexpand.running.inputs import ExampleInputs, batch_size, tensors
 from fxexpand.running.outputs import tensors_of
-
-# Those that are measured unless others are named; and all there are.
-BACKENDS: tuple[str, ...] = ("eager", "compile", "onnxruntime")
-EVERY_BACKEND = (*BACKENDS, "aotinductor", "cudagraphs", "tensorrt")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxexpand.deploy.latency.backends import BACKENDS, EVERY_BACKEND, Candidate
+from fxexpand.deploy.latency.backends import Candidate
 from fxexpand.deploy.latency.candidates import Conditions, Unavailable, device_of, dtype_of, ready
 from fxexpand.deploy.latency.intervals import Interval, median_interval
 from fxexpand.deploy.latency.timing import calls_per_round, peak_bytes, samples_in_turns
+from fxexpand.deploy.options import BACKENDS, LatencyOptions
 from fxexpand.errors import SelectionError
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating
@@ -211,48 +212,41 @@ def measure_latency(
     """
     if not isinstance(models, Mapping) or not models:
         raise SelectionError("models: give them by name, as {'original': model, 'fused': small}.")
-    if isinstance(backends, str):
-        backends = (backends,)
-    if not backends or not set(backends) <= set(EVERY_BACKEND):
-        raise SelectionError(f"backends {list(backends)}: choose from {', '.join(EVERY_BACKEND)}.")
-    if warmup < 1:
-        raise SelectionError(f"warmup={warmup}: at least one call, or the first sample holds the start-up.")
-    if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
-        raise SelectionError(f"batch_sizes={list(batch_sizes)}: give sizes of 1 or more.")
-    sizes: Sequence[int | None] = [None] if batch_sizes is None else list(dict.fromkeys(batch_sizes))
-    pairs = len(list(itertools.combinations(models, 2))) * len(set(backends)) * len(sizes)
-    joint = 1.0 - (1.0 - confidence) / max(pairs, 1)  # Bonferroni
+    options = LatencyOptions(
+        backends, device, threads, rounds, warmup, round_ms, confidence, tolerance, progress, dtype,
+        channels_last, batch_sizes, skip_unavailable,
+    )  # fmt: skip
+    return _measured(models, example_inputs, options)
+
+
+def _measured(
+    models: Mapping[str, nn.Module], example_inputs: ExampleInputs, options: LatencyOptions
+) -> LatencyReport:
+    batch_sizes: Sequence[int | None] = [None] if options.batch_sizes is None else options.batch_sizes
+    sizes, rounds = list(dict.fromkeys(batch_sizes)), options.rounds
+    pairs = len(list(itertools.combinations(models, 2))) * len(set(options.backends)) * len(sizes)
+    joint = 1.0 - (1.0 - options.confidence) / max(pairs, 1)  # Bonferroni
     median_interval([0.0] * rounds, joint)  # too few rounds are an error now, not after minutes of timing
 
     first = next(iter(models.values()))
-    place = torch.device(device) if device is not None else device_of(first)
-    conditions = Conditions(place, dtype, channels_last, tolerance)
+    place = device_of(first) if options.device is None else torch.device(options.device)
+    conditions = Conditions(place, options.dtype, options.channels_last, options.tolerance)
     with ExitStack() as stack:
         stack.enter_context(evaluating(*models.values()))
-        stack.enter_context(_threads(threads))
+        stack.enter_context(_threads(options.threads))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fxexpand-latency-")))
         candidates, unavailable = ready(
-            models, example_inputs, backends, sizes, conditions, folder, skip_unavailable, progress
-        )
+            models, example_inputs, options.backends, sizes, conditions, folder,
+            options.skip_unavailable, options.progress,
+        )  # fmt: skip
         peaks = [peak_bytes(c.run, place) if c.on_torch_memory else None for c in candidates]
-        calls = [calls_per_round(candidate, warmup, round_ms, place) for candidate in candidates]
-        samples = samples_in_turns(candidates, calls, rounds, place, progress)
+        calls = [calls_per_round(c, options.warmup, options.round_ms, place) for c in candidates]
+        samples = samples_in_turns(candidates, calls, rounds, place, options.progress)
         used_threads = torch.get_num_threads()
-    used = dtype_of(first, example_inputs) if dtype is None else dtype
+    intervals = [median_interval(taken, options.confidence) for taken in samples]
+    used = options.dtype or dtype_of(first, example_inputs)
     return LatencyReport(
-        measurements=tuple(
-            Measurement(
-                model=c.model,
-                backend=c.backend,
-                **asdict(median_interval(taken, confidence)),
-                calls_per_round=n,
-                samples=tuple(taken),
-                batch=c.batch,
-                peak_bytes=peak,
-                error=c.error,
-            )
-            for c, n, taken, peak in zip(candidates, calls, samples, peaks, strict=True)
-        ),
+        measurements=tuple(map(_measurement, candidates, intervals, calls, samples, peaks)),
         differences=_differences(candidates, samples, joint),
         device=_device_name(place),
         threads=used_threads,
@@ -260,11 +254,26 @@ def measure_latency(
         batch=batch_size(example_inputs),
         shapes=tuple(tuple(tensor.shape) for tensor in tensors(example_inputs)),
         rounds=rounds,
-        confidence=confidence,
+        confidence=options.confidence,
         versions=_versions({candidate.backend for candidate in candidates}),
-        channels_last=channels_last,
+        channels_last=options.channels_last,
         tf32=place.type == "cuda" and used == torch.float32 and _tf32_allowed(),
         unavailable=tuple(unavailable),
+    )
+
+
+def _measurement(
+    candidate: Candidate, interval: Interval, calls: int, samples: Sequence[float], peak: int | None
+) -> Measurement:
+    return Measurement(
+        model=candidate.model,
+        backend=candidate.backend,
+        **asdict(interval),
+        calls_per_round=calls,
+        samples=tuple(samples),
+        batch=candidate.batch,
+        peak_bytes=peak,
+        error=candidate.error,
     )
 
 

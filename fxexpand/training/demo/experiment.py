@@ -33,7 +33,8 @@ from fxexpand.training.data import Batches, Data, batches, digits
 from fxexpand.training.demo import page
 from fxexpand.training.demo.findings import Findings, Proof, Run
 from fxexpand.training.demo.network import NETWORK, Digits
-from fxexpand.training.loop import Schedule, fit, logits
+from fxexpand.training.loop import fit, logits
+from fxexpand.training.options import Schedule
 
 # Largest relative error of the logits in float32: five layers, each within 1e-5 of what it replaces.
 TOLERANCE = 5e-5

@@ -10,7 +10,8 @@ from typing import Any
 
 from fxexpand.deploy.latency import Difference, LatencyReport
 from fxexpand.reporting.table import short, table
-from fxexpand.training.loop import History, Schedule
+from fxexpand.training.loop import History
+from fxexpand.training.options import Schedule
 
 NETWORKS = ("plain", "expanded", "fused")
 

@@ -1,0 +1,34 @@
+"""The options of ``factorize``, read without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fxexpand.reporting.options import option
+
+if TYPE_CHECKING:
+    from fxexpand.lowrank.criteria import Method, Ranks
+    from fxexpand.lowrank.cuts import Scheme
+    from fxexpand.lowrank.lp import Body
+
+
+@dataclass(frozen=True)
+class FactorizeOptions:
+    """How ranks are chosen, by exactly one of the first six, and how weights are approximated.
+
+    They are explained at ``fxexpand.factorize``.
+    """
+
+    rank: Ranks | None = option(None, "Rank of every layer.", int)
+    energy: float | None = option(None, "Share of each squared norm to keep.", float)
+    threshold: float | None = option(None, "Keep the singular values above this.", float)
+    flops: float | None = option(None, "Share of the model's FLOPs to keep.", float)
+    params: float | None = option(None, "Share of its parameters to keep.", float)
+    latency: float | None = option(None, "Share of its time on this machine to keep.", float)
+    method: Method = option("svd", "svd, lp or trp.")
+    p: float = option(1.0, "Of the norm of lp, from 1 to 2.")
+    body: Body = option("lewis", "Ellipsoid of lp: lewis or lowner.")
+    scheme: Scheme | None = option(
+        None, "Cut of convolutions: channel or spatial; left out, the cheaper.", str
+    )

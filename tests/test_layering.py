@@ -54,8 +54,8 @@ INSIDE = {
     ],
     "lowrank": [
         *("measures", "sketch", "features", "model_ranks", "rank_plots", "tracker"),
-        *("cuts", "projection", "lp", "factored"),
-        *("allocation", "criteria", "options", "calibration", "costs", "factorize_report", "decisions", "trp"),
+        *("cuts", "projection", "lp", "factored", "allocation", "criteria", "options"),
+        *("calibration", "costs", "factorize_report", "decisions", "trp"),
     ],
     "passes": [
         *("operators.table", "affine.maps", "affine.steps", "affine.shapes", "operators.layers"),

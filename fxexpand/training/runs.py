@@ -84,10 +84,9 @@ class Outcome:
         s, begin, end = self.settings, self.epochs[0], self.epochs[-1]
         seconds = sum(epoch.seconds for epoch in self.epochs)
         where = self.device if self.processes == 1 else f"{self.processes} processes, {self.device}"
-        lines = [
-            f"{s.model} on {s.data}: {self.sizes[0]} training and {self.sizes[1]} test images",
-            f"recipe {s.recipe}: {s.epochs} epochs of {self.steps} steps in {seconds:.1f} s ({where})",
-        ]
+        lines = [f"{s.model} on {s.data}: {self.sizes[0]} training and {self.sizes[1]} test images"]
+        steps = f"{s.epochs} epochs of {self.steps} steps in {seconds:.1f} s ({where})"
+        lines += textwrap.wrap(f"recipe {s.recipe}: {steps}", 80, subsequent_indent="  ")
         if self.resumed is not None:
             lines.append(f"resumed after step {self.resumed}")
         if self.left:

@@ -15,7 +15,8 @@ from fxexpand.recipes import Chain
 from fxexpand.training import train as job
 from fxexpand.training.data import Data
 from fxexpand.training.demo import Digits
-from fxexpand.training.runs import WEIGHTS, Settings
+from fxexpand.training.options import Settings
+from fxexpand.training.runs import WEIGHTS
 from tests.test_train import QUICK, Tiny, run
 
 ERRORS: list[tuple[list[str], int, str]] = [

@@ -58,10 +58,12 @@ INSIDE = {
         *("calibration", "costs", "factorize_report", "decisions", "trp"),
     ],
     "passes": [
-        *("operators.table", "affine.maps", "affine.steps", "affine.shapes", "operators.layers"),
-        *("affine.aliasing", "affine.constants", "affine.reader", "affine.candidates"),
+        *("affine.maps", "affine.steps", "operators.sizes", "operators.table", "operators.layers"),
+        *("operators.channels", "operators.arithmetic", "operators.layout", "operators.pooling", "operators"),
+        *("affine.aliasing", "affine.constants", "affine.shapes", "affine.module_maps", "affine.reader"),
+        "affine.candidates",
         *("affine.layouts", "affine.writes", "affine.interpretation", "affine.extraction"),
-        *("operators", "affine"),
+        "affine",
         *("result", "contract", "norms", "fusions", "fixed_point", "fuse", "expand", "factorize"),
     ],
     "surgery": [

@@ -11,12 +11,12 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from fxexpand.passes.affine.aliasing import works_in_place, written
 from fxexpand.passes.affine.candidates import Candidate
 from fxexpand.passes.affine.extraction import Extraction
 from fxexpand.passes.affine.shapes import NDIM
 from fxexpand.passes.fusions import Group
 from fxexpand.passes.norms import LayerNormAffine, owner_name
-from fxexpand.tracing.edit import works_in_place, written
 from fxexpand.tracing.graphs import attempt_symbolic, fixes_arguments
 from fxexpand.tracing.recording import Failed
 from fxexpand.tracing.submodules import Parts
@@ -228,7 +228,7 @@ class Tree:
         given = {each for each in given if each not in self._walk.reader.constants}
         taken = graph_module.graph.find_nodes(op="placeholder")
         if len(given) == len(taken) == 1:
-            taken[0].meta[NDIM] = self._walk.reader.shapes.ndim(given.pop())
+            taken[0].meta[NDIM] = self._walk.reader.values.ndim(given.pop())
         return graph_module
 
     def _stack(self, node: fx.Node) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,25 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxexpand.errors import FxExpandError
+from fxexpand.passes.operators import Call, bind
+from fxexpand.passes.operators.table import Kind, spelling_of
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call
 from fxexpand.running.inputs import copy as copy_inputs
 from fxexpand.tracing import Failed, TraceOptions, record
-
-Kind: TypeAlias = Literal[
-    "linear",
-    "conv",
-    "conv_transpose",
-    "matmul",
-    "einsum",
-    "tensordot",
-    "bilinear",
-    "embedding",
-    "attention",
-    "recurrent",
-    "other",
-    "unused",
-]
 
 
 class UnknownUse(FxExpandError):
@@ -53,7 +40,7 @@ class Use:
         transposed: stored as ``(in, out)``, as in ``x @ W``.
     """
 
-    kind: Kind
+    kind: Kind | Literal["other", "unused"]
     operator: str
     transposed: bool = False
 
@@ -90,8 +77,7 @@ def parameter_uses(module: nn.Module) -> dict[str, Use]:
             flow.stop(name, map(lookup, tree_leaves((node.args, node.kwargs))))
             values[node] = DATA
         else:
-            name = _function_name(node.target) if node.op == "call_function" else node.target
-            values[node] = flow.step(name, node.args, node.kwargs, lookup)
+            values[node] = flow.step(node.target, node.args, node.kwargs, lookup)
     own = _own_names(module)
     return {
         name: flow.use(parameter)
@@ -129,83 +115,6 @@ DATA = _Value({}, True)
 NEITHER = _Value({}, False)  # buffers, constants, statistics of parameters
 
 
-class _Slot(NamedTuple):
-    """An argument of a linear operator that can be its weight.
-
-    Attributes:
-        position, keyword: of the argument.
-        transposed: the operator takes it as ``(in, out)``.
-        sure: it is the weight whatever it was computed from; else only if it does not depend on the inputs.
-    """
-
-    position: int
-    keyword: str
-    transposed: bool = False
-    sure: bool = False
-
-
-def _linear_operators() -> dict[str, tuple[Kind, tuple[_Slot, ...]]]:
-    weight = (_Slot(1, "weight", sure=True),)
-    table: dict[str, tuple[Kind, tuple[_Slot, ...]]] = {"linear": ("linear", weight)}
-    for rank in (1, 2, 3):
-        table[f"conv{rank}d"] = ("conv", weight)
-        table[f"conv_transpose{rank}d"] = ("conv_transpose", weight)
-    for name, keyword in (("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("imatmul", "other")):
-        table[name] = ("matmul", (_Slot(0, "input"), _Slot(1, keyword, True)))
-    table["rmatmul"] = ("matmul", (_Slot(0, "input", True), _Slot(1, "other")))
-    table["convolution"] = ("conv", weight)
-    for name in ("grouped_mm", "grouped_mm_fallback"):  # experts; the second is a fallback of transformers
-        table[name] = ("matmul", (_Slot(0, "mat_a"), _Slot(1, "mat_b", True)))
-    table["mv"] = ("matmul", (_Slot(0, "input"),))
-    table["inner"] = ("matmul", (_Slot(0, "input"), _Slot(1, "other")))
-    for name, factors in (("addmm", "mat"), ("baddbmm", "batch"), ("addbmm", "batch")):
-        table[name] = ("matmul", (_Slot(1, f"{factors}1"), _Slot(2, f"{factors}2", True)))
-    table["addmv"] = ("matmul", (_Slot(1, "mat"),))
-    table["tensordot"] = ("tensordot", (_Slot(0, "a"), _Slot(1, "b", True)))
-    table["bilinear"] = ("bilinear", (_Slot(2, "weight", sure=True),))
-    for name in ("embedding", "embedding_bag"):
-        table[name] = ("embedding", (_Slot(1, "weight", True, sure=True),))
-        table[f"aten.{name}"] = ("embedding", (_Slot(0, "weight", True, sure=True),))
-    projections = [_Slot(-1, f"{name}_proj_weight", sure=True) for name in "qkv"]
-    packed = (_Slot(5, "in_proj_weight", sure=True), _Slot(11, "out_proj_weight", sure=True))
-    table["multi_head_attention_forward"] = ("attention", (*packed, *projections))
-    for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        table[f"{kind}_cell"] = ("recurrent", (_Slot(2, "w_ih", sure=True), _Slot(3, "w_hh", sure=True)))
-    return table
-
-
-def _words(*lines: str) -> frozenset[str]:
-    return frozenset(word for line in lines for word in line.split())
-
-
-LINEAR = _linear_operators()
-ATEN_FIRST = (
-    "embedding",
-    "embedding_bag",
-)  # operators that take the weight first, where the functions do not
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-# What changes the shape, type or scale of its first argument, or normalises it.
-SHAPE = _words(
-    "reshape view reshape_as view_as flatten unflatten unsqueeze squeeze expand expand_as contiguous clone",
-    "t T mT H mH adjoint transpose swapaxes swapdims permute movedim moveaxis einops.rearrange",
-    "chunk split split_with_sizes tensor_split unbind narrow select getitem pad",
-    "flip roll repeat repeat_interleave tile einops.repeat",
-    "to type type_as float double half bfloat16 detach data real neg",
-    "normalize batch_norm layer_norm group_norm instance_norm rms_norm",
-)
-FLIPS = _words("t T mT H mH adjoint")
-BINARY = _words(
-    "add radd iadd sub rsub isub subtract mul rmul imul multiply",
-    "div rdiv truediv rtruediv itruediv divide true_divide",
-)
-JOIN = _words("cat concat concatenate stack hstack vstack dstack column_stack row_stack")
-# Reads of sizes and the like: no use of the values.
-SIZES = _words(
-    "shape size dim ndim ndimension numel nelement stride len dtype device layout",
-    "is_contiguous is_floating_point is_cuda is_meta requires_grad grad",
-)
-
-
 class _Flow:
     """Follows parameters from operation to operation."""
 
@@ -233,7 +142,7 @@ class _Flow:
 
     def step(
         self,
-        name: str,
+        target: Any,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         lookup: Callable[[Any], _Value | None],
@@ -241,120 +150,109 @@ class _Flow:
         """What the result of an operation holds; None for a number, or where no tensor goes in.
 
         Args:
-            name: of the function or method; dunders and in-place variants count as what they do.
+            target: the function, or the name of the method.
             lookup: what an argument holds, None for what is no tensor.
         """
-        if name == "getattr":
-            name, args = args[1], args[:1]
-        name = name.strip("_") if "." not in name else name
-        if name in SIZES:
+        call = bind(target, args, kwargs)
+        if call is not None and call.operator.keeps == "nothing":
             return None
-        values = [lookup(leaf) for leaf in tree_leaves((args, kwargs))]
-        operands = [value for value in values if value is not None]
+        operands = _values(lookup, (args, kwargs))
         if not operands:
             return None
         result = DATA if any(value.data for value in operands) else NEITHER
         if not any(value.held for value in operands):
             return result
-        if name in ("einsum", "einops.einsum"):
+        name = _shown(target) if call is None else call.name
+        if call is not None and call.operator.kind == "einsum":
             self._einsum(args, lookup)
-        elif name in RECURRENT:
-            weights = args[2] if isinstance(args[3], bool) else args[3]
-            self._linear("recurrent", name, [(lookup(weight), False) for weight in tree_leaves(weights)])
-        elif name in LINEAR:
-            kind, slots = LINEAR[name]
-            if name == "convolution" and args[6]:
-                kind = "conv_transpose"
-            given = [(lookup(_argument(args, kwargs, slot)), slot) for slot in slots]
-            weights = [(v, s.transposed) for v, s in given if v is not None and (s.sure or not v.data)]
-            self._linear(kind, name, weights)
-        else:
-            through = self._through(name, args, kwargs, lookup, result)
-            if through is not None:
-                return through
+        elif call is not None and call.operator.weights:
+            self._linear(call, lookup)
+        elif call is not None and call.operator.keeps is not None:
+            held = self._kept(call, [*args, *kwargs.values()], lookup)
+            if held:
+                for key in held if result.data and call.operator.keeps != "first" else ():
+                    self._stops.setdefault(key, name)
+                return _Value(held, result.data)
         self.stop(name, operands)
         return result
 
-    def _linear(self, kind: Kind, name: str, weights: Sequence[tuple[_Value | None, bool]]) -> None:
-        for value, transposed in weights:
-            for key, flipped in value.held.items() if value is not None else ():
-                self._uses.setdefault(key, Use(kind, name, transposed != flipped))
+    def _use(self, kind: Kind, name: str, value: _Value, transposed: bool) -> None:
+        for key, flipped in value.held.items():
+            self._uses.setdefault(key, Use(kind, name, transposed != flipped))
 
-    def _through(
-        self,
-        name: str,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        lookup: Callable[[Any], _Value | None],
-        result: _Value,
-    ) -> _Value | None:
-        """What the result holds of what went in; None where it holds no parameter."""
-        first, *rest = [*args, *kwargs.values()]
-        if name in SHAPE:
-            value = lookup(first)
-            others = [lookup(leaf) for leaf in tree_leaves(rest)]
-            if value is None or not value.held:
-                return None
-            if name == "getitem" and any(other is not None for other in others):
-                # Looked up by a tensor: picks rows of a table, which ends it, or whole matrices (experts).
-                stacked = all(self._parameters[key].ndim > 2 for key in value.held)
-                if not (stacked and isinstance(rest[0], Tensor | fx.Node)):
-                    return None
-            self.stop(name, others)
-            flipped = {key: flip != self._swaps(name, rest, key) for key, flip in value.held.items()}
-            return value._replace(held=flipped)
-        if name in JOIN:
-            parts = [value for value in map(lookup, tree_leaves(first)) if value is not None]
-            held = {key: flip for value in parts for key, flip in value.held.items()}
-        elif name in BINARY:
-            pair = [value for value in (lookup(first), lookup(rest[0])) if value is not None and value.held]
-            # Of two parameters the larger is the weight, the other scales or shifts it.
-            largest = max((self._size(value) for value in pair), default=0)
-            self.stop(name, [value for value in pair if self._size(value) < largest])
-            kept = [value for value in pair if self._size(value) == largest]
-            held = {key: flip for value in kept for key, flip in value.held.items()}
-        else:
-            return None
-        if result.data:
-            for key in held:
-                self._stops.setdefault(key, name)
-        return _Value(held, result.data) if held else None
+    def _linear(self, call: Call, lookup: Callable[[Any], _Value | None]) -> None:
+        """Note the parameters that a linear map takes as its weights."""
+        assert call.operator.kind is not None
+        for weight in call.operator.weights:
+            for value in _values(lookup, call.get(weight.argument)):
+                if weight.always or not value.data:
+                    self._use(call.operator.kind, call.name, value, weight.transposed)
 
-    def _size(self, value: _Value) -> int:
+    def _kept(
+        self, call: Call, given: Sequence[Any], lookup: Callable[[Any], _Value | None]
+    ) -> dict[int, bool]:
+        """The parameters that the result still holds of what went in, each with whether it is transposed."""
+        if call.operator.keeps == "parts":
+            return {key: flip for value in _values(lookup, given[0]) for key, flip in value.held.items()}
+        if call.operator.keeps == "larger":
+            pair = [value for value in _values(lookup, given[:2]) if value.held]
+            # The larger one of two parameters is the weight, the other one scales or shifts it.
+            largest = max((self._numel(value) for value in pair), default=0)
+            self.stop(call.name, [value for value in pair if self._numel(value) < largest])
+            kept = [value for value in pair if self._numel(value) == largest]
+            return {key: flip for value in kept for key, flip in value.held.items()}
+        value, others = lookup(given[0]), _values(lookup, given[1:])
+        if value is None or not value.held:
+            return {}
+        if call.name == "getitem" and others:
+            # An index of tensors picks rows of a table, which ends it, or whole matrices (experts).
+            stacked = all(self._parameters[key].ndim > 2 for key in value.held)
+            if not (stacked and isinstance(given[1], Tensor | fx.Node)):
+                return {}
+        self.stop(call.name, others)
+        return {key: flip != self._transposes(call, key) for key, flip in value.held.items()}
+
+    def _numel(self, value: _Value) -> int:
         return max(self._parameters[key].numel() for key in value.held)
 
-    def _swaps(self, name: str, rest: Sequence[Any], key: int) -> bool:
-        """Whether the operation swaps the last two dimensions of the parameter."""
-        if name in FLIPS:
-            return True
-        ndim = self._parameters[key].ndim
-        dims = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
-        if not all(isinstance(dim, int) for dim in dims):
-            return False
-        ordered = [dim % ndim for dim in dims]
-        if name in ("transpose", "swapaxes", "swapdims"):
-            return set(ordered) == {ndim - 1, ndim - 2}
-        return (
-            name == "permute" and len(ordered) == ndim and ordered.index(ndim - 1) < ordered.index(ndim - 2)
-        )
+    def _transposes(self, call: Call, key: int) -> bool:
+        """Whether a call exchanges the last two dimensions of a parameter."""
+        ndim, order = self._parameters[key].ndim, call.operator.order
+        dims = None if order is None else order(call, ndim)
+        return dims is not None and list(dims).index(ndim - 1) < list(dims).index(ndim - 2)
 
     def _einsum(self, args: Sequence[Any], lookup: Callable[[Any], _Value | None]) -> None:
+        """Note the weights of an einsum: operands that no input goes into, with an index that is summed
+        over.
+        """
         pattern = next((arg for arg in args if isinstance(arg, str)), "")
-        operands = [lookup(leaf) for leaf in tree_leaves(args) if lookup(leaf) is not None]
+        operands = _values(lookup, args)
         inputs, arrow, output = pattern.replace("...", " ").partition("->")
-        spaced = args and not isinstance(args[0], str)  # einops: the names of axes are words
-        terms = [term.split() if spaced else term.replace(" ", "") for term in inputs.split(",")]
+        spaced = bool(args) and not isinstance(args[0], str)  # the axes of einops are words
+        terms = [_axes(term, spaced) for term in inputs.split(",")]
         if len(terms) != len(operands):
             return
         names = [name for term in terms for name in term]
-        kept = (
-            set(output.split() if spaced else output) if arrow else {n for n in names if names.count(n) == 1}
-        )
+        kept = _axes(output, spaced) if arrow else [name for name in names if names.count(name) == 1]
         for value, term in zip(operands, terms, strict=True):
             summed = [i for i, name in enumerate(term) if name not in kept and names.count(name) > 1]
             outputs = [i for i, name in enumerate(term) if name in kept]
-            if value is not None and not value.data and summed:
-                self._linear("einsum", "einsum", [(value, bool(outputs) and max(summed) < max(outputs))])
+            if not value.data and summed:
+                self._use("einsum", "einsum", value, bool(outputs) and max(summed) < max(outputs))
+
+
+def _axes(term: str, spaced: bool) -> list[str]:
+    return term.split() if spaced else list(term.replace(" ", ""))
+
+
+def _values(lookup: Callable[[Any], _Value | None], arguments: Any) -> list[_Value]:
+    """The values of the tensors among some arguments."""
+    return [value for value in map(lookup, tree_leaves(arguments)) if value is not None]
+
+
+def _shown(target: Any) -> str:
+    """An unknown function in messages: by its bare name if it is torch's, else with its package."""
+    return str(spelling_of(target).name).removeprefix("torch.")
 
 
 class _Watch(TorchFunctionMode):
@@ -380,7 +278,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if tensors:
-            value = self.flow.step(_function_name(func), args, kwargs, self._lookup) or NEITHER
+            value = self.flow.step(func, args, kwargs, self._lookup) or NEITHER
             for tensor in tensors:
                 if value != DATA and id(tensor) not in self._known:
                     self._known[id(tensor)] = (tensor, value)
@@ -394,25 +292,6 @@ class _Watch(TorchFunctionMode):
         if argument.layout == torch.strided:  # a view made where nobody watched
             return self._storages.get(argument.untyped_storage()._cdata, DATA)
         return DATA
-
-
-def _function_name(function: Any) -> str:
-    """The bare name of a function of torch or Python; any other with its package, as ``einops.rearrange``."""
-    if isinstance(function, torch._ops.OpOverload):  # in exported graphs
-        function = function.overloadpacket
-        if function.__name__ in ATEN_FIRST:
-            return f"aten.{function.__name__}"
-    name: str = getattr(function, "__name__", type(function).__name__)
-    if name == "__get__":
-        return str(function.__self__.__name__)  # a property of tensors: T, shape
-    package = (getattr(function, "__module__", None) or "torch").partition(".")[0]
-    if package in ("torch", "_operator", "operator", "builtins"):
-        return name
-    return f"{package}.{name}"
-
-
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], slot: _Slot) -> Any:
-    return args[slot.position] if 0 <= slot.position < len(args) else kwargs.get(slot.keyword)
 
 
 def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel.library_layers import weight_by_hooks
@@ -35,12 +33,6 @@ RESHAPES: dict[Any, Any] = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
-AUGMENTED = frozenset(
-    [
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem", "delitem"),
-    ]
-)
 
 
 class ModuleUses:
@@ -112,48 +104,17 @@ def site_of(target: str, module: nn.Module) -> str | None:
     return target.removesuffix(ending) if inner is not None and target.endswith(ending) else None
 
 
-def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a call writes into its argument, as far as its name and its options say."""
-    if node.op == "call_module":
-        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.kwargs.get("out") is not None:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name: str = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    package = getattr(node.target, "__module__", None)
-    augmented = package == "_operator" and name in AUGMENTED
-    flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # F.relu(x, inplace=True)
-    return name.endswith("_") or augmented or (flagged and _takes_inplace(node.target))
+def read_results(graph_module: fx.GraphModule, writes: Iterable[tuple[fx.Node, fx.Node]]) -> None:
+    """Have nodes that follow a call such as ``x.add_(y)`` read its result, which is ``x``, and not ``x``.
 
-
-def written(node: fx.Node) -> object:
-    """What a call that works in place writes into."""
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return node.kwargs.get("out") or first
-
-
-def _takes_inplace(target: object) -> bool:
-    """Whether a function has an option ``inplace``; methods have none."""
-    if not callable(target):
-        return False
-    try:
-        return "inplace" in inspect.signature(target).parameters
-    except ValueError:  # written in C, where in-place functions have names that end with "_"
-        return False
-
-
-def read_what_is_written(graph_module: fx.GraphModule) -> None:
-    """Have nodes that follow a call such as ``x.add_(y)`` read its result, which is ``x``, and not ``x``."""
+    Args:
+        writes: each such call with the value that it writes into.
+    """
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    for node, place in order.items():
-        target = node.args[0] if node.args else None
-        if isinstance(target, fx.Node) and _returns_what_it_writes(node):
-            for user in list(target.users):
-                if order[user] > place:
-                    user.replace_input_with(target, node)
+    for node, target in list(writes):
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
 
 
 def drop_unread_items(graph_module: fx.GraphModule) -> None:
@@ -162,19 +123,6 @@ def drop_unread_items(graph_module: fx.GraphModule) -> None:
     for node in reversed(list(items)):
         if not node.users:
             graph_module.graph.erase_node(node)
-
-
-def _returns_what_it_writes(node: fx.Node) -> bool:
-    """Whether a call is sure to return its first argument, written into."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name)
-    if node.op != "call_function":
-        return False
-    if getattr(node.target, "__module__", None) == "_operator":
-        return name in AUGMENTED and name not in ("setitem", "delitem")
-    inplace = node.kwargs.get("inplace") is True and getattr(functional, name, None) is node.target
-    return inplace or (name.endswith("_") and getattr(torch, name, None) is node.target)
 
 
 def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential) -> None:

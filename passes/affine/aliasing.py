@@ -1,35 +1,82 @@
-"""Which values have memory of their own, and of what dtype they are."""
+"""Which values of a graph share memory, which calls write into it, and of what dtype values are."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+
 import torch
 from torch import fx
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import functional
 
-from fxexpand.kernel.modules import LAYERS
-from fxexpand.passes.affine.shapes import noted
-from fxexpand.passes.operators.layers import POOLS
-from fxexpand.passes.operators.table import call_of
-from fxexpand.tracing.edit import works_in_place, written
+from fxexpand.passes.operators.table import call_of, spelling_of
 
-
-def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of a value in the example, by ``trace(example_inputs=...)`` or an export."""
-    dtype = noted(node, "dtype")
-    return dtype if isinstance(dtype, torch.dtype) else None
+# What Python's operators do in place beside the operators of the table.
+AUGMENTED = frozenset(
+    [
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem", "delitem"),
+    ]
+)
 
 
 def fresh(graph_module: fx.GraphModule, node: object) -> bool:
     """Whether the value of a node has memory of its own, that no other value of the graph shares."""
     if not isinstance(node, fx.Node):
         return False
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        return type(module) in LAYERS or isinstance(module, _BatchNorm) or type(module) in POOLS
-    call = call_of(node)
+    call = call_of(node, graph_module)
     if call is None:
         return False
     if works_in_place(graph_module, node):
         return fresh(graph_module, written(node))
-    has_macs = call.name.startswith(("conv", "linear", "matmul", "avg_pool", "batch_norm"))
-    return has_macs or call.name in ("add", "sub", "mul", "div", "neg", "cat", "clone", "stack")
+    return call.operator.fresh
+
+
+def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call writes into its argument, as far as its spelling and its options say."""
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("out") is not None or spelling_of(node.target).inplace:
+        return True
+    name: str = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    augmented = getattr(node.target, "__module__", None) == "_operator" and name in AUGMENTED
+    flagged = any(value is True for value in (*node.args, *node.kwargs.values()))  # F.relu(x, inplace=True)
+    return name.endswith("_") or augmented or (flagged and _takes_inplace(node.target))
+
+
+def written(node: fx.Node) -> object:
+    """The argument that a call in place writes into."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return node.kwargs.get("out") or first
+
+
+def results_of_writes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Each call such as ``x.add_(y)`` that is sure to return what it writes into, with the value before."""
+    for node in graph_module.graph.nodes:
+        target = node.args[0] if node.args else None
+        if isinstance(target, fx.Node) and _returns_what_it_writes(node):
+            yield node, target
+
+
+def _takes_inplace(target: object) -> bool:
+    """Whether a function has an option ``inplace``; methods have none."""
+    if not callable(target):
+        return False
+    try:
+        return "inplace" in inspect.signature(target).parameters
+    except ValueError:  # written in C, where in-place functions have names that end with "_"
+        return False
+
+
+def _returns_what_it_writes(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name)
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__module__", None) == "_operator":
+        return name in AUGMENTED and name not in ("setitem", "delitem")
+    inplace = node.kwargs.get("inplace") is True and getattr(functional, name, None) is node.target
+    return inplace or (name.endswith("_") and getattr(torch, name, None) is node.target)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,11 +11,8 @@ from torch import Tensor, fx
 from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import apply
 from fxexpand.kernel.modules import LAYERS, kernel_of
-from fxexpand.tracing.edit import tensor_at, works_in_place
-
-# Numbers that something is scaled with or shifted by: one, or one per channel; how many channels, and how
-# many dimensions come after those.
-Factor: TypeAlias = "tuple[Callable[[torch.device], Tensor] | float, int | None, int | None]"
+from fxexpand.passes.affine.aliasing import works_in_place
+from fxexpand.tracing.edit import tensor_at
 
 
 class Constants:
@@ -131,33 +126,3 @@ class Constants:
         if node.op != "get_attr":
             self._values[node, wide] = value
         return value
-
-
-def factor_of(constants: Constants, constant: Any, sign: float, inverse: bool = False) -> Factor | None:
-    """A constant that has one value per channel, or one in all; None for any other.
-
-    The dimensions of a constant are those of the value counted from the last: (C, 1, 1) has the channels
-    where a Conv2d has them.
-
-    Raises: InexactError: it holds NaN or Inf, as the mask of a head may.
-    """
-    if isinstance(constant, int | float) and not isinstance(constant, bool):
-        finite = math.isfinite(constant) and not (inverse and constant == 0)
-        return (sign / constant if inverse else sign * constant, None, None) if finite else None
-    if not isinstance(constant, fx.Node) or constants.dtype(constant).is_complex:
-        return None
-    shape = constants.shape(constant)
-    wide = [i for i, size in enumerate(shape) if size != 1]
-    if len(wide) > 1:
-        return None
-
-    def numbers(device: torch.device) -> Tensor:
-        values = constants.value(constant).reshape(-1).to(device, torch.float64)
-        return sign / values if inverse else sign * values
-
-    found = numbers(constants.value(constant).device)
-    if not found.is_meta and not bool(torch.isfinite(found).all()):
-        raise InexactError("it holds NaN or Inf, or divides by zero.")
-    if not wide:
-        return numbers, None, None
-    return numbers, shape[wide[0]], len(shape) - 1 - wide[0]

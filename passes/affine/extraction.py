@@ -15,6 +15,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from fxexpand.errors import InexactError
+from fxexpand.passes.affine.aliasing import results_of_writes
 from fxexpand.passes.affine.candidates import Candidate
 from fxexpand.passes.affine.interpretation import Interpretation, Note
 from fxexpand.passes.affine.maps import META, Place
@@ -22,7 +23,7 @@ from fxexpand.passes.affine.reader import Reader
 from fxexpand.passes.affine.shapes import shape_readers
 from fxexpand.passes.affine.steps import Affine, Identity, Layout, MultiOutput, Step
 from fxexpand.running.verify import probe_size
-from fxexpand.tracing.edit import drop_unread_items, read_what_is_written, site_of
+from fxexpand.tracing.edit import drop_unread_items, read_results, site_of
 
 
 class Extraction:
@@ -38,7 +39,7 @@ class Extraction:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
-        read_what_is_written(graph_module)
+        read_results(graph_module, results_of_writes(graph_module))
         drop_unread_items(graph_module)
         self.order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
         self.reader = Reader(graph_module)
@@ -125,12 +126,12 @@ class Extraction:
         assert shape is not None
         rank = shape.rank if not candidate.before else candidate.rank or 0
         leading = rank + (2 if rank or not candidate.after else 3)
-        ndim = self.reader.shapes.ndim(candidate.source) or leading
+        ndim = self.reader.values.ndim(candidate.source) or leading
         size = probe_size(shape)
         if candidate.before:
             size = [self._window(candidate.before) * max([3, *size])] * rank
         sizes = [2] * (ndim - 1 - rank) + [shape.in_channels, *size]
-        return self.reader.shapes.probe(candidate.source, sizes)
+        return self.reader.values.probe(candidate.source, sizes)
 
     def _window(self, layouts: Sequence[fx.Node]) -> int:
         """How many positions the averages among some layouts take together."""

@@ -58,7 +58,7 @@ class Interpretation:
         self._steps = steps
         self._order = order
         self._readers = readers
-        self._layouts = Layouts(steps, reader.shapes)
+        self._layouts = Layouts(steps, reader.values)
         self._writes = Writes(reader.graph_module, steps, order)
         self.notes: dict[fx.Node, Note] = {}
         self.candidates: dict[fx.Node, tuple[Candidate, ...]] = {}
@@ -90,7 +90,7 @@ class Interpretation:
         return self._laid_out(node, step)
 
     def _of_selection(self, node: fx.Node, step: Select) -> tuple[Candidate, ...]:
-        shape = self._reader.shapes.of(step.operand)
+        shape = self._reader.values.shape(step.operand)
         channels = None if shape is None or step.rank >= len(shape) else shape[-1 - step.rank]
         try:
             if channels is None or channels.unknown:
@@ -131,7 +131,7 @@ class Interpretation:
 
     def _density(self, node: fx.Node, step: Affine) -> Fraction:
         """Positions of the result per position of the operand: by their sizes, else by the stride."""
-        density = self._reader.shapes.ratio(node, step.operand)
+        density = self._reader.values.ratio(node, step.operand)
         if density is not None:
             if step.map.inputs and step.map.outputs:
                 density *= Fraction(step.map.inputs, step.map.outputs)

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from fxexpand.passes.affine.maps import Map
-from fxexpand.passes.affine.shapes import Shapes
+from fxexpand.passes.affine.shapes import GraphValues
 from fxexpand.passes.affine.steps import Affine, Layout, Step
 
 
 class Layouts:
     """The layout steps of one graph. A rank is the number of spatial dimensions after the channels."""
 
-    def __init__(self, steps: Mapping[fx.Node, Step], shapes: Shapes) -> None:
+    def __init__(self, steps: Mapping[fx.Node, Step], values: GraphValues) -> None:
         self._steps = steps
-        self._shapes = shapes
+        self._values = values
 
     def rank_after(self, layouts: Sequence[fx.Node], rank: int) -> int | None:
         """The rank after some layouts of a value with ``rank``; None where channels are mixed."""
@@ -44,12 +44,12 @@ class Layouts:
 
     def shortened(self, layouts: tuple[fx.Node, ...], given: Map) -> tuple[fx.Node, ...]:
         """The layouts of a result of ``given``, without the reshapes at the end that restore its shape."""
-        now = self._shapes.of(layouts[-1])
+        now = self._values.shape(layouts[-1])
         for i in range(len(layouts)):
             steps = [self._steps[layout] for layout in layouts[i:]]
             if now is None or not all(isinstance(step, Layout) and step.keeps_order for step in steps):
                 continue
-            before = self._shapes.of(layouts[i].all_input_nodes[0])
+            before = self._values.shape(layouts[i].all_input_nodes[0])
             rank = self.rank_after(layouts[:i], given.rank) if given.rank is not None else None
             if before is None or rank is None or len(before) != len(now):
                 continue

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import Kernel
-from fxexpand.passes.affine.maps import Map, Place, identity
+from fxexpand.passes.affine.maps import Map, Place
 
 
 @dataclass(frozen=True)
@@ -106,26 +106,3 @@ class MultiOutput:
 
 
 Step: TypeAlias = "Affine | Identity | Layout | Sum | Concat | Select | MultiOutput"
-
-
-def averaging(x: fx.Node, name: str, note: str | None = None) -> Layout:
-    """An average over the last dimensions, as many as the name says: the channels must not be among them."""
-    rank = int(name[-2])
-    return Layout(x, lambda given: given if given >= rank else None, averages=True, note=note)
-
-
-def padding(x: fx.Node, sides: Any, value: Any) -> Step | None:
-    """Zeros around the last dimensions; torch counts from the last one."""
-    if value not in (None, 0, 0.0) or not isinstance(sides, list | tuple):
-        return None
-    if not all(isinstance(side, int) for side in sides):
-        return None
-    pairs = [(sides[i], sides[i + 1]) for i in range(0, len(sides), 2)][::-1]
-
-    def leaf(place: Place) -> Kernel:
-        if any(any(pair) for pair in pairs[: max(0, len(pairs) - place.rank)]):
-            raise InexactError("it pads the channels too.")
-        around = ((0, 0),) * (place.rank - len(pairs)) + tuple(pairs[max(0, len(pairs) - place.rank) :])
-        return replace(identity().at(place), padding=around)
-
-    return Affine(x, Map(None, None, None, leaf))

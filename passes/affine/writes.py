@@ -7,10 +7,9 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from fxexpand.passes.affine.aliasing import fresh
+from fxexpand.passes.affine.aliasing import fresh, works_in_place, written
 from fxexpand.passes.affine.candidates import Candidate
 from fxexpand.passes.affine.steps import Identity, Layout, Select, Step
-from fxexpand.tracing.edit import works_in_place, written
 
 
 class Writes:

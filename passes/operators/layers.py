@@ -1,137 +1,360 @@
-"""The affine maps of modules: layers, norms, blocks of recipes, and what pads or averages."""
+"""Rows of layers: linear maps with a weight, norms, pools and borders."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel import algebra as laws
 from fxexpand.kernel.algebra import Kernel
-from fxexpand.kernel.library_layers import frozen_norm, weight_by_hooks, without_hooks
-from fxexpand.kernel.modules import LAYERS, kernel_of, stock_layer
-from fxexpand.layers.expanded import Expanded
+from fxexpand.kernel.modules import convolution, norm_kernel
 from fxexpand.passes.affine.maps import Map, Place
-from fxexpand.passes.operators.table import Call
-from fxexpand.recipes import Branches, Scale, Skip, fold
-from fxexpand.recipes.fixed import Fixed
-from fxexpand.recipes.structure import LastDimBatchNorm
-from fxexpand.running.evaluation import evaluating
-from fxexpand.tracing.tracer import FAILURES
+from fxexpand.passes.affine.steps import Affine, MultiOutput, Step
+from fxexpand.passes.operators.sizes import Shape, Size, one_per_dimension
+from fxexpand.passes.operators.table import Call, Values, Weight, row
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-GLOBAL_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
-DROP_PATHS = ("DropPath", "StochasticDepth")
-BLOCKS = (Skip, Branches, Scale, Fixed)
+WEIGHT = (Weight("weight", always=True),)
+RANKS = (1, 2, 3)
 
 
-def passes_on(module: nn.Module) -> bool:
-    """Whether a module returns what it gets: Identity, and dropout of any kind while it drops nothing."""
-    kind = type(module)
-    forward = getattr(kind, "forward", None)  # the class of scripted modules has none
-    if forward is nn.Identity.forward or (kind in DROPOUTS and vars(module)["p"] == 0.0):
-        return True
-    drops = kind in DROPOUTS or (kind.__name__ in DROP_PATHS and _returns_input(module))
-    return drops and not module.training
+# Products with a weight ---------------------------------------------------------------------------
 
 
-def _returns_input(module: nn.Module) -> bool:
-    """Whether a drop path of any library does so in evaluation mode: as first published it scales instead."""
-    probe = torch.arange(1.0, 7.0).reshape(2, 3)
-    try:
-        with evaluating(module):
-            return torch.equal(module.forward(probe), probe)
-    except FAILURES:
-        return False
+def _constant(values: Values, *given: Any) -> bool:
+    return all(each is None or each in values.constants for each in given)
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a Linear or a convolution, be it parametrised or expanded."""
-    kind = type(module)
-    parametrised = parametrize.is_parametrized(module) and kind.__bases__[0] in LAYERS
-    return kind in LAYERS or parametrised or isinstance(module, Expanded)
-
-
-def computes_weight(module: nn.Module) -> bool:
-    """Whether a layer computes its weight at every call."""
-    return type(module) not in LAYERS or bool(weight_by_hooks(module))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm of some kind."""
-    return isinstance(module, _BatchNorm) or frozen_norm(module)
-
-
-def module_map(module: nn.Module, rank: int | None) -> Map:
-    """The map of a layer, a norm or a block.
+def _layer(call: Call, values: Values, matrix: bool, transposed: bool = False) -> Step | None:
+    """``y = W x + b`` for a constant weight.
 
     Args:
-        rank: spatial dimensions, where the type does not settle it.
-
-    Raises: InexactError: it has none, and why.
+        matrix: the weight is one of two dimensions.
+        transposed: it is stored as ``(in, out)``.
     """
-    kernel = partial(_kernel, module, rank)
-    shape = kernel(torch.device("meta"))
+    x, weight, bias = call["input"], call.get("other" if transposed else "weight"), call.get("bias")
+    constants = values.constants
+    if not values.varies(x) or weight is None or not _constant(values, weight, bias):
+        return None
+    shapes = [None if each is None else constants.shape(each) for each in (weight, bias)]
+    if (matrix and len(shapes[0] or ()) != 2) or not constants.dtype(weight).is_floating_point:
+        return None
+    if not all(constants.wide(each) for each in (weight, bias) if each is not None):
+        raise InexactError("its weight is cast to another dtype on the way, and float64 would not show.")
+    if shapes[1] is not None and any(size != 1 for size in shapes[1][:-1]):
+        return None  # another bias for each row
+
+    def build(numbers: Tensor, offset: Tensor | None) -> Kernel:
+        if not matrix:
+            return convolution(call.name, numbers, offset, call.arguments)
+        numbers = numbers.t() if transposed else numbers
+        return Kernel(numbers, None if offset is None else offset.reshape(-1).expand(len(numbers)))
+
+    meta = partial(torch.empty, dtype=torch.float64, device="meta")
+    shape = build(meta(shapes[0]), None if shapes[1] is None else meta(shapes[1]))
 
     def leaf(place: Place) -> Kernel:
-        return shape if place.device.type == "meta" else laws.cast(kernel(place.device), torch.float64)
+        if place.device.type == "meta":
+            return shape
+        numbers = constants.value(weight).to(place.device)
+        return build(numbers, None if bias is None else constants.value(bias).to(place.device))
 
-    return Map(shape.rank, shape.in_channels, shape.out_channels, leaf)
-
-
-def pool_call(module: Any, x: fx.Node) -> Call:
-    """An average pooling module as a call of its function."""
-    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    given = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    return Call(f"avg_pool{type(module).__name__[-2]}d", {"input": x, **given})
+    computed = weight.op != "get_attr"
+    return Affine(x, Map(shape.rank, shape.in_channels, shape.out_channels, leaf), True, computed)
 
 
-def _kernel(module: nn.Module, rank: int | None, device: torch.device) -> Kernel:
-    """The kernel in float64, or on the meta device."""
-    if isinstance(module, (*BLOCKS, Expanded)):
-        return _of_block(module, device)
-    if isinstance(module, LastDimBatchNorm):
-        module = module.stock()
-    if parametrize.is_parametrized(module):
-        module = _constant_layer(module, device)
-    if weight_by_hooks(module):
-        module = without_hooks(module, None if device.type == "meta" else torch.float64)
-    return _wide(kernel_of(module, rank=rank, dtype=None if device.type == "meta" else torch.float64), device)
+def _linear_shape(call: Call, values: Values) -> Shape | None:
+    before, weight = values.shape(call["input"]), values.shape(call.get("weight"))
+    return None if before is None or not weight else (*before[:-1], weight[0])
 
 
-def _wide(kernel: Kernel, device: torch.device) -> Kernel:
-    bias = None if kernel.bias is None else kernel.bias.detach().to(device, torch.float64)
-    return replace(kernel, weight=kernel.weight.detach().to(device, torch.float64), bias=bias)
+row(
+    "linear",
+    arguments=("input", "weight", "bias"),
+    modules={nn.Linear: lambda module: {"weight": torch.Size((module.out_features, module.in_features))}},
+    shape=_linear_shape,
+    kind="linear",
+    weights=WEIGHT,
+    fresh=True,
+)(partial(_layer, matrix=True))
 
 
-def _of_block(module: nn.Module, device: torch.device) -> Kernel:
-    """The fold of a recipe's block; an expanded layer adds its own bias."""
-    block = module.expansion if isinstance(module, Expanded) else module
-    with torch.no_grad():
-        kernel = fold(copy.deepcopy(block).to(device, torch.float64))
-    own: Tensor | None = module._parameters.get("bias") if isinstance(module, Expanded) else None
-    if own is None:
-        return kernel
-    own = own.detach().to(device, torch.float64)
-    return replace(kernel, bias=own if kernel.bias is None else kernel.bias + own)
+def _product_shape(call: Call, values: Values) -> Shape | None:
+    before, other = values.shape(call["input"]), values.shape(call.get("other"))
+    if before is None or other is None or min(len(before), len(other)) < 2:
+        return None
+    return (*before[:-1], other[-1])
 
 
-def _constant_layer(module: nn.Module, device: torch.device) -> nn.Module:
-    """A stock layer with the weights that the parametrisation gives in evaluation mode."""
-    if module.training:
-        raise InexactError("its weight is computed anew in training mode. Call eval() first.")
-    base: Any = type(module).__bases__[0]
-    source: Any = module if device.type == "meta" else copy.deepcopy(module).double()
-    with torch.no_grad():
-        values = {name: getattr(source, name) for name in ("weight", "bias")}
-    held = {name: None if value is None else nn.Parameter(value.detach()) for name, value in values.items()}
-    return stock_layer(base, module, **held)
+FACTORS = (Weight("input"), Weight("other", transposed=True))
+row(
+    *("matmul", "mm"),
+    arguments=("input", "other"),
+    shape=_product_shape,
+    kind="matmul",
+    weights=FACTORS,
+    fresh=True,
+)(partial(_layer, matrix=True, transposed=True))
+ADDED = {
+    "input": "bias",
+    "self": "bias",
+    "mat1": "input",
+    "batch1": "input",
+    "batch2": "other",
+    "mat": "input",
+}
+row(
+    "addmm",
+    arguments=("bias", "input", "other"),
+    keywords=ADDED,
+    shape=_product_shape,
+    kind="matmul",
+    weights=FACTORS,
+)(partial(_layer, matrix=True, transposed=True))
+
+
+def _convolution_shape(call: Call, values: Values) -> Shape:
+    rank, transposed = int(call.name[-2]), "transpose" in call.name
+    before, weight = values.shape(call["input"]), values.shape(call.get("weight"))
+    groups = call.get("groups", 1)
+    channels = weight[1] * Size(groups) if weight and transposed and isinstance(groups, int) else None
+    channels = weight[0] if weight and not transposed else channels
+    if before is not None and len(before) == rank + 1:  # without a batch
+        fresh = values.fresh(call, rank + 1)
+        return (channels or fresh[0], *fresh[1:])
+    fresh = values.fresh(call, rank + 2)
+    batch, *sizes = before or fresh
+    kept = not transposed and _keeps_size(call, weight, rank)
+    return (batch, channels or fresh[1], *(sizes[1:] if kept else fresh[2:]))
+
+
+def _keeps_size(call: Call, weight: Shape | None, rank: int) -> bool:
+    """Whether a convolution gives as many positions as it gets, for every size."""
+    stride, dilation, padding = (
+        one_per_dimension(call.get(name, default), rank)
+        for name, default in (("stride", 1), ("dilation", 1), ("padding", 0))
+    )
+    if stride is None or any(step != 1 for step in stride):
+        return False
+    if isinstance(call.get("padding"), str):
+        return bool(call["padding"] == "same")
+    if padding is None or dilation is None or weight is None or any(size.unknown for size in weight[2:]):
+        return False
+    sides = zip(padding, dilation, weight[2:], strict=True)
+    return all(2 * p == d * (k.number - 1) for p, d, k in sides)
+
+
+def _of_convolution(module: _ConvNd) -> dict[str, Any]:
+    names = ("stride", "padding", "dilation", "groups")
+    return {"weight": torch.Size(_weight_shape(module)), **{name: getattr(module, name) for name in names}}
+
+
+def _weight_shape(module: _ConvNd) -> tuple[int, ...]:
+    channels = (module.out_channels, module.in_channels // module.groups)
+    if module.transposed:
+        channels = (module.in_channels, module.out_channels // module.groups)
+    return (*channels, *module.kernel_size)
+
+
+CONVOLUTIONS: tuple[Mapping[str, type[_ConvNd]], Mapping[str, type[_ConvNd]]] = (
+    {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d},
+    {
+        **{"conv_transpose1d": nn.ConvTranspose1d, "conv_transpose2d": nn.ConvTranspose2d},
+        "conv_transpose3d": nn.ConvTranspose3d,
+    },
+)
+for _kind, _named, _options in (
+    ("conv", CONVOLUTIONS[0], ("stride", "padding", "dilation", "groups")),
+    ("conv_transpose", CONVOLUTIONS[1], ("stride", "padding", "output_padding", "groups", "dilation")),
+):
+    for _name, _module in _named.items():
+        row(
+            _name,
+            arguments=("input", "weight", "bias", *_options),
+            modules={_module: _of_convolution},
+            shape=_convolution_shape,
+            kind=_kind,
+            weights=WEIGHT,
+            fresh=True,
+        )(partial(_layer, matrix=False))
+
+
+def _specific(arguments: Mapping[str, Any]) -> str:
+    """aten.convolution by the name of the function that it is."""
+    sides = arguments.get("stride")
+    rank = len(sides) if isinstance(sides, list | tuple) else 2
+    return f"conv_transpose{rank}d" if arguments.get("transposed") else f"conv{rank}d"
+
+
+row(
+    "convolution",
+    arguments=(
+        *("input", "weight", "bias", "stride", "padding", "dilation"),
+        *("transposed", "output_padding", "groups"),
+    ),
+    becomes=_specific,
+)
+
+# Linear maps that are read for their weights alone.
+for _name, _arguments in (
+    ("bmm", ("input", "other")),
+    ("grouped_mm", ("input", "other")),
+    ("transformers.grouped_mm_fallback", ("input", "other")),
+    ("baddbmm", ("bias", "input", "other")),
+    ("addbmm", ("bias", "input", "other")),
+):
+    _keywords = {**ADDED, "input": "input"} if _arguments[0] == "input" else ADDED
+    row(
+        _name,
+        arguments=_arguments,
+        keywords={**_keywords, "mat_a": "input", "mat_b": "other"},
+        open=True,
+        kind="matmul",
+        weights=FACTORS,
+    )
+row("inner", arguments=("input", "other"), kind="matmul", weights=(Weight("input"), Weight("other")))
+row("mv", arguments=("input", "vec"), kind="matmul", weights=(Weight("input"),))
+row("addmv", arguments=("bias", "input", "vec"), keywords=ADDED, kind="matmul", weights=(Weight("input"),))
+row(
+    "tensordot",
+    arguments=("input", "other", "dims"),
+    keywords={"a": "input", "b": "other"},
+    open=True,
+    kind="tensordot",
+    weights=FACTORS,
+)
+row(
+    "bilinear",
+    arguments=("input1", "input2", "weight", "bias"),
+    kind="bilinear",
+    weights=WEIGHT,
+)
+TABLE = (Weight("weight", transposed=True, always=True),)
+for _name in ("embedding", "embedding_bag"):
+    row(_name, arguments=("input", "weight"), open=True, kind="embedding", weights=TABLE)
+    row(f"aten.{_name}", arguments=("weight", "input"), open=True, kind="embedding", weights=TABLE)
+row(
+    "multi_head_attention_forward",
+    arguments=(
+        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias"),
+        *("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training"),
+        *("key_padding_mask", "need_weights", "attn_mask", "use_separate_proj_weight"),
+        *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ),
+    open=True,
+    kind="attention",
+    weights=tuple(
+        Weight(f"{name}_weight", always=True)
+        for name in ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj")
+    ),
+)
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    row(
+        f"{_name}_cell",
+        arguments=("input", "hx", "w_ih", "w_hh"),
+        open=True,
+        kind="recurrent",
+        weights=(Weight("w_ih", always=True), Weight("w_hh", always=True)),
+    )
+    # The list of weights comes third, or fourth where the sequences are packed.
+    row(
+        _name,
+        arguments=("input", "hx", "params", "packed"),
+        open=True,
+        kind="recurrent",
+        weights=(Weight("params", always=True), Weight("packed", always=True)),
+    )
+for _name in ("einsum", "einops.einsum"):
+    row(_name, arguments=("pattern",), open=True, kind="einsum")
+
+
+def _attention_shape(call: Call, values: Values) -> Shape | None:
+    query, value = values.shape(call["input"]), values.shape(call.get("value"))
+    return None if query is None or not value else (*query[:-1], value[-1])
+
+
+row(
+    "scaled_dot_product_attention",
+    arguments=("input", "key", "value"),
+    keywords={"query": "input"},
+    open=True,
+    shape=_attention_shape,
+)
+
+
+# Norms --------------------------------------------------------------------------------------------
+
+
+def norm(call: Call, values: Values) -> Step | None:
+    """BatchNorm with running statistics: one scale and shift per channel.
+
+    Raises: InexactError: it uses the statistics of the batch.
+    """
+    if call.get("training", False) is not False:
+        raise InexactError(
+            "a BatchNorm in training mode uses the statistics of the batch. Call eval() first."
+        )
+    x, shape = call["input"], values.shape(call["input"])
+    names = [call.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
+    if shape is None or not values.varies(x) or None in names[:2] or not _constant(values, *names):
+        return None
+    constants, eps, rank = values.constants, call.get("eps", 1e-5), len(shape) - 2
+    channels = constants.shape(names[0])[0]
+
+    def leaf(place: Place) -> Kernel:
+        if place.device.type == "meta":
+            ones = torch.empty(channels, dtype=torch.float64, device="meta")
+            return norm_kernel(ones, ones, None, None, eps, rank, torch.float64)
+        mean, variance, gamma, beta = (
+            None if name is None else constants.value(name).to(place.device) for name in names
+        )
+        assert mean is not None and variance is not None
+        return norm_kernel(mean, variance, gamma, beta, eps, rank, torch.float64)
+
+    return Affine(x, Map(rank, channels, channels, leaf))
+
+
+def _norm_shape(call: Call, values: Values) -> Shape | None:
+    before = values.shape(call["input"])
+    return values.fresh(call, call["ndim"]) if before is None and "ndim" in call.arguments else before
+
+
+STATISTICS = ("running_mean", "running_var")
+AFFINE = ("weight", "bias")
+row(
+    "batch_norm",
+    arguments=("input", *STATISTICS, *AFFINE, "training", "momentum", "eps"),
+    modules={
+        nn.BatchNorm2d: lambda module: {"ndim": 4},
+        **dict.fromkeys((nn.modules.batchnorm._NormBase, "FrozenBatchNorm2d"), lambda module: {}),
+    },
+    subclasses=True,
+    shape=_norm_shape,
+    keeps="first",
+    fresh=True,
+)(norm)
+row(  # torch.batch_norm, and with it ATen, has another order than torch.nn.functional.batch_norm
+    "aten.batch_norm",
+    arguments=("input", *AFFINE, *STATISTICS, "training", "momentum", "eps", "cudnn_enabled"),
+    shape=_norm_shape,
+    keeps="first",
+    fresh=True,
+)(norm)
+# ATen's BatchNorm gives the result and two tensors of statistics, empty in evaluation mode.
+NORMS_OF_THREE = ("_native_batch_norm_legit_no_training", "native_batch_norm")
+
+
+def _norm_of_three(call: Call, values: Values) -> Step | None:
+    return MultiOutput() if values.varies(call["input"]) else None
+
+
+for _name, _flag in zip(NORMS_OF_THREE, ((), ("training",)), strict=True):
+    row(
+        _name,
+        arguments=("input", *AFFINE, *STATISTICS, *_flag, "momentum", "eps"),
+        shape=_norm_shape,
+    )(_norm_of_three)

@@ -1,129 +1,162 @@
-"""The table from the nodes of a graph to affine operators: modules, functions, methods and ATen overloads.
+"""The operator table: one row an operator, under all its spellings, and every reader of operators asks a row.
 
-Names are compared, not objects: ``x + y``, ``x += y``, ``torch.add``, ``x.add_(y)`` and ``aten.add.Tensor``
-are all "add", with the arguments of that name in ``ARGUMENTS``. What is not here, or has other arguments
-(``rounding_mode`` of a division, ``beta``, ``out``), is no affine operator: its value is a new source.
+``x + y``, ``x += y``, ``torch.add``, ``x.add_(y)``, ``aten.add.Tensor`` and the module of a function are one
+operator, with the arguments of that name. A row says what the operator does to shapes, its affine step, how
+it orders dimensions, which of its arguments are weights of a linear map, whether its result is still the
+parameter that went in, and whether the result has memory of its own. A call with arguments that its row has
+not (``rounding_mode`` of a division, ``beta``, ``out``) is of no operator: its value is a new source.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import operator as python_operators
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
-# The parameters of the operators that have a map, in order; in-place forms have the same.
-ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "add": ("input", "other", "alpha"),
-    "sub": ("input", "other", "alpha"),
-    "mul": ("input", "other"),
-    "div": ("input", "other"),
-    "neg": ("input",),
-    "linear": ("input", "weight", "bias"),
-    "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv3d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv_transpose1d": (
-        *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    ),
-    "conv_transpose2d": (
-        *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    ),
-    "conv_transpose3d": (
-        *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    ),
-    "matmul": ("input", "other"),
-    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    # torch.batch_norm, and with it ATen, has another order than torch.nn.functional.batch_norm.
-    "torch.batch_norm": (
-        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-        "cudnn_enabled",
-    ),
-    "_native_batch_norm_legit_no_training": (
-        *("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps"),
-    ),
-    "native_batch_norm": (
-        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-    ),
-    "addmm": ("bias", "input", "other"),
-    "t": ("input",),
-    "convolution": (
-        *(
-            "input",
-            "weight",
-            "bias",
-            "stride",
-            "padding",
-            "dilation",
-            "transposed",
-            "output_padding",
-            "groups",
-        ),
-    ),
-    "avg_pool1d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
-    "avg_pool2d": (
-        *("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    "avg_pool3d": (
-        *("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    "adaptive_avg_pool1d": ("input", "output_size"),
-    "adaptive_avg_pool2d": ("input", "output_size"),
-    "adaptive_avg_pool3d": ("input", "output_size"),
-    "pad": ("input", "pad", "mode", "value"),
-    "constant_pad_nd": ("input", "pad", "value"),
-    "dropout": ("input", "p", "training", "inplace"),
-    "dropout1d": ("input", "p", "training", "inplace"),
-    "dropout2d": ("input", "p", "training", "inplace"),
-    "dropout3d": ("input", "p", "training", "inplace"),
-    "alpha_dropout": ("input", "p", "training", "inplace"),
-    "feature_alpha_dropout": ("input", "p", "training", "inplace"),
-    "feature_dropout": ("input", "p", "training", "inplace"),
-    "detach": ("input",),
-    "contiguous": ("input", "memory_format"),
-    "clone": ("input", "memory_format"),
-    "alias": ("input",),
-    "flatten": ("input", "start_dim", "end_dim"),
-    "reshape_as": ("input", "other"),
-    "reshape": ("input", "shape"),
-    "permute": ("input", "dims"),
-    "transpose": ("input", "dim0", "dim1"),
-    "mean": ("input", "dim", "keepdim", "dtype"),
-    "sum": ("input", "dim", "keepdim", "dtype"),
-    "stack": ("tensors", "dim"),
-    "cat": ("tensors", "dim"),
-    "chunk": ("input", "chunks", "dim"),
-    "split": ("input", "split_size_or_sections", "dim"),
-    "narrow": ("input", "dim", "start", "length"),
-    "index_select": ("input", "dim", "index"),
-    "slice": ("input", "dim", "start", "end", "step"),
-    "getitem": ("input", "index"),
-}
-# ATen's BatchNorm gives the result and two tensors of statistics, empty in evaluation mode.
-NORMS_OF_THREE = ("_native_batch_norm_legit_no_training", "native_batch_norm")
-SYNONYMS = {
-    **{"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div"},
-    **{"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg"},
-    **{"concat": "cat", "concatenate": "cat", "view": "reshape", "view_as": "reshape_as"},
-    **{"swapaxes": "transpose", "split_with_sizes": "split", "_unsafe_view": "reshape", "mm": "matmul"},
-}
-PARAMETERS = {
-    **{"self": "input", "x": "input", "axis": "dim", "mat2": "other"},
-    "split_size": "split_size_or_sections",
-}
-HOMES = (torch, F, operator, torch.Tensor, torch._C._nn)
+from fxexpand.passes.affine.steps import Step
+from fxexpand.passes.operators.sizes import Shape, Size
+
+Kind: TypeAlias = Literal[
+    "linear",
+    "conv",
+    "conv_transpose",
+    "matmul",
+    "einsum",
+    "tensordot",
+    "bilinear",
+    "embedding",
+    "attention",
+    "recurrent",
+]
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of an operator of the table: its name, and its arguments by the names of ``ARGUMENTS``."""
+class Weight(NamedTuple):
+    """An argument of a linear map that can be its weight.
+
+    Attributes:
+        argument: its name.
+        transposed: the operator takes it as ``(in, out)``.
+        always: it is the weight whatever it was computed from; otherwise only if no input goes into it.
+    """
+
+    argument: str
+    transposed: bool = False
+    always: bool = False
+
+
+class Constants(Protocol):
+    """The values of a graph that do not depend on its inputs: its parameters, buffers, and what is made of
+    them.
+    """
+
+    def __contains__(self, value: object, /) -> bool: ...
+    def shape(self, node: fx.Node) -> torch.Size: ...
+    def dtype(self, node: fx.Node) -> torch.dtype: ...
+    def value(self, node: fx.Node) -> torch.Tensor: ...
+    def wide(self, node: fx.Node) -> bool: ...
+
+
+class Values(Protocol):
+    """What the rules of a row may ask about the values of the graph that they read."""
+
+    @property
+    def constants(self) -> Constants:
+        """The values that do not depend on the inputs."""
+
+    def varies(self, value: object) -> bool:
+        """Whether it is a value of the graph that depends on the inputs."""
+
+    def call(self, value: object) -> Call | None:
+        """The operator that computes a value."""
+
+    def shape(self, value: object) -> Shape | None:
+        """The shape of a tensor, () of a number; None where the number of dimensions is not known."""
+
+    def size(self, value: object) -> Size | None:
+        """An integer, or a value that was read from a shape, as a size."""
+
+    def fresh(self, call: Call, ndim: int) -> Shape:
+        """A shape of unknown sizes for the result of a call."""
+
+    def recorded(self, value: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a value in the example; None without one."""
+
+
+ShapeRule: TypeAlias = "Callable[[Call, Values], Shape | None]"
+SizeRule: TypeAlias = "Callable[[Call, Values], Size | None]"
+StepRule: TypeAlias = "Callable[[Call, Values], Step | None]"
+OrderRule: TypeAlias = "Callable[[Call, int], Sequence[int] | None]"
+ModuleRule: TypeAlias = Callable[[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A row of the table.
+
+    Attributes:
+        name: of the operator, for messages.
+        arguments: the names of its arguments in order, the first being what it works on.
+        keywords: further keywords of the arguments, beside those in ``KEYWORDS``.
+        variadic: the second argument may be given as several integers.
+        open: it has further arguments, which no rule reads.
+        becomes: the operator that a call really is, by its arguments.
+        shape: the shape of the result, or of each part where there are several.
+        size: the integer that it gives, where it reads or computes sizes.
+        order: the dimensions of the result as dimensions of the argument, for the number of these; None
+            where it is not known. A row with an order needs neither shape nor step.
+        step: the affine step; None of a call that is none.
+
+            Raises: InexactError: it is an affine operator that cannot be folded, and why.
+        kind, weights: the linear map, and the arguments that can be its weight.
+        keeps: what the result is a reshaped, scaled or cast version of: the first argument, all parts of
+            it, or the larger one of two; ``"nothing"`` for reads of sizes and the like, which do not use
+            the values.
+        fresh: the result has memory of its own, which no other value of the graph shares.
+    """
 
     name: str
+    arguments: tuple[str, ...]
+    keywords: Mapping[str, str] = field(default_factory=dict)
+    variadic: bool = False
+    open: bool = False
+    becomes: Callable[[Mapping[str, Any]], str] | None = None
+    shape: ShapeRule | None = None
+    size: SizeRule | None = None
+    order: OrderRule | None = None
+    step: StepRule | None = None
+    kind: Kind | None = None
+    weights: tuple[Weight, ...] = ()
+    keeps: Literal["first", "parts", "larger", "nothing"] | None = None
+    fresh: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of an operator of the table.
+
+    Attributes:
+        arguments: by the names of the row.
+        node: the node that makes it; None of a call outside a graph.
+        known: the row has all arguments that were given.
+        inplace: it is spelled as one that writes into its argument.
+    """
+
+    operator: Operator
     arguments: dict[str, Any]
+    node: fx.Node | None = None
+    known: bool = True
+    inplace: bool = False
+
+    @property
+    def name(self) -> str:
+        """The operator's."""
+        return self.operator.name
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -137,101 +170,181 @@ class Call:
         return self.arguments.keys() <= set(names)
 
 
-def call_of(node: fx.Node) -> Call | None:
-    """What a node calls, where that is in the table; None for modules and anything unknown."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        found = _name(node.target)
-        if found is None:
+# Keywords by which functions, methods and ATen call the same argument.
+KEYWORDS = {
+    "self": "input",
+    "x": "input",
+    "axis": "dim",
+    "mat2": "other",
+    "split_size": "split_size_or_sections",
+}
+# The homes of functions and methods; the name alone would also be that of functions which do something else.
+HOMES = (torch, F, python_operators, torch.Tensor, torch._C._nn, torch._VF, torch.linalg, torch.special)
+
+_ROWS: dict[object, Operator] = {}  # by spelling: a name, or a function of another library
+_MODULES: dict[type[nn.Module] | str, tuple[Operator, ModuleRule | None, bool]] = {}
+
+
+def row(
+    *spellings: object,
+    arguments: Sequence[str] = ("input",),
+    modules: Mapping[type[nn.Module] | str, ModuleRule | None] | Sequence[type[nn.Module] | str] = (),
+    subclasses: bool = False,
+    **fields: Any,
+) -> Callable[[StepRule], StepRule]:
+    """Put a row into the table; as a decorator, the function is its affine step.
+
+    Args:
+        spellings: names of functions, methods and ATen operators, the first being that of the operator; or
+            functions of other libraries themselves.
+        modules: the modules that call it in their forward, by type, or by the name of the type for
+            libraries that may not be installed. Their attributes have the names of the arguments, unless a
+            function gives the arguments of a module.
+        subclasses: every subclass of the modules does the same to a shape, whatever its forward.
+        fields: of ``Operator``.
+    """
+    first = spellings[0]
+    name = first if isinstance(first, str) else getattr(first, "__name__", str(first))
+    made = Operator(name.removeprefix("aten."), tuple(arguments), **fields)
+
+    def enter(entry: Operator) -> None:
+        _ROWS.update(dict.fromkeys(spellings, entry))
+        rules = modules if isinstance(modules, Mapping) else dict.fromkeys(modules)
+        _MODULES.update({kind: (entry, rule, subclasses) for kind, rule in rules.items()})
+        spelling_of.cache_clear()
+
+    def decorated(step: StepRule) -> StepRule:
+        enter(replace(made, step=step))
+        return step
+
+    enter(made)
+    return decorated
+
+
+class Synonyms(MutableMapping[str, str]):
+    """Every spelling with the name of its operator; a new one joins the row of the operator that it names."""
+
+    def __getitem__(self, spelling: str) -> str:
+        return _ROWS[spelling].name
+
+    def __setitem__(self, spelling: str, name: str) -> None:
+        _ROWS[spelling] = _ROWS[name]
+        spelling_of.cache_clear()
+
+    def __delitem__(self, spelling: str) -> None:
+        del _ROWS[spelling]
+        spelling_of.cache_clear()
+
+    def __iter__(self) -> Iterator[str]:
+        return (spelling for spelling in _ROWS if isinstance(spelling, str))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+SYNONYMS = Synonyms()
+
+
+class Spelling(NamedTuple):
+    """How a call is written: by which name, in place or not, with its two operands exchanged or not."""
+
+    name: object
+    inplace: bool = False
+    reflected: bool = False
+
+
+@lru_cache(maxsize=4096)
+def spelling_of(target: Any) -> Spelling:
+    """The spelling of a function, a method (a string) or an ATen overload; of what is unknown, its full
+    name.
+    """
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        space, name = str(packet._qualified_op_name).split("::")
+        if space != "aten":
+            return Spelling(f"{space}.{name}")
+        mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        bare = name.removesuffix("_") if mutable else name
+        return Spelling(f"aten.{bare}" if f"aten.{bare}" in _ROWS else bare, mutable)
+    if target in _ROWS and not isinstance(target, str):
+        return Spelling(target)
+    name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+    if name == "__get__":  # a property of tensors: T, shape
+        return Spelling(target.__self__.__name__)
+    package = getattr(target, "__module__", None) or "torch"
+    if not isinstance(target, str) and not any(getattr(home, name, None) == target for home in HOMES):
+        return Spelling(f"{package.partition('.')[0]}.{name}")
+    dunder = name.startswith("__") and name.endswith("__")
+    bare = name.strip("_") if dunder else name.removesuffix("_")
+    python = dunder or package == "_operator"
+    if python and bare[:1] in ("i", "r") and bare[1:] in _ROWS:
+        return Spelling(bare[1:], bare[0] == "i", bare[0] == "r")
+    own = getattr(torch, name, None) == target and getattr(F, name, None) != target
+    if (
+        own and f"aten.{bare}" in _ROWS
+    ):  # torch.batch_norm has ATen's order of arguments, F.batch_norm another
+        bare = f"aten.{bare}"
+    return Spelling(bare, name.endswith("_") and not dunder)
+
+
+def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call of an operator of the table that a function or a method with these arguments is."""
+    if target is getattr and len(args) > 1:
+        target, args = args[1], args[:1]
+    spelling = spelling_of(target)
+    entry = _ROWS.get(spelling.name)
+    if entry is None:
+        return None
+    given = list(args)
+    if spelling.reflected:
+        given[:2] = reversed(given[:2])
+    names = entry.arguments
+    if entry.variadic and not (len(given) == 2 and isinstance(given[1], list | tuple)) and len(given) > 1:
+        given[1:] = [tuple(given[1:])]
+    arguments = dict(zip(names, given, strict=False))
+    known = len(given) <= len(names)
+    for key, value in kwargs.items():
+        name = entry.keywords.get(key, KEYWORDS.get(key, key))
+        known = known and (name in names or value is None) and name not in arguments
+        arguments.setdefault(name, value)
+    known = (known or entry.open) and names[0] in arguments
+    if entry.becomes is not None:
+        entry = _ROWS[entry.becomes(arguments)]
+    return Call(entry, arguments, known=known, inplace=spelling.inplace)
+
+
+def call_of(node: fx.Node, graph_module: nn.Module | None = None) -> Call | None:
+    """The call that a node makes; None where it is of no operator of the table.
+
+    Args:
+        graph_module: turns a module into the call of its function; without it a module is none.
+    """
+    if node.op == "call_module":
+        given = [*node.args, *node.kwargs.values()]
+        if graph_module is None or len(given) != 1:
             return None
-        name = found
+        call = call_of_module(graph_module.get_submodule(str(node.target)), given[0])
+    elif node.op in ("call_function", "call_method"):
+        call = bind(node.target, node.args, node.kwargs)
     else:
         return None
-    name = name.removesuffix("_")
-    name = SYNONYMS.get(name, name)
-    names = ARGUMENTS.get(name)
-    if names is None:
-        return None
-    given: Sequence[Any] = node.args
-    if name in ("permute", "reshape") and not (len(given) == 2 and isinstance(given[1], list | tuple)):
-        given = (given[0], tuple(given[1:]))
-    if len(given) > len(names):
-        return None
-    arguments = dict(zip(names, given, strict=False))
-    for key, value in node.kwargs.items():
-        arguments[PARAMETERS.get(key, key)] = value
-    if any(key not in names and value is not None for key, value in arguments.items()):
-        return None
-    if name == "convolution":
-        name = _specific_convolution(arguments)
-    name = name.removeprefix("torch.")
-    return Call(name, arguments) if names[0] in arguments else None
+    return None if call is None or not call.known else replace(call, node=node)
 
 
-def _specific_convolution(arguments: dict[str, Any]) -> str:
-    """aten.convolution under the name of the function that it is."""
-    sides = arguments.get("stride")
-    rank = len(sides) if isinstance(sides, list | tuple) else 0
-    return f"conv_transpose{rank}d" if arguments.get("transposed") else f"conv{rank}d"
-
-
-def _name(target: object) -> str | None:
-    if isinstance(target, torch._ops.OpOverload):
-        name = target.overloadpacket.__name__ if target.namespace == "aten" else None
-        return "torch.batch_norm" if name == "batch_norm" else name
-    if target is torch.batch_norm:
-        return "torch.batch_norm"
-    name = getattr(target, "__name__", None)
-    if not isinstance(name, str):
-        return None
-    return name if any(getattr(home, name, None) is target for home in HOMES) else None
-
-
-def tuple_of(value: Any, rank: int) -> tuple[int, ...] | None:
-    """An argument that is one integer for all dimensions or one for each; None for anything else."""
-    if isinstance(value, int):
-        return (value,) * rank
-    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, int) for v in value):
-        values = tuple(value)
-        return values * rank if len(values) == 1 else values if len(values) == rank else None
-    return None
-
-
-def picked(index: Any, ndim: int | None) -> tuple[int, Any] | None:
-    """The one dimension (from the left) that an index narrows, and how; None for any other index."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if any(part is None or isinstance(part, bool) for part in parts):
-        return None
-    if Ellipsis in parts:
-        if ndim is None:
+def call_of_module(module: nn.Module, x: Any) -> Call | None:
+    """The call that the forward of a module makes; weights are given by their shapes, as ``torch.Size``."""
+    kinds: list[Any] = [*type(module).__mro__, type(module).__name__]
+    for kind in kinds:
+        found = _MODULES.get(kind)
+        if found is None:
+            continue
+        entry, rule, subclasses = found
+        own = isinstance(kind, str) or type(module).forward is kind.forward
+        if not (own or subclasses or type(module).__module__.startswith("fxexpand.")):
             return None
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (ndim - len(parts) + 1)
-    cuts = [(i, part) for i, part in enumerate(parts) if part != slice(None)]
-    if len(cuts) != 1 or not isinstance(cuts[0][1], slice | list):
-        return None
-    return cuts[0]
-
-
-def rows_of(cut: Any, channels: int) -> list[int] | None:
-    """The channels that a slice or a list of integers takes."""
-    if isinstance(cut, slice):
-        ends = (cut.start, cut.stop, cut.step)
-        if not all(end is None or isinstance(end, int) for end in ends):
-            return None
-        return list(range(channels))[cut]
-    if all(isinstance(each, int) and not isinstance(each, bool) for each in cut):
-        return [each % channels for each in cut]
+        held: Any = module
+        if rule is not None:
+            return Call(entry, {entry.arguments[0]: x, **rule(held)})
+        named = {name: getattr(held, name) for name in entry.arguments[1:] if hasattr(held, name)}
+        return Call(entry, {entry.arguments[0]: x, **named})
     return None
-
-
-def part_sizes(call: Call, channels: int) -> list[int] | None:
-    """The sizes of the parts that a split or a chunk makes of ``channels``."""
-    if call.name == "chunk":
-        count = call["chunks"]
-        return [len(part) for part in torch.empty(channels, device="meta").chunk(count)]
-    sizes = call["split_size_or_sections"]
-    if isinstance(sizes, int):
-        return [len(part) for part in torch.split(torch.empty(channels, device="meta"), sizes)]
-    return list(sizes) if all(isinstance(size, int) for size in sizes) else None

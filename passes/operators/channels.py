@@ -1,0 +1,256 @@
+"""Rows of operators that stack values, split them, or take some of their entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxexpand.passes.affine.steps import Concat, MultiOutput, Select, Step
+from fxexpand.passes.operators.layers import NORMS_OF_THREE, norm
+from fxexpand.passes.operators.sizes import ONE, Shape, Size, listed, sliced
+from fxexpand.passes.operators.table import Call, Values, row
+
+
+def from_last(dim: Any, shape: Shape | None) -> int | None:
+    """How many dimensions come after ``dim``; None where that is not known."""
+    if not isinstance(dim, int) or (dim >= 0 and shape is None):
+        return None
+    return -1 - dim if dim < 0 else len(shape or ()) - 1 - dim
+
+
+def one_cut(index: Any, ndim: int | None) -> tuple[int, Any] | None:
+    """The one dimension (from the left) that an index narrows, and how; None for any other index."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(part is None or isinstance(part, bool) for part in parts):
+        return None
+    if Ellipsis in parts:
+        if ndim is None:
+            return None
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (ndim - len(parts) + 1)
+    cuts = [(i, part) for i, part in enumerate(parts) if part != slice(None)]
+    if len(cuts) != 1 or not isinstance(cuts[0][1], slice | list):
+        return None
+    return cuts[0]
+
+
+def rows_of(cut: Any, channels: int) -> list[int] | None:
+    """The channels that a slice or a list of integers takes."""
+    if isinstance(cut, slice):
+        ends = (cut.start, cut.stop, cut.step)
+        if not all(end is None or isinstance(end, int) for end in ends):
+            return None
+        return list(range(channels))[cut]
+    if all(isinstance(each, int) and not isinstance(each, bool) for each in cut):
+        return [each % channels for each in cut]
+    return None
+
+
+def part_sizes(call: Call, channels: int) -> list[int] | None:
+    """The sizes of the parts that a split or a chunk makes of ``channels``."""
+    whole = torch.empty(channels, device="meta")
+    if call.name == "chunk":
+        return [len(part) for part in whole.chunk(call["chunks"])]
+    sizes = call["split_size_or_sections"]
+    if isinstance(sizes, int):
+        return [len(part) for part in torch.split(whole, sizes)]
+    return list(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def stacked_terms(stack: fx.Node, values: Values) -> list[fx.Node] | None:
+    """The values that are stacked to be summed or averaged, and for nothing else."""
+    made, user = values.call(stack), next(iter(stack.users), None)
+    taken = None if user is None else values.call(user)
+    if made is None or made.name != "stack" or taken is None or taken.name not in ("mean", "sum"):
+        return None
+    shape, at, dims = values.shape(stack), made.get("dim", 0), listed(taken.get("dim"))
+    if dims is None or len(dims) != 1 or taken.get("keepdim", False) or len(stack.users) != 1:
+        return None
+    same = at == dims[0] or (shape is not None and at % len(shape) == dims[0] % len(shape))
+    parts = list(made["tensors"])
+    return parts if same and all(values.varies(part) for part in parts) else None
+
+
+# Several values as one ----------------------------------------------------------------------------
+
+
+def _first_shape(call: Call, values: Values) -> Shape | None:
+    """The shape of the first part; an empty tensor is passed over, whatever the others are."""
+    parts = call["tensors"]
+    if not isinstance(parts, list | tuple):
+        return values.shape(parts)
+    return next((shape for shape in map(values.shape, parts) if shape != (Size(0),)), None)
+
+
+def _resized(before: Shape | None, call: Call, values: Values) -> Shape | None:
+    """The shape before, with another size in the dimension ``dim``."""
+    dim = call.get("dim", 0)
+    if before is None or not isinstance(dim, int):
+        return None
+    at, fresh = dim % len(before), values.fresh(call, len(before))
+    return tuple(fresh[i] if i == at else size for i, size in enumerate(before))
+
+
+@row(
+    *("cat", "concat", "concatenate"),
+    arguments=("tensors", "dim"),
+    shape=lambda call, values: _resized(_first_shape(call, values), call, values),
+    keeps="parts",
+    fresh=True,
+)
+def _cat(call: Call, values: Values) -> Step | None:
+    parts = call["tensors"]
+    if not isinstance(parts, list | tuple) or not all(map(values.varies, parts)) or len(parts) < 2:
+        return None
+    rank = from_last(call.get("dim", 0), values.shape(parts[0]))
+    return None if rank is None else Concat(tuple(parts), rank)
+
+
+def _stack_shape(call: Call, values: Values) -> Shape | None:
+    before = _first_shape(call, values)
+    if before is None:
+        return None
+    at = call.get("dim", 0) % (len(before) + 1)
+    return (*before[:at], Size(len(call["tensors"])), *before[at:])
+
+
+@row("stack", arguments=("tensors", "dim"), shape=_stack_shape, keeps="parts", fresh=True)
+def _stack(call: Call, values: Values) -> Step | None:
+    return MultiOutput() if call.node is not None and stacked_terms(call.node, values) else None
+
+
+for _name in ("hstack", "vstack", "dstack", "column_stack", "row_stack"):
+    row(_name, arguments=("tensors",), keeps="parts", fresh=True)
+
+
+# One value as several -----------------------------------------------------------------------------
+
+
+def _part_shape(call: Call, values: Values) -> Shape | None:
+    return _resized(values.shape(call["input"]), call, values)
+
+
+def _parts(call: Call, values: Values) -> Step | None:
+    return MultiOutput() if values.varies(call["input"]) else None
+
+
+row("chunk", arguments=("input", "chunks", "dim"), shape=_part_shape, keeps="first")(_parts)
+row(
+    *("split", "split_with_sizes"),
+    arguments=("input", "split_size_or_sections", "dim"),
+    keywords={"split_sizes": "split_size_or_sections"},
+    shape=_part_shape,
+    keeps="first",
+)(_parts)
+row("tensor_split", open=True, keeps="first")
+
+
+def _unbound_shape(call: Call, values: Values) -> Shape | None:
+    """An item of it lacks the first dimension, so that one is put in front."""
+    before, dim = values.shape(call["input"]), call.get("dim", 0)
+    if before is None or not isinstance(dim, int) or dim < 0:
+        return None
+    return (ONE, *before[:dim], *before[dim:][1:])
+
+
+row("unbind", arguments=("input", "dim"), shape=_unbound_shape, keeps="first")
+row("select", open=True, keeps="first")
+
+
+# Some entries -------------------------------------------------------------------------------------
+
+
+def _selected(call: Call, values: Values, dim: Any, cut: Any) -> Step | None:
+    x = call["input"]
+    rank = from_last(dim, values.shape(x))
+    if cut is None or rank is None or not values.varies(x):
+        return None
+    return Select(x, lambda channels: rows_of(cut, channels), rank)
+
+
+@row("narrow", arguments=("input", "dim", "start", "length"), shape=_part_shape, keeps="first")
+def _narrow(call: Call, values: Values) -> Step | None:
+    start, length = call["start"], call["length"]
+    known = isinstance(start, int) and isinstance(length, int)
+    return _selected(call, values, call.get("dim", 0), slice(start, start + length) if known else None)
+
+
+@row("slice", arguments=("input", "dim", "start", "end", "step"), shape=_part_shape, keeps="first")
+def _slice(call: Call, values: Values) -> Step | None:
+    cut = slice(call.get("start"), call.get("end"), call.get("step"))
+    return _selected(call, values, call.get("dim", 0), cut)
+
+
+@row("index_select", arguments=("input", "dim", "index"), shape=_part_shape)
+def _index_select(call: Call, values: Values) -> Step | None:
+    index = call["index"]
+    cut = [int(i) for i in values.constants.value(index)] if index in values.constants else None
+    return _selected(call, values, call.get("dim", 0), cut)
+
+
+def _item_size(call: Call, values: Values) -> Size | None:
+    """An entry of a shape."""
+    index, source = call["index"], values.call(call["input"])
+    shape = values.shape(source["input"]) if source is not None and reads_whole_shape(source) else None
+    return shape[index] if shape is not None and isinstance(index, int) else None
+
+
+def reads_whole_shape(call: Call) -> bool:
+    """Whether a call gives the shape of its argument."""
+    return call.name in ("size", "shape") and call.get("dim") is None
+
+
+def _item_shape(call: Call, values: Values) -> Shape | None:
+    index, source = call["index"], values.call(call["input"])
+    before = values.shape(call["input"])
+    if before is None or (source is not None and reads_whole_shape(source)):
+        return None
+    if isinstance(index, int):
+        several = source is not None and source.name in ("split", "chunk", *NORMS_OF_THREE)
+        return before if several else before[1:]
+    cuts = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in cuts:
+        at = cuts.index(Ellipsis)
+        cuts = (*cuts[:at], *[slice(None)] * (len(before) - len(cuts) + 1), *cuts[at + 1 :])
+    if len(cuts) > len(before):
+        return None
+    tables = [i for i, cut in enumerate(cuts) if isinstance(cut, fx.Node)]
+    if len(tables) == 1 and all(cut == slice(None) for i, cut in enumerate(cuts) if i not in tables):
+        entries = values.shape(cuts[tables[0]])
+        return None if entries is None else (*before[: tables[0]], *entries, *before[tables[0] + 1 :])
+    if not all(isinstance(cut, slice) for cut in cuts):
+        return None
+    fresh = values.fresh(call, len(before))
+    cut = [sliced(before[i], part) or fresh[i] for i, part in enumerate(cuts)]
+    return (*cut, *before[len(cut) :])
+
+
+@row("getitem", arguments=("input", "index"), shape=_item_shape, size=_item_size, keeps="first")
+def _getitem(call: Call, values: Values) -> Step | None:
+    index, source = call["index"], values.call(call["input"])
+    if source is not None and source.name in ("split", "chunk") and isinstance(index, int):
+        return _part(source, values, index)
+    if source is not None and source.name in NORMS_OF_THREE and index == 0:
+        return norm(source, values)
+    shape = values.shape(call["input"])
+    found = one_cut(index, None if shape is None else len(shape))
+    return None if found is None else _selected(call, values, *found)
+
+
+def _part(parts: Call, values: Values, index: int) -> Step | None:
+    """A part of a split or a chunk."""
+    x = parts["input"]
+    rank = from_last(parts.get("dim", 0), values.shape(x))
+    if rank is None or not values.varies(x):
+        return None
+
+    def rows(channels: int) -> list[int] | None:
+        sizes = part_sizes(parts, channels)
+        if sizes is None:
+            return None
+        start = sum(sizes[: index % len(sizes)])
+        return list(range(start, start + sizes[index % len(sizes)]))
+
+    return Select(x, rows, rank)

@@ -1,0 +1,208 @@
+"""Rows of operators that move numbers to other positions, and of reads of sizes.
+
+An operator that only exchanges dimensions has an ``order``; one that keeps the order of the numbers is a
+reshape. Their shapes and affine steps follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+
+from fxexpand.passes.affine.steps import Layout, Step
+from fxexpand.passes.operators.sizes import (
+    ONE,
+    Shape,
+    Size,
+    dim_after_reshape,
+    flattened,
+    listed,
+    product,
+)
+from fxexpand.passes.operators.table import Call, OrderRule, ShapeRule, Values, row
+
+
+def _moved(call: Call, values: Values, place: Callable[[int], int | None], keeps_order: bool) -> Step | None:
+    """The same numbers at other positions; ``place`` says where a dimension goes."""
+    x, like = call["input"], call.get("other")
+    before, after = values.shape(x), values.shape(call.node)
+    if before is None or after is None or not values.varies(x):
+        return None
+    ends = len(before), len(after)
+
+    def moves(rank: int) -> int | None:
+        at = None if rank >= ends[0] else place(ends[0] - 1 - rank)
+        return None if at is None else ends[1] - 1 - at
+
+    return Layout(x, moves, keeps_order=keeps_order, like=like if isinstance(like, fx.Node) else None)
+
+
+def _ordered_shape(call: Call, values: Values) -> Shape | None:
+    before = values.shape(call["input"])
+    order = None if before is None or call.operator.order is None else call.operator.order(call, len(before))
+    return None if before is None or order is None else tuple(before[dim] for dim in order)
+
+
+def _ordered(call: Call, values: Values) -> Step | None:
+    before = values.shape(call["input"])
+    order = None if before is None or call.operator.order is None else call.operator.order(call, len(before))
+    return None if order is None else _moved(call, values, list(order).index, keeps_order=False)
+
+
+def reorders(*spellings: str, order: OrderRule, **fields: Any) -> None:
+    """A row of an operator that exchanges dimensions: its result's dimensions, as dimensions of the
+    argument.
+    """
+    row(*spellings, order=order, shape=_ordered_shape, keeps="first", **fields)(_ordered)
+
+
+def _reshaped(call: Call, values: Values) -> Step | None:
+    before, after = values.shape(call["input"]), values.shape(call.node)
+    if before is None or after is None:
+        return None
+    return _moved(call, values, partial(dim_after_reshape, before, after), keeps_order=True)
+
+
+def reshapes(*spellings: str, shape: ShapeRule, **fields: Any) -> None:
+    """A row of an operator that keeps the order of the numbers, by the shape that it gives."""
+    row(*spellings, shape=shape, keeps="first", **fields)(_reshaped)
+
+
+# Exchanges of dimensions --------------------------------------------------------------------------
+
+
+def _permuted(call: Call, ndim: int) -> Sequence[int] | None:
+    dims = listed(call["dims"])
+    return None if dims is None or len(dims) != ndim else [dim % ndim for dim in dims]
+
+
+def _transposed(call: Call, ndim: int) -> Sequence[int] | None:
+    return exchanged(ndim, call.get("dim0"), call.get("dim1"))
+
+
+def exchanged(ndim: int, one: Any, two: Any) -> Sequence[int] | None:
+    """The order of dimensions after two of them changed places."""
+    if not isinstance(one, int) or not isinstance(two, int) or ndim < 2:
+        return None
+    order = list(range(ndim))
+    order[one], order[two] = order[two], order[one]
+    return order
+
+
+def _last_two(call: Call, ndim: int) -> Sequence[int] | None:
+    return exchanged(ndim, -1, -2)
+
+
+def _all(call: Call, ndim: int) -> Sequence[int]:
+    return list(range(ndim))[::-1]
+
+
+def _moved_dims(call: Call, ndim: int) -> Sequence[int] | None:
+    """The named dimensions go to their destinations, the others fill the places left in their order."""
+    source, destination = listed(call.get("source")), listed(call.get("destination"))
+    if source is None or destination is None or len(source) != len(destination):
+        return None
+    to = {into % ndim: dim % ndim for dim, into in zip(source, destination, strict=True)}
+    rest = iter([dim for dim in range(ndim) if dim not in to.values()])
+    return [to[at] if at in to else next(rest) for at in range(ndim)]
+
+
+reorders("permute", arguments=("input", "dims"), variadic=True, order=_permuted)
+reorders(
+    *("transpose", "swapaxes", "swapdims"),
+    arguments=("input", "dim0", "dim1"),
+    keywords={"axis0": "dim0", "axis1": "dim1"},
+    order=_transposed,
+)
+reorders("movedim", "moveaxis", arguments=("input", "source", "destination"), order=_moved_dims)
+reorders("mT", "mH", "adjoint", order=_last_two)
+reorders("t", "T", "H", order=_all)
+
+
+# Reshapes -----------------------------------------------------------------------------------------
+
+
+def _as_wanted(call: Call, values: Values) -> Shape | None:
+    before, wanted = values.shape(call["input"]), call.get("shape")
+    if before is None or not isinstance(wanted, list | tuple):
+        return None
+    fresh = values.fresh(call, len(wanted))
+    sizes = [values.size(each) or fresh[i] for i, each in enumerate(wanted)]
+    if -1 not in wanted:
+        return tuple(sizes)
+    at = list(wanted).index(-1)
+    rest = product(before).over(product([size for i, size in enumerate(sizes) if i != at]))
+    sizes[at] = fresh[at] if rest is None else rest
+    return tuple(sizes)
+
+
+def _flattened(call: Call, values: Values) -> Shape | None:
+    before, ends = values.shape(call["input"]), (call.get("start_dim", 0), call.get("end_dim", -1))
+    if before is None:
+        return values.fresh(call, 2) if ends == (1, -1) else None
+    return flattened(before, *ends)
+
+
+def _unsqueezed(call: Call, values: Values) -> Shape | None:
+    before, dim = values.shape(call["input"]), call.get("dim")
+    if before is None or not isinstance(dim, int):
+        return None
+    dim %= len(before) + 1
+    return (*before[:dim], ONE, *before[dim:])
+
+
+reshapes(
+    *("reshape", "view", "_unsafe_view"),
+    arguments=("input", "shape"),
+    keywords={"size": "shape"},
+    variadic=True,
+    shape=_as_wanted,
+)
+reshapes(
+    *("reshape_as", "view_as"),
+    arguments=("input", "other"),
+    shape=lambda call, values: values.shape(call["other"]),
+)
+reshapes(
+    "flatten",
+    arguments=("input", "start_dim", "end_dim"),
+    modules={nn.Flatten: lambda module: {"start_dim": module.start_dim, "end_dim": module.end_dim}},
+    shape=_flattened,
+)
+reshapes("unsqueeze", arguments=("input", "dim"), shape=_unsqueezed)
+for _name in (
+    *("unflatten", "squeeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile"),
+    *("einops.rearrange", "einops.repeat"),
+):
+    row(_name, open=True, keeps="first")
+
+
+# Reads of sizes, which do not use the values ------------------------------------------------------
+
+
+def _size(call: Call, values: Values) -> Size | None:
+    shape, dim = values.shape(call["input"]), call.get("dim")
+    return shape[dim] if shape is not None and isinstance(dim, int) else None
+
+
+row("size", "sym_size", arguments=("input", "dim"), size=_size, keeps="nothing")
+for _name in (
+    *(
+        "shape",
+        "dim",
+        "ndim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "len",
+        "dtype",
+        "device",
+        "layout",
+    ),
+    *("is_contiguous", "is_floating_point", "is_cuda", "is_meta", "requires_grad", "grad"),
+):
+    row(_name, open=True, keeps="nothing")

@@ -312,7 +312,8 @@ def test_a_linear_after_a_view_folds_into_the_convolution(view: Callable[[Tensor
             self.conv, self.linear = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(view(self.conv(x)))
+            y: Tensor = self.linear(view(self.conv(x)))
+            return y
 
     model = perturb(Model().double().eval())
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64)

@@ -17,7 +17,7 @@ from fxexpand import Chain, expand, fuse
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.layers.accumulation import accumulate
 from fxexpand.layers.expanded import Expanded
-from fxexpand.layers.parametrized import _READING, expanded_weights, originals
+from fxexpand.layers.parametrized import _KEPT, expanded_weights, originals
 from fxexpand.recipes import Recipe
 from tests.compare import assert_same
 from tests.networks import ConvNet, Language, perturb
@@ -104,28 +104,28 @@ def test_the_number_of_batches_decides_the_form() -> None:
     model = expand(nn.Sequential(nn.Conv2d(64, 64, 3, bias=False)), Chain(3, 1))
     layer: Any = model[0]
     x = torch.randn(1, 64, 14, 14)  # 144 positions; 10 * 64^3 / (2 * 64^2) = 320 pay off
-    assert len(layer._way(x)) > 1
+    assert len(layer._plan(x)) > 1
     with accumulate(model, batches=4):
-        assert layer._way(x) == ((0, 3),)
+        assert layer._plan(x) == ((0, 3),)
         model(x).sum().backward()
         assert layer.expansion[0].weight.grad is None
-    assert len(layer._way(x)) > 1
+    assert len(layer._plan(x)) > 1
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_a_weight_is_formed_once_per_forward_of_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     model: Any = expand(attention)
-    [(_, held, expansion), *_] = expanded_weights(model)
-    factor = originals(held)[0]
+    [(_, parametrization, expansion), *_] = expanded_weights(model)
+    factor = originals(parametrization)[0]
     formed: list[Tensor] = []
-    original = expansion._formed
+    original = expansion._product
 
     def noted(*factors: Tensor) -> Tensor:
         formed.append(original(*factors))
         return formed[-1]
 
-    monkeypatch.setattr(expansion, "_formed", noted)
+    monkeypatch.setattr(expansion, "_product", noted)
     x = torch.randn(2, 3, 8)
     output = model(x, x, x)[0]
     assert len(formed) == 1
@@ -133,7 +133,7 @@ def test_a_weight_is_formed_once_per_forward_of_its_owner(monkeypatch: pytest.Mo
     with torch.no_grad():
         model(x, x, x)
     model(x, x, x)[0].sum().backward()
-    assert len(formed) == 3 and expansion not in _READING.products
+    assert len(formed) == 3 and expansion not in _KEPT.products
     before = model.in_proj_weight.detach()
     with torch.no_grad():
         factor.mul_(2.0)
@@ -235,7 +235,7 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
     loop(model, batches, accumulate(model))
     loop(plain, batches, nullcontext())
     assert_same_gradients(model, plain, rel=1e-12)
-    assert not any(m.held for m in model.modules() if isinstance(m, Expanded))
+    assert not any(m.product_cache for m in model.modules() if isinstance(m, Expanded))
 
 
 def test_a_step_inside_is_an_error() -> None:
@@ -275,7 +275,7 @@ def test_compiled_models() -> None:
     batches = [x.narrow(3, 0, 7) for x in IMAGES]
     for _ in range(3):
         loop(compiled, batches, accumulate(model))
-        assert all(getattr(m, "held", None) is None for m in model.modules())
+        assert all(getattr(m, "product_cache", None) is None for m in model.modules())
     for _ in range(3):
         loop(plain, batches, nullcontext())
     assert_same_gradients(model, plain, rel=1e-4)

@@ -309,7 +309,7 @@ def test_torch_s_parametrize_on_a_factor_and_on_a_bias() -> None:
     model: Any = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)).double()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)  # so many positions that a product would pay off
     big: Any = expand(model)
-    assert len(big[0]._way(x)) == 1
+    assert len(big[0]._plan(x)) == 1
     parametrize.register_parametrization(big[0].expansion[0], "weight", Double())
     bias = model[0].bias.view(-1, 1, 1)
     assert_same(big(x) - bias, 2 * (model(x) - bias), rel=1e-12)

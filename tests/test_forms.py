@@ -17,7 +17,7 @@ from fxexpand import Chain, expand
 from fxexpand.errors import InexactError
 from fxexpand.kernel.modules import kernel_of
 from fxexpand.layers.expanded import _on_rows, _unfolds
-from fxexpand.layers.products import MatrixChain, Way, matrix_chain
+from fxexpand.layers.products import MatrixChain, Plan, matrix_chain
 from fxexpand.recipes import fold
 from tests.compare import assert_different, assert_same
 
@@ -70,8 +70,8 @@ def test_gradients_are_those_of_the_activation_chain(name: str, recipe: Chain) -
     assert_different(model(x), expected[0], rel=1e-9)
 
 
-def _always(way: Way, x: Tensor) -> Way:
-    return way
+def _always(plan: Plan, x: Tensor) -> Plan:
+    return plan
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -87,7 +87,7 @@ def test_every_way_of_cutting_a_chain(name: str, channels_last: bool) -> None:
     for count in range(4):
         for cut in itertools.combinations(range(1, 4), count):
             way = tuple(itertools.pairwise((0, *cut, 4)))
-            model._way = partial(_always, way)
+            model._plan = partial(_always, way)
             for actual, wanted in zip(results(model, x), expected, strict=True):
                 assert_same(actual, wanted, rel=1e-9)
     assert model.weight.is_contiguous(memory_format=torch.channels_last) or not channels_last
@@ -103,8 +103,8 @@ def test_few_positions_run_as_matrices(name: str, channels_last: bool) -> None:
     weights = [part.weight for part in model.expansion]
     assert _unfolds(model, x, weights[0]) and not _unfolds(model, x.repeat(99, 1, 1, 1), weights[0])
     expected = results(model, x)
-    model._in_segments = lambda x, way: _on_rows(model, x, weights, model.bias)
-    model._way = lambda x: ((0, 1), (1, 2), (2, 3))
+    model._in_runs = lambda x, way: _on_rows(model, x, weights, model.bias)
+    model._plan = lambda x: ((0, 1), (1, 2), (2, 3))
     actual = results(model, x)
     for a, b in zip(actual, expected, strict=True):
         assert_same(a, b, rel=1e-9)
@@ -139,10 +139,10 @@ def test_auto_takes_the_fewest_multiply_adds(channels: tuple[int, int], recipe: 
     assert chain is not None
     seen = set()
     for positions in [*range(1, 60), 100, 200, 400, 1000]:
-        way = chain.way(positions)
+        way = chain.plan(positions)
         seen.add(way)
         assert cost(chain, block, way, positions) == brute_force(chain.sizes, positions)
-    assert len(seen) >= 2 and chain.way(10**6) == (chain.whole,)
+    assert len(seen) >= 2 and chain.plan(10**6) == (chain.whole,)
 
 
 def cost(chain: MatrixChain, block: nn.Sequential, way: Any, positions: int) -> int:
@@ -159,7 +159,7 @@ def cost(chain: MatrixChain, block: nn.Sequential, way: Any, positions: int) -> 
 def test_a_deep_chain_is_prepared_fast() -> None:
     block = Chain(24, 1).build(kernel_of(nn.Linear(4, 4, bias=False)))
     chain = matrix_chain(block)
-    assert chain is not None and {len(way) for _, way in chain.ways} == {1, 24}
+    assert chain is not None and {len(way) for _, way in chain.plans} == {1, 24}
     weights = [part.get_parameter("weight") for part in block]
     assert_same(chain.product(weights, chain.whole), fold(block).weight, rel=1e-5)
 
@@ -262,6 +262,6 @@ def test_one_graph_serves_all_batch_sizes(dynamic: bool | None) -> None:
         nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(64, 50)
     )
     big: Any = expand(original, Chain(3, 1))
-    ways = {len(big[2]._way(torch.randn(batch, 32, 4, 3))) for batch in (2, 256)}
+    ways = {len(big[2]._plan(torch.randn(batch, 32, 4, 3))) for batch in (2, 256)}
     assert len(ways) == 2, "the sizes must cross a change of form, or this shows nothing"
     assert compilations(big) <= compilations(original)

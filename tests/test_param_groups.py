@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxexpand import Chain, expand, fused_state_dict
 from fxexpand.errors import InexactError, SelectionError
-from fxexpand.layers.param_groups import TARGETS, param_groups
+from fxexpand.layers.param_groups import DECAYED, param_groups
 from fxexpand.recipes import ACNet, DOConv, Recipe, RepVGG
 from tests.compare import assert_same
 from tests.networks import ConvNet, Language, perturb
@@ -103,7 +103,7 @@ def test_shares(recipe: Recipe, shares: list[float]) -> None:
 def test_each_parameter_is_in_one_group() -> None:
     model: Any = expand(perturb(Language()))
     model.position.requires_grad_(False)
-    for on in TARGETS:
+    for on in DECAYED:
         groups = param_groups(model, 0.01, on=on)
         listed = [id(p) for group in groups for p in group["params"]]
         assert len(listed) == len(set(listed))

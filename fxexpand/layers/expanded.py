@@ -21,10 +21,10 @@ from fxexpand.kernel.algebra import macs, native_weight
 from fxexpand.kernel.lower import is_channels_last, laid_out_as
 from fxexpand.kernel.modules import LAYERS, kernel_of
 from fxexpand.layers.products import (
-    Held,
     MatrixChain,
-    Segment,
-    Way,
+    Plan,
+    ProductCache,
+    Run,
     exact_products,
     matrix_chain,
     surely_below,
@@ -37,10 +37,10 @@ from fxexpand.running.finite import require_finite
 
 Form: TypeAlias = Literal["auto", "chain", "collapsed"]
 FORMS: tuple[Form, ...] = get_args(Form)
-WHOLE: Segment = (0, -1)  # all factors of a block that is no matrix chain
-# A convolution rearranges its weight for the processor, forwards and backwards. Where the weight has that
-# many times more rows than the activations, matrix products on the unfolded input are faster: twice, in the
-# last stage of ResNet-18, 512 -> 2048 channels at 128 positions, on a CPU.
+WHOLE: Run = (0, -1)  # all factors of a block that is not a chain of matrices
+# A convolution rearranges its weight for the processor, forwards and backwards. Where the weight has this
+# many times more rows than the activations, matrix products on the unfolded input are faster: twice as fast
+# in the last stage of ResNet-18, 512 -> 2048 channels at 128 positions, on a CPU.
 UNFOLD_BELOW = 8
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -51,47 +51,53 @@ class Expanded(Rewritten):
 
     Attributes:
         expansion: the training-time block, without the layer's bias.
-        recipe: what built it; used again when an original checkpoint is loaded.
+        recipe: the recipe of the block; it factors the weight of an original checkpoint too.
         form: ``"chain"`` runs the factors on activations; ``"collapsed"`` multiplies them first and runs one
-            kernel; ``"auto"`` takes what costs fewer FLOPs for the shape of the input, which may also be to
-            multiply some of the factors.
+            kernel; ``"auto"`` takes the evaluation plan of fewest FLOPs for the shape of the input, which may
+            multiply some of the factors only.
 
     ``weight`` and ``bias`` are the effective ones, differentiable in the factors. Assigning a tensor to
     ``weight`` factors it; writing into it in place does nothing, as with torch.nn.utils.parametrize. With a
     BatchNorm inside, reading them in training mode is an InexactError: no single weight exists.
 
-    A product is formed once per forward, in the dtype of the factors whatever autocast says. Backward needs
+    A product is computed once per forward, in the dtype of the factors whatever autocast says. Backward needs
     the factors, the product and, from three factors on, the products in between, each smaller than a factor:
     memory for activations does not grow with the depth. Where ``"auto"`` leaves factors apart, the values
-    between them are kept instead; as that is the cheaper way only for few positions, these are fewer than
-    the factors on both sides have elements on average (hidden widths not below the outer ones).
+    between them are kept instead. That plan is the cheaper one for few positions only, so these values are
+    fewer than the factors on both sides have elements on average (hidden widths not below the outer ones).
     """
 
     factor_names = ("expansion",)
     computed = ("weight",)
-    attributes = ("recipe", "form", "normed", "collapse_from", "chain", "held")
+    attributes = ("recipe", "form", "normed", "collapse_from", "chain", "product_cache")
     status = "expanded already"
 
     expansion: nn.Sequential
     recipe: Recipe
     form: Form
-    normed: bool  # a BatchNorm is inside
-    collapse_from: float  # positions of the output from which one product pays off
-    chain: MatrixChain | None  # what the block is, if it is no more than that
-    held: Held | None  # products that ``accumulate`` keeps
+    normed: bool  # the block contains a BatchNorm
+    collapse_from: float  # number of output positions from which one product costs fewer FLOPs
+    chain: MatrixChain | None  # the block as a chain of matrices, if it is one
+    product_cache: ProductCache | None  # set by ``accumulate``
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "held" in self.__dict__:  # saved before the cache and the plans had their names
+            del self.__dict__["held"]
+            self.__dict__.update(chain=matrix_chain(self.expansion), product_cache=None)
 
     def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Effective weight, laid out as in the original layer, and bias."""
-        own, lent = self._parameters["bias"], self._parameters["weight"]
-        if lent is not None:  # by torch.func.functional_call, under the original name
-            return lent, own
+        """The weight, laid out as in the original layer, and the bias."""
+        own, overridden = self._parameters["bias"], self._parameters["weight"]
+        if overridden is not None:  # by torch.func.functional_call, under the original name
+            return overridden, own
         if not self.normed:
             return self._product(WHOLE if self.chain is None else self.chain.whole), own
         weight, bias = self._folded()
         return weight, bias if own is None or bias is None else bias + own
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias by the kernel laws, whatever the block."""
+        """Weight and bias of any block, by the kernel laws."""
         with exact_products(next(self.expansion.parameters())):
             try:
                 kernel = fold(self.expansion)
@@ -101,13 +107,13 @@ class Expanded(Rewritten):
                 ) from None
         return laid_out_as(native_weight(kernel), telling_weight(self.expansion)), kernel.bias
 
-    def _product(self, segment: Segment) -> Tensor:
+    def _product(self, run: Run) -> Tensor:
         """The weight of consecutive factors."""
-        if self.held is None:
-            return self._formed(segment)
-        return self.held.leaf(segment, partial(self._formed, segment))
+        if self.product_cache is None:
+            return self._computed_product(run)
+        return self.product_cache.leaf(run, partial(self._computed_product, run))
 
-    def _formed(self, segment: Segment) -> Tensor:
+    def _computed_product(self, run: Run) -> Tensor:
         layers: Any = list(self.expansion)
         if self.chain is None or any(_is_changed(layer) for layer in layers):
             if sharded_part(self.expansion) is not None:
@@ -115,65 +121,65 @@ class Expanded(Rewritten):
                     f"{type(self).__name__}: its factors are sharded one by one, and nothing gathers them "
                     "for a product. Call fully_shard on the layer, or on the block around it."
                 )
-            return self._folded()[0]  # which refuses what somebody has changed
+            return self._folded()[0]  # refuses a factor that is not a stock layer any more
         weights = [layer.weight for layer in layers]
         with exact_products(weights[0]):
-            return self.chain.product(weights, segment)
+            return self.chain.product(weights, run)
 
     def _effective_weight(self) -> Tensor:
         return self.effective()[0]
 
     def _effective_bias(self) -> Tensor | None:
         own = self._parameters["bias"]
-        if not self.normed or hasattr(own, "device_mesh"):  # a shard: fully_shard looks for the parameter
+        if not self.normed or hasattr(own, "device_mesh"):  # fully_shard looks for the sharded parameter
             return own
         try:
             return self.effective()[1]
-        except InexactError:  # torch reads the attribute of every name in a state dict, in training too
+        except InexactError:  # torch reads the attribute of each name in a state dict, in training mode too
             return own
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the original layer; extra arguments are those of a transposed convolution (``output_size``)."""
-        way = self._way(input)
-        if way is None:
+        plan = self._plan(input)
+        if plan is None:
             return self._on_activations(input, *args, **kwargs)
-        if len(way) > 1:
-            return self._in_segments(input, way)
+        if len(plan) > 1:
+            return self._in_runs(input, plan)
         output: Tensor = super().forward(input, *args, **kwargs)
         return output
 
-    def _way(self, x: Tensor) -> Way | None:
-        """Which factors to multiply before they meet ``x``; None runs the block as it is."""
+    def _plan(self, x: Tensor) -> Plan | None:
+        """The evaluation plan for an input; None runs the block on activations."""
         whole = (WHOLE if self.chain is None else self.chain.whole,)
-        if self._parameters["weight"] is not None:  # lent: see ``effective``
+        if self._parameters["weight"] is not None:  # overridden: see ``effective``
             return whole
         if self.form != "auto":
             return whole if self.form == "collapsed" else None
         factors = self.expansion if self.chain is not None else leaves(self.expansion)
         if (self.normed and self.training) or any(_is_hooked(layer) for layer in factors):
             return None
-        positions = _positions(self, x) * (1 if self.held is None else self.held.batches)
+        positions = _positions(self, x) * (1 if self.product_cache is None else self.product_cache.batches)
         if self.chain is not None:
-            return self.chain.way(positions)
+            return self.chain.plan(positions)
         return None if surely_below(positions, self.collapse_from) else whole
 
     def _on_activations(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # A BatchNorm would take the channels of a single image for a batch.
-        lone = self.normed and isinstance(self, _ConvNd) and x.ndim == len(self.kernel_size) + 1
+        # A BatchNorm would take the channels of an unbatched image for a batch.
+        unbatched = self.normed and isinstance(self, _ConvNd) and x.ndim == len(self.kernel_size) + 1
         first, *others = self.expansion
-        output: Tensor = first(x.unsqueeze(0) if lone else x, *args, **kwargs)
+        output: Tensor = first(x.unsqueeze(0) if unbatched else x, *args, **kwargs)
         for part in others:
             output = part(output)
-        output = output.squeeze(0) if lone else output
+        output = output.squeeze(0) if unbatched else output
         own = self._parameters["bias"]
         if own is None:
             return output
         return output + (own.view(-1, *(1,) * len(self.kernel_size)) if isinstance(self, _ConvNd) else own)
 
-    def _in_segments(self, x: Tensor, way: Way) -> Tensor:
-        """Several kernels one after the other, all but the first of one tap."""
+    def _in_runs(self, x: Tensor, plan: Plan) -> Tensor:
+        """Applies the product of each run of factors in turn; all but the first are pointwise."""
         layer: Any = self
-        first, *others = [self._product(segment) for segment in way]
+        first, *others = [self._product(run) for run in plan]
         own = self._parameters["bias"]
         if isinstance(self, nn.Linear):
             rows = F.linear(x, first)
@@ -190,13 +196,13 @@ class Expanded(Rewritten):
         return rows
 
     def factor(self, weight: Tensor) -> dict[str, Tensor]:
-        """Values of the block's parameters and buffers with which it computes ``weight``."""
+        """Values of the block's parameters and buffers for which its product is ``weight``."""
         with exact_products(weight):
             block = self.recipe.build(kernel_like(self, weight.detach()))
         return {f"expansion.{key}": value for key, value in block.state_dict().items()}
 
     def reset_parameters(self) -> None:
-        """Random factors as in the recipe's paper, and a bias as the original layer draws it."""
+        """Draw the factors as the paper of the recipe does, and the bias as the original layer does."""
         like = next(self.expansion.parameters())
         empty = torch.empty(effective_shape(self), dtype=like.dtype, device=like.device)
         block = self.recipe.build(kernel_like(self, empty), init="kaiming")
@@ -215,7 +221,7 @@ class Expanded(Rewritten):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "bias" and (value is None or isinstance(value, nn.Parameter)):
-            self._parameters["bias"] = value  # nn.Module would ask for the effective one first
+            self._parameters["bias"] = value  # nn.Module would read the effective bias first
             return
         if name != "weight" or not isinstance(value, Tensor):
             super().__setattr__(name, value)
@@ -223,16 +229,16 @@ class Expanded(Rewritten):
         if value.shape != effective_shape(self):
             expected = tuple(effective_shape(self))
             raise ValueError(f"weight: shape {tuple(value.shape)} instead of {expected}.")
-        if not value.is_leaf:  # as torch.nn.utils.weight_norm does before each forward
+        if not value.is_leaf:  # torch.nn.utils.weight_norm assigns one before each forward
             raise TypeError(
-                "weight: a computed tensor, and what it was computed from would not train. Assign "
-                "weight.detach(), or compute the weight from others before the layer is expanded."
+                "weight: is computed from other tensors, which would not train. Assign weight.detach(), or "
+                "compute the weight from others before the layer is expanded."
             )
         require_finite(value, "weight", type(self).__name__.removeprefix("Expanded"))
         self._set_factors(self.factor(value))
 
     def extra_repr(self) -> str:
-        """The original's, and the recipe."""
+        """The sizes that the original layer shows, and the recipe."""
         original = super().extra_repr() if not self.normed else ""
         return f"{original}, recipe={self.recipe}, form={self.form}".removeprefix(", ")
 
@@ -288,23 +294,23 @@ def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, fo
         normed=has_norm(expansion),
         collapse_from=fold_cost(expansion) / saved if saved > 0 else math.inf,
         chain=matrix_chain(expansion),
-        held=None,
+        product_cache=None,
     )
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    """Whether a factor is no stock layer any more, or has its weight from a hook."""
+    """Whether a factor is not a stock layer any more, or a hook computes its weight."""
     return type(layer) not in LAYERS or _is_hooked(layer)
 
 
 def _is_hooked(layer: nn.Module) -> bool:
-    """Whether a factor's weight is computed at each call, as by weight_norm, prune and parametrize."""
+    """Whether each call computes the weight of a factor, as weight_norm, prune and parametrize do."""
     layers = type(layer) in LAYERS or "parametrizations" in layer._modules
     return layers and layer._parameters.get("weight") is None
 
 
 def _positions(module: Any, x: Tensor) -> float:
-    """How many positions the layer computes for ``x``, over the batch; those of the input if transposed."""
+    """The number of output positions for ``x``, over the batch; of input positions if transposed."""
     if isinstance(module, nn.Linear):
         return x.numel() / module.in_features
     if isinstance(module, _ConvTransposeNd):
@@ -324,7 +330,7 @@ def _output_size(module: Any, x: Tensor) -> list[int]:
 
 
 def _unfolds(module: Any, x: Tensor, first: Tensor) -> bool:
-    """Whether to run the factors as matrices on the unfolded input."""
+    """Whether the factors run as matrices on the unfolded input."""
     plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
     if not plain or x.ndim != 4 or isinstance(module.padding, str):
         return False
@@ -332,7 +338,7 @@ def _unfolds(module: Any, x: Tensor, first: Tensor) -> bool:
 
 
 def _on_rows(module: Any, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
-    """``weights`` one after the other on the patches of ``x``, each patch a row of a matrix."""
+    """Applies ``weights`` in turn to the patches of ``x``, each patch a row of a matrix."""
     patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
     rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
     for weight in weights[:-1]:

@@ -1,4 +1,4 @@
-"""Parameter groups for any torch optimizer: what weight decay means for a product of factors."""
+"""Parameter groups for any torch optimizer, with the weight decay of each factor of a product."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fxexpand.layers.parametrized import expanded_weights, originals
 from fxexpand.recipes import Skip
 from fxexpand.recipes.structure import Branches, Scale
 
-Target: TypeAlias = Literal["factors", "effective"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+Decayed: TypeAlias = Literal["factors", "effective"]
+DECAYED: tuple[Decayed, ...] = get_args(Decayed)
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, *, on: Target = "factors", decay_vectors: bool = False
+    model: nn.Module, weight_decay: float, *, on: Decayed = "factors", decay_vectors: bool = False
 ) -> list[dict[str, Any]]:
     """Groups of the parameters of ``model``, each with its ``weight_decay``, for any torch optimizer.
 
@@ -31,19 +31,19 @@ def param_groups(
     fast as it would a single weight.
 
     ``on="effective"``: λ/d on each factor, so that a step shrinks W itself by ``(1 - ηλ/d)^d``, which is
-    ``1 - ηλ`` up to (ηλ)²: what the step of the original network does to its weight. The factors keep their
+    ``1 - ηλ`` up to (ηλ)², the decay of the weight in a step of the original network. The factors keep their
     balance, and nothing depends on the form, on autocast, loss scaling, clipping or accumulation. (It is not
-    the gradient of ``λ/2 ||W||²`` through the factors: that one, like every gradient, is preconditioned by
+    the gradient of ``λ/2 ||W||²`` through the factors: that gradient, like every other, is preconditioned by
     the factors, and vanishes where they do.) Parts that do not scale, such as a skip, the identity among
-    branches or fixed taps, and scales next to layers, are left without decay; the layers in sequence with
-    them take the whole share.
+    branches or fixed taps, and scales next to layers, have no decay; the layers in sequence with them take
+    the whole share.
 
     Args:
         model: expanded or not; a plain weight gets λ.
         weight_decay: λ.
-        on: what λ is meant for.
+        on: the tensors that λ applies to.
         decay_vectors: decay biases, norms and scales too, that is, all parameters with less than two
-            dimensions; as usual they are left alone by default.
+            dimensions; by default they have no decay, as usual.
 
     Returns:
         One group per value of ``weight_decay``, in the order of their first parameters, each parameter once.
@@ -54,8 +54,8 @@ def param_groups(
         InexactError: ``on="effective"`` and a block for which no shares exist: a BatchNorm inside, or a skip
             around everything.
     """
-    if on not in TARGETS:
-        raise SelectionError(f"on={on!r}: choose from {', '.join(TARGETS)}.")
+    if on not in DECAYED:
+        raise SelectionError(f"on={on!r}: choose from {', '.join(DECAYED)}.")
     if not isinstance(weight_decay, int | float) or not weight_decay >= 0:
         raise SelectionError(f"weight_decay={weight_decay!r}: choose a number, 0 or more.")
     shares = _shares(model) if on == "effective" else {}
@@ -72,57 +72,57 @@ def param_groups(
 def _shares(model: nn.Module) -> Mapping[int, float]:
     """The share of each factor, by id, in the decay of its product.
 
-    Raises: InexactError: a block has none.
+    Raises: InexactError: the factors of a block have no shares.
     """
     shares: dict[int, float] = {}
     for path, module in model.named_modules():
         if isinstance(module, Expanded):
             if module.normed:
                 raise InexactError(
-                    f"{path or type(module).__name__}: a BatchNorm inside undoes what decay does, so there "
-                    "is no effective weight to decay. Use on='factors'."
+                    f"{path or type(module).__name__}: a BatchNorm inside undoes the effect of decay, so "
+                    "there is no effective weight to decay. Use on='factors'."
                 )
             named = dict(module.expansion.named_parameters())
-            found = _of_block(path or type(module).__name__, module.expansion)
+            found = _block_shares(path or type(module).__name__, module.expansion)
             shares.update({id(named[name]): share for name, share in found.items()})
-        for name, held, expansion in expanded_weights(module):
+        for name, parametrization, expansion in expanded_weights(module):
             block = expansion.structure
-            found = _of_block(f"{path}.{name}".lstrip("."), block)
-            for (key, _), factor in zip(block.named_parameters(), originals(held), strict=True):
+            found = _block_shares(f"{path}.{name}".lstrip("."), block)
+            for (key, _), factor in zip(block.named_parameters(), originals(parametrization), strict=True):
                 shares[id(factor)] = found[key]
     return shares
 
 
-def _of_block(name: str, block: nn.Sequential) -> dict[str, float]:
-    if not _scales(block):
+def _block_shares(name: str, block: nn.Sequential) -> dict[str, float]:
+    if not _is_scalable(block):
         raise InexactError(
             f"{name}: multiplying the factors of this block does not multiply its weight, because of a skip "
             "or a fixed branch around everything. Use on='factors'."
         )
     found = dict.fromkeys((key for key, _ in block.named_parameters()), 0.0)
-    found.update(_shared_out(block, 1.0, ""))
+    found.update(_distributed(block, 1.0, ""))
     return found
 
 
-def _scales(part: nn.Module) -> bool:
-    """Whether multiplying parameters in it can multiply its output."""
+def _is_scalable(part: nn.Module) -> bool:
+    """Whether multiplying its parameters can multiply its output."""
     if isinstance(part, Branches):
-        return all(_scales(branch) for branch in part)
+        return all(_is_scalable(branch) for branch in part)
     if isinstance(part, nn.Sequential):
-        return not isinstance(part, Skip) and any(_scales(inner) for inner in part)
+        return not isinstance(part, Skip) and any(_is_scalable(inner) for inner in part)
     return isinstance(part, nn.Linear | _ConvNd | Scale)
 
 
-def _shared_out(part: nn.Module, share: float, prefix: str) -> Iterator[tuple[str, float]]:
-    """(name of a weight, its share): equal ones along a sequence, the whole one in each branch."""
+def _distributed(part: nn.Module, share: float, prefix: str) -> Iterator[tuple[str, float]]:
+    """(name of a weight, its share): equal shares along a sequence, the whole share in each branch."""
     if isinstance(part, Branches):
         for name, branch in part.named_children():
-            yield from _shared_out(branch, share, f"{prefix}{name}.")
+            yield from _distributed(branch, share, f"{prefix}{name}.")
     elif isinstance(part, nn.Sequential):
-        scaling = [(name, inner) for name, inner in part.named_children() if _scales(inner)]
-        # Scales are vectors, which usually do not decay: only where there is nothing else to take the share.
-        scaling = [pair for pair in scaling if not isinstance(pair[1], Scale)] or scaling
-        for name, inner in scaling:
-            yield from _shared_out(inner, share / len(scaling), f"{prefix}{name}.")
+        scalable = [(name, inner) for name, inner in part.named_children() if _is_scalable(inner)]
+        # Scales are vectors, which usually do not decay: they take the share only where nothing else can.
+        scalable = [pair for pair in scalable if not isinstance(pair[1], Scale)] or scalable
+        for name, inner in scalable:
+            yield from _distributed(inner, share / len(scalable), f"{prefix}{name}.")
     else:
         yield f"{prefix}weight", share

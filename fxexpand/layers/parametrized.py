@@ -1,9 +1,9 @@
-"""Expansion in weight space: a parameter that is computed from factors, whoever reads it and however.
+"""Expansion in weight space: a parameter that is computed from factors, whichever module reads it.
 
-This is for weights that no layer of ours can stand in for: embeddings, packed attention projections,
+Weights that no expanded layer can replace are expanded so: embeddings, packed attention projections,
 recurrent weights, layers with their own forward, weights shared by several modules, plain parameters used in
-F.linear or matmul. ``torch.nn.utils.parametrize`` puts a property in the parameter's place, so every reader
-sees the product.
+F.linear or matmul. ``torch.nn.utils.parametrize`` replaces the parameter by a property, so every reader sees
+the product.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch.nn.utils import parametrize
 
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.lower import laid_out_as
-from fxexpand.layers.products import Held, exact_products, matrix_chain, state, unhooked
+from fxexpand.layers.products import ProductCache, exact_products, matrix_chain, unhooked, version
 from fxexpand.layers.rewritten import replace_original
 from fxexpand.recipes import Recipe, fold
 from fxexpand.running.finite import require_finite
 
-_ORDER = "_fxexpand_order"  # of a module's parameters before the first was expanded
+_ORDER = "_fxexpand_order"  # attribute with the order of a module's parameters before any was expanded
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class View:
             ``(out, in/groups, *k)``; ``"conv_transpose"``: ``(in, out/groups, *k)``; ``"flat"``:
             ``(out, ...)`` with all other dimensions as inputs.
         transposed: a matrix stored as ``(*batch, in, out)``.
-        blocks: a matrix of that many maps stacked on its rows (query, key and value; the gates of an LSTM).
+        blocks: number of maps whose matrices are stacked (query, key and value; the gates of an LSTM).
         groups: of a convolution.
     """
 
@@ -82,35 +82,35 @@ class WeightExpansion(nn.Module):
     """A parametrization: parameter = product of factors. ``right_inverse`` is the factorisation.
 
     Args:
-        view: how the parameter is read.
-        recipe: what builds the factors.
-        block: as built for the parameter; its weights become the parametrization's originals.
+        view: how the parameter is read as a kernel.
+        recipe: builds the factors.
+        block: built for the parameter; its weights become the originals of the parametrization.
     """
 
     def __init__(self, view: View, recipe: Recipe, block: nn.Sequential) -> None:
         super().__init__()
         self.view = view
         self.recipe = recipe
-        self.held: Held | None = None  # products that ``accumulate`` keeps
+        self.product_cache: ProductCache | None = None  # set by ``accumulate``
         self._chain = matrix_chain(block)
         self._planned: tuple[Tensor, ...] | None = tuple(p.detach() for p in block.parameters())
-        # In a list, so that torch does not see it as a submodule: it has shapes and structure, but no values.
+        # In a list, so that torch does not register it as a submodule: it has a structure, but no values.
         self._structure = [block.to("meta")]
 
     def forward(self, *factors: Tensor) -> Tensor:
-        """The parameter, in its own shape; the same tensor at every read within ``reading_once``."""
-        if self.held is not None:
-            return self.held.leaf("weight", partial(self._formed, *factors))
-        if torch.compiler.is_compiling() or self not in _READING.products:
-            return self._formed(*factors)
-        states = [(id(factor), *state(factor)) for factor in factors]
-        made_of = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *states
-        kept = _READING.products[self]
-        if kept is None or kept[0] != made_of:
-            _READING.products[self] = kept = made_of, factors, self._formed(*factors)
+        """The parameter, in its own shape; the same tensor at every read within ``kept_product``."""
+        if self.product_cache is not None:
+            return self.product_cache.leaf("weight", partial(self._product, *factors))
+        if torch.compiler.is_compiling() or self not in _KEPT.products:
+            return self._product(*factors)
+        versions = [(id(factor), *version(factor)) for factor in factors]
+        key = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions
+        kept = _KEPT.products[self]
+        if kept is None or kept[0] != key:
+            _KEPT.products[self] = kept = key, factors, self._product(*factors)
         return kept[2]
 
-    def _formed(self, *factors: Tensor) -> Tensor:
+    def _product(self, *factors: Tensor) -> Tensor:
         with exact_products(factors[0]), unhooked():
             if self._chain is not None:
                 product = self._chain.product(factors, self._chain.whole)
@@ -120,16 +120,16 @@ class WeightExpansion(nn.Module):
         return laid_out_as(weight, factors[0])
 
     @contextmanager
-    def reading_once(self) -> Iterator[None]:
-        """Form the product at the first read only. (A compiler finds equal products by itself.)"""
-        if self in _READING.products:  # a forward within a forward of the same module
+    def kept_product(self) -> Iterator[None]:
+        """Compute the product at the first read only. (A compiler finds equal products by itself.)"""
+        if self in _KEPT.products:  # a forward within a forward of the same module
             yield
             return
-        _READING.products[self] = None
+        _KEPT.products[self] = None
         try:
             yield
         finally:
-            del _READING.products[self]
+            del _KEPT.products[self]
 
     @property
     def structure(self) -> nn.Sequential:
@@ -145,7 +145,7 @@ class WeightExpansion(nn.Module):
         return self.factor(value)
 
     def factor(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Factors for ``value``, as at the first expansion."""
+        """Factors for ``value``, from the recipe."""
         with exact_products(value):
             block = self.recipe.build(self.view.kernel(value.detach()))
         return tuple(factor.detach() for factor in block.parameters())
@@ -156,7 +156,7 @@ class WeightExpansion(nn.Module):
         return laid_out_as(self.view.parameter(fold(self._structure[0], wide).weight), factors[0])
 
     def block(self, factors: Sequence[Tensor]) -> nn.Module:
-        """The factors as the layers they are, to run on activations."""
+        """The block with these factors, to run on activations."""
         block = copy.deepcopy(self._structure[0]).to_empty(device=factors[0].device)
         for target, factor in zip(block.parameters(), factors, strict=True):
             target.data = factor.detach()
@@ -167,21 +167,21 @@ class WeightExpansion(nn.Module):
         return f"{tuple(self.view.shape)}, recipe={self.recipe}"
 
 
-class _Reading(threading.local):
-    """Modules whose forward this thread runs, each with (what its product was made of, the factors, it).
+class _KeptProducts(threading.local):
+    """The expansions whose module this thread runs, each with (key of the factors, factors, product).
 
-    Each thread has its own: two that train one model must not go backwards through the same graph.
+    Each thread has its own: two threads that train one model must not go backwards through the same graph.
     """
 
     def __init__(self) -> None:
         self.products: dict[WeightExpansion, tuple[Any, tuple[Tensor, ...], Tensor] | None] = {}
 
 
-_READING = _Reading()
+_KEPT = _KeptProducts()
 
 
 def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpansion) -> None:
-    """Put ``expansion`` in place of a parameter, in every module that owns it: one set of factors for all."""
+    """Replace a parameter by ``expansion`` in every module that owns it, with one set of factors for all."""
     shared: nn.Module | None = None
     for module, name in owners:
         module.__dict__.setdefault(_ORDER, list(module._parameters))
@@ -194,7 +194,7 @@ def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpa
         hooks = module._load_state_dict_pre_hooks.values()
         if load_original not in [getattr(hook, "hook", None) for hook in hooks]:
             module.register_load_state_dict_pre_hook(load_original)  # type: ignore[no-untyped-call]
-        _read_once_per_forward(module)
+        _keep_products_per_forward(module)
         if isinstance(module, nn.RNNBase):
             _compute_flat_weights(module)
 
@@ -202,8 +202,8 @@ def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpa
 def restore_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Undo ``expand_weight`` for one owner.
 
-    Not by ``parametrize.remove_parametrizations``: it deletes the property from a class that deep copies of
-    the module share, which would break them.
+    ``parametrize.remove_parametrizations`` deletes the property from a class that deep copies of the module
+    share, which would break them; here the module gets another class.
     """
     lists = _lists(module)
     del lists[name]
@@ -230,30 +230,32 @@ def restore_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
 def expanded_weights(
     module: nn.Module,
 ) -> Iterator[tuple[str, parametrize.ParametrizationList, WeightExpansion]]:
-    """(name, its list of parametrizations, ours) of each parameter of ``module`` expanded in weight space."""
+    """(name, its ParametrizationList, its expansion) of each parameter that is expanded in weight space."""
     if not parametrize.is_parametrized(module):
         return
-    for name, held in _lists(module).items():
-        if isinstance(held, parametrize.ParametrizationList) and isinstance(held[0], WeightExpansion):
-            yield name, held, held[0]
+    for name, parametrization in _lists(module).items():
+        if isinstance(parametrization, parametrize.ParametrizationList):
+            expansion = parametrization[0]
+            if isinstance(expansion, WeightExpansion):
+                yield name, parametrization, expansion
 
 
-def originals(held: parametrize.ParametrizationList) -> list[Tensor]:
-    """The factors behind a parameter."""
-    return [getattr(held, f"original{i}") for i in range(held.ntensors)]
+def originals(parametrization: parametrize.ParametrizationList) -> list[Tensor]:
+    """The factors of a parameter."""
+    return [getattr(parametrization, f"original{i}") for i in range(parametrization.ntensors)]
 
 
 def load_original(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """A hook before loading: the original parameter in a checkpoint is factored in its place."""
+    """A hook before loading: the original parameter in a checkpoint is replaced by its factors."""
     error_msgs: list[str] = _[-1]
-    for name, held, expansion in expanded_weights(module):
+    for name, parametrization, expansion in expanded_weights(module):
         inside = f"{prefix}parametrizations.{name}.original"
         error_msgs += replace_original(
             state_dict,
             prefix + name,
-            _numbered(inside, originals(held)),
+            _numbered(inside, originals(parametrization)),
             shape=expansion.view.shape,
             kind=type(module).__name__.removeprefix("Parametrized"),
             factor=partial(_factored, expansion, inside),
@@ -269,8 +271,8 @@ def _numbered(inside: str, factors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{inside}{i}": factor for i, factor in enumerate(factors)}
 
 
-def _read_once_per_forward(module: nn.Module) -> None:
-    """Many modules read a weight several times: nn.MultiheadAttention does, to choose among its kernels."""
+def _keep_products_per_forward(module: nn.Module) -> None:
+    """For modules that read a weight several times, as nn.MultiheadAttention does to choose its kernel."""
     cls: Any = type(module)  # made for this module by parametrize
     original = cls.__bases__[0].forward
 
@@ -280,14 +282,14 @@ def _read_once_per_forward(module: nn.Module) -> None:
             return original(self, *args, **kwargs)
         with ExitStack() as stack:
             for _, _, expansion in expanded_weights(self):
-                stack.enter_context(expansion.reading_once())
+                stack.enter_context(expansion.kept_product())
             return original(self, *args, **kwargs)
 
     cls.forward = forward
 
 
 def _compute_flat_weights(module: nn.RNNBase) -> None:
-    """Have a recurrent layer collect its weights at every use: a kept product would hold an old graph."""
+    """Let a recurrent layer collect its weights at every use: a kept product would have an old graph."""
 
     def collect(self: nn.RNNBase) -> list[Tensor | None]:
         return [getattr(self, name, None) for name in self._flat_weights_names]

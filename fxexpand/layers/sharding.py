@@ -1,4 +1,4 @@
-"""Sharded models and tensors, without loading torch.distributed where nothing is sharded."""
+"""Sharded models and tensors; torch.distributed is loaded only if something is sharded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def sharded_part(model: nn.Module) -> str | None:
-    """The path of the first module that ``fully_shard`` was called on; None where there is none."""
+    """The path of the first module that ``fully_shard`` was called on; None if there is none."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not loaded: nothing is sharded
     if fsdp is None:
         return None
@@ -20,7 +20,7 @@ def sharded_part(model: nn.Module) -> str | None:
 
 
 def placed_as(value: Tensor, target: Tensor) -> Tensor:
-    """``value`` as it must be to be written into ``target``: of a sharded one, rank 0's values in shards."""
+    """``value`` with the placement of ``target``: for a sharded target, the values of process 0 in shards."""
     mesh = getattr(target, "device_mesh", None)
     if mesh is None:
         return value

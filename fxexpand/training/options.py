@@ -14,7 +14,7 @@ from fxexpand.reporting.options import option
 
 if TYPE_CHECKING:
     from fxexpand.layers.expanded import Form
-    from fxexpand.layers.param_groups import Target
+    from fxexpand.layers.param_groups import Decayed
     from fxexpand.recipes import Init
 
 OptimizerName: TypeAlias = Literal["sgd", "adamw"]
@@ -80,7 +80,7 @@ class Settings:
     warmup: float = option(0.0, "Epochs in which the learning rate rises.")
     optimizer: OptimizerName = option("adamw", "sgd (Nesterov momentum of 0.9) or adamw.")
     weight_decay: float = option(0.0, "Of weights; not of biases and norms.")
-    decay_on: Target = option("factors", "factors, or the effective weight.")
+    decay_on: Decayed = option("factors", "factors, or the effective weight.")
     clip: float = option(0.0, "Largest norm of the gradients; 0 for any.")
     accumulate: int = option(1, "Micro-batches per step.")
     amp: Precision = option("off", "Autocast: bf16, fp16 (with loss scaling) or off.")
@@ -94,14 +94,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         from fxexpand.layers.expanded import FORMS
-        from fxexpand.layers.param_groups import TARGETS
+        from fxexpand.layers.param_groups import DECAYED
         from fxexpand.recipes import INITS
 
         for name, known in (
             ("init", INITS),
             ("form", FORMS),
             ("optimizer", OPTIMIZERS),
-            ("decay_on", TARGETS),
+            ("decay_on", DECAYED),
             ("amp", PRECISIONS),
         ):
             if getattr(self, name) not in known:

@@ -88,7 +88,7 @@ MOVED = {
     "files": "reporting.files",
     "finite": "running.finite",
     "flops": "running.flops",
-    "geometry": "kernel.geometry",
+    "geometry": "kernel.geometry kernel.alignment",
     "graph": "tracing.edit",
     "inputs": "running.inputs",
     "latency": "deploy.latency",

@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fxexpand.running.copying import copied
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call, copy, tensors
 
-# What models raise where an input is of another shape, or None: transformers look at the attributes of None.
+# Errors of models for an input of another shape, or for None, whose attributes transformers look up.
 _OF_INPUTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 _INPUT = re.compile(r"(?P<shape>\d+(?:[,x]\d+)*)(?::(?P<dtype>\w+))?")
@@ -45,8 +45,8 @@ def load_model(name: str, *, meta: bool = False) -> nn.Module:
     """The model called ``name``, with random weights; nothing is downloaded.
 
     Args:
-        meta: build it on the meta device, without memory for weights, where its constructor can do that; on
-            the CPU otherwise.
+        meta: build it on the meta device, without memory for weights, if its constructor can do that, else on
+            the CPU.
 
     Raises:
         SelectionError: no such library, model, module or factory; the message names the closest ones.
@@ -65,10 +65,10 @@ def load_model(name: str, *, meta: bool = False) -> nn.Module:
 
 
 def default_inputs(name: str, model: nn.Module) -> ExampleInputs | None:
-    """What ``model``, which was loaded as ``name``, says of itself that it takes; one example, on the CPU.
+    """One example input for ``model``, loaded as ``name``, on the CPU; None where its size is unknown.
 
-    timm says it in ``pretrained_cfg``, torchvision with the weights it offers, transformers in the
-    configuration. None where nothing is said.
+    timm has the size in ``pretrained_cfg``, torchvision in the transforms of the weights it offers,
+    transformers in the configuration.
     """
     source = name.partition(":")[0]
     shape: Sequence[int] | None = None
@@ -84,8 +84,8 @@ def default_inputs(name: str, model: nn.Module) -> ExampleInputs | None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a checkpoint strictly: safetensors, or a state dict that ``torch.save`` wrote.
 
-    A tensor that the model has under several names needs one of them in the file: safetensors keep no more.
-    Nothing is unpickled: torch reads the second kind with ``weights_only=True``.
+    A tensor that the model has under several names needs one of them in the file: safetensors store no more.
+    Nothing is unpickled: torch reads its own files with ``weights_only=True``.
 
     Raises:
         SelectionError: the file cannot be read, is neither, or does not fit the model; the message names the
@@ -97,24 +97,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not _is_usable(value, built.get(key)):
             raise UnusableWeightError(f"{path}: {key!r} holds NaN or Inf. Take an earlier checkpoint.")
-    wanted = model.state_dict(keep_vars=True)  # which are the model's own, the same one under all its names
-    held = {id(tensor): state[key] for key, tensor in wanted.items() if key in state}
-    state |= {
-        key: held[id(tensor)] for key, tensor in wanted.items() if id(tensor) in held and key not in state
-    }
-    missing = [key for key in wanted if key not in state]
-    extra = [key for key in state if key not in wanted]
-    if missing or extra:
-        if any(".expansion." in key or ".parametrizations." in key for key in extra):
-            raise SelectionError(
-                f"{path}: holds the weights of an expanded model. Say with --recipe how it was expanded, "
-                "where a command takes that; or save fxexpand.fused_state_dict(model) instead."
-            )
-        problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model lacks"
-        more = len(missing) + len(extra) - 1
-        raise SelectionError(f"{path}: {problem}{f' ({more} more names differ)' if more else ''}.")
+    wanted = model.state_dict(keep_vars=True)  # the model's own tensors: one tensor under all of its names
+    by_tensor = {id(tensor): state[key] for key, tensor in wanted.items() if key in state}
+    tied = {key: by_tensor[id(tensor)] for key, tensor in wanted.items() if id(tensor) in by_tensor}
+    for key, value in tied.items():
+        state.setdefault(key, value)
+    _require_names(path, wanted, state)
     versions = OrderedDict(state)
-    # Of the layers, which safetensors do not keep; MNASNet asks for them.
+    # The versions of the layers, which safetensors do not store; MNASNet asks for them.
     versions._metadata = getattr(state, "_metadata", built._metadata)  # type: ignore[attr-defined]
     try:
         model.load_state_dict(versions)
@@ -122,10 +112,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise SelectionError(f"{path}: {_last_line(error)}") from error
 
 
+def _require_names(path: Path, wanted: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raises: SelectionError: the file lacks a name of the model, or has another one."""
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted]
+    if not missing and not extra:
+        return
+    if any(".expansion." in key or ".parametrizations." in key for key in extra):
+        raise SelectionError(
+            f"{path}: holds the weights of an expanded model. Say with --recipe how it was expanded, "
+            "where a command takes that; or save fxexpand.fused_state_dict(model) instead."
+        )
+    problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model lacks"
+    more = len(missing) + len(extra) - 1
+    raise SelectionError(f"{path}: {problem}{f' ({more} more names differ)' if more else ''}.")
+
+
 def example_input(text: str, device: torch.device | str = "cpu") -> Tensor:
     """A tensor for ``1,3,224,224`` or ``1,16:int64``: normal random numbers, or zeros and ones.
 
-    Raises: SelectionError: it is written in another way.
+    Raises: SelectionError: the text has another form.
     """
     match = _INPUT.fullmatch(text.strip())
     if match is None:
@@ -144,9 +150,9 @@ def example_input(text: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 def require_accepts(model: nn.Module, inputs: ExampleInputs) -> None:
-    """Run the model once, so that inputs it cannot take are a clear error before any work is done.
+    """Run the model once, so that inputs of a wrong shape are a clear error before any work is done.
 
-    Raises: SelectionError: the model's own error, in one line.
+    Raises: SelectionError: the model raised; the message has its own error in one line.
     """
     shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(inputs))
     try:
@@ -181,7 +187,7 @@ def _from_torchvision(name: str, meta: bool) -> nn.Module:
 
 
 def _torchvision_shape(name: str) -> tuple[int, ...] | None:
-    """Of the images, or of the videos of 16 frames, that the weights on offer were trained on."""
+    """The shape of the images, or of the videos of 16 frames, that the weights on offer were trained on."""
     models = _library("torchvision").models
     offered = models.get_model_weights(name)
     if not len(offered):
@@ -208,7 +214,7 @@ def _transformers_inputs(model: nn.Module) -> ExampleInputs | None:
     config: Any = model.config
     if getattr(model, "main_input_name", "") == "input_ids":
         tokens = torch.arange(1, 17).unsqueeze(0)
-        # A cache is no tensor, and nothing for a file of ONNX to return.
+        # A cache is no tensor, so no ONNX file can return it.
         return {"input_ids": tokens, **({"use_cache": False} if getattr(config, "use_cache", False) else {})}
     size = getattr(config, "image_size", None)
     if getattr(model, "main_input_name", "") != "pixel_values" or not isinstance(size, int):
@@ -295,13 +301,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_usable(value: Tensor, built: object) -> bool:
-    """Whether all of it is finite, but for the infinities that the model was built with, as in a mask."""
-    odd = ~torch.isfinite(value)
-    if not bool(odd.any()):
+    """Whether all values are finite, except infinities that the model was built with, as in a mask."""
+    infinite = ~torch.isfinite(value)
+    if not bool(infinite.any()):
         return True
     if not isinstance(built, Tensor) or built.shape != value.shape or built.is_meta:
         return False
-    return torch.equal(built[odd].to(value), value[odd])  # never, where there is a NaN
+    return torch.equal(built[infinite].to(value), value[infinite])  # a NaN equals nothing
 
 
 def _library(name: str, extra: str = "vision") -> Any:
@@ -319,6 +325,6 @@ _LIBRARIES: dict[str, Callable[[str, bool], nn.Module]] = {
 
 
 def _last_line(error: BaseException) -> str:
-    """The end of a message of several lines: torch puts what went wrong last."""
+    """The last line of a message: torch puts the cause there."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

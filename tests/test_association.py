@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import apply, compose, compose_all
-from fxexpand.kernel.geometry import Geometry, Tree, association, composition, composition_macs
+from fxexpand.kernel.geometry import Association, Geometry, association, composition, composition_macs
 from tests.compare import assert_same
 from tests.kernels import geometries, in_turn, kernel, outputs
 
 
-def trees(start: int, stop: int) -> list[Tree]:
+def trees(start: int, stop: int) -> list[Association]:
     """All associations of the kernels ``start`` to ``stop``."""
     if stop - start == 1:
         return [start]
@@ -25,7 +25,7 @@ def trees(start: int, stop: int) -> list[Tree]:
     return [(a, b) for split in splits for a in trees(start, split) for b in trees(split, stop)]
 
 
-def cost(tree: Tree, chain: tuple[Geometry, ...]) -> tuple[int, Geometry] | None:
+def cost(tree: Association, chain: tuple[Geometry, ...]) -> tuple[int, Geometry] | None:
     """Multiply-adds along a tree and what it composes to; None where a step is refused."""
     if isinstance(tree, int):
         return 0, chain[tree]

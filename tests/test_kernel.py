@@ -19,7 +19,6 @@ from fxexpand.kernel.algebra import (
     apply,
     cast,
     concat,
-    exchanged,
     identity,
     macs,
     native_weight,
@@ -27,6 +26,7 @@ from fxexpand.kernel.algebra import (
     scale,
     split,
 )
+from fxexpand.kernel.taps import exchanged
 from tests.compare import assert_different, assert_same, relative_error
 from tests.kernels import MODES, definition, geometries, kernel
 

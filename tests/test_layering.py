@@ -33,7 +33,7 @@ ORDER = [
 
 INSIDE = {
     "reporting": ["closest", "options", "files", "table", "rows", "progress", "html", "figures"],
-    "kernel": ["geometry", "algebra", "library_layers", "modules", "lower"],
+    "kernel": ["geometry", "alignment", "taps", "algebra", "library_layers", "modules", "lower"],
     "recipes": [
         *("recipe", "fixed", "structure", "factors", "parts"),
         *("chain", "expandnet", "branches", "doconv", "selection"),

@@ -1,8 +1,9 @@
 """Affine maps as values: when two of them compose to one kernel, and its numbers.
 
-``geometry`` decides whether a composition is exact and gives its stride, padding and dilation; ``algebra``
-has ``Kernel`` and its laws; ``modules`` reads the kernel of a torch layer, ``library_layers`` that of layers
-of other libraries; ``lower`` makes the layer of a kernel.
+``geometry`` decides whether a composition is exact and gives its stride, padding and dilation; ``alignment``
+does so for a sum; ``taps`` has the laws on weights, ``algebra`` those on ``Kernel``; ``modules`` reads the
+kernel of a torch layer, ``library_layers`` that of a layer of another library; ``lower`` makes the layer of a
+kernel.
 """
 
 from fxexpand.kernel.algebra import (
@@ -14,7 +15,6 @@ from fxexpand.kernel.algebra import (
     compose,
     compose_all,
     concat,
-    exchanged,
     identity,
     macs,
     native_weight,
@@ -24,6 +24,7 @@ from fxexpand.kernel.algebra import (
 )
 from fxexpand.kernel.lower import is_channels_last, laid_out_as, to_module
 from fxexpand.kernel.modules import LAYERS, NORMS, describe, kernel_of
+from fxexpand.kernel.taps import exchanged
 
 __all__ = [
     "FLOATING",

@@ -16,41 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxexpand.errors import InexactError
+from fxexpand.kernel.alignment import alignment
 from fxexpand.kernel.geometry import (
-    Composition,
+    Association,
     Geometry,
     Padding,
-    Placement,
-    Tree,
-    alignment,
     association,
     composition,
     output_padding,
 )
+from fxexpand.kernel.taps import CONV_TRANSPOSE, embedded, exchanged, flipped, product, regrouped
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """An affine map on channels-first data; of rank 0 (a Linear) it acts on the last dimension.
+    """An affine map on channels-first data. A kernel of rank 0 (a Linear) acts on the last dimension.
 
     Attributes:
-        weight: (out, in/groups, *k), of transposed kernels too.
+        weight: (out, in/groups, *k), for transposed kernels too.
         bias: (out,), or None.
-        stride: one per spatial dimension; () stands for ones, as for the next two.
-        padding: (before, after) per spatial dimension; negative values crop. Of a transposed kernel, the rows
-            cropped from its full output, that is (padding, padding − output_padding) of the module; negative
-            values add rows that hold the bias.
-        dilation: one per spatial dimension.
-        groups: blocks of channels that do not mix.
-        transposed: whether this is a transposed convolution.
-        padding_mode: of a plain kernel, as in ``torch.nn.Conv2d``.
+        stride: one per spatial dimension; () stands for ones.
+        padding: (before, after) per spatial dimension, in rows; negative values crop; () stands for zeros. A
+            transposed kernel crops these rows from its full output: (padding, padding − output_padding) of
+            the module; negative values add rows that hold the bias.
+        dilation: one per spatial dimension; () stands for ones.
+        groups: number of blocks of channels that do not mix.
+        transposed: whether the kernel is a transposed convolution.
+        padding_mode: as in ``torch.nn.Conv2d``; a transposed kernel has none.
     """
 
     weight: Tensor
@@ -94,12 +90,12 @@ class Kernel:
 
     @property
     def pointwise(self) -> bool:
-        """One tap, stride 1, no padding: each position depends on the input at that position only."""
+        """Whether it has one tap, stride 1 and no padding, so that each output depends on one position."""
         return self.geometry.pointwise
 
     @property
     def geometry(self) -> Geometry:
-        """All but the numbers."""
+        """The kernel without its numbers."""
         return Geometry(
             out_channels=self.out_channels,
             in_channels=self.in_channels,
@@ -140,8 +136,8 @@ def compose(outer: Kernel, inner: Kernel) -> Kernel:
     plan = composition(outer.geometry, inner.geometry)
     if isinstance(plan, str):
         raise InexactError(plan)
-    last = _flipped(outer.weight) if plan.flip_outer else outer.weight
-    first = _flipped(inner.weight) if plan.flip_inner else inner.weight
+    last = flipped(outer.weight) if plan.flip_outer else outer.weight
+    first = flipped(inner.weight) if plan.flip_inner else inner.weight
     bias = outer.bias
     if inner.bias is not None:
         taps = last.flatten(2).sum(2) if outer.rank else last
@@ -150,8 +146,8 @@ def compose(outer: Kernel, inner: Kernel) -> Kernel:
         bias = constant if bias is None else bias + constant
     groups = inner.groups
     if plan.result.groups not in (groups, outer.groups):
-        first, groups = _regrouped(first, groups, plan.result.groups), plan.result.groups
-    return _with(plan.result, _product(last, outer.groups, first, groups, plan), bias)
+        first, groups = regrouped(first, groups, plan.result.groups), plan.result.groups
+    return filled(plan.result, product(last, outer.groups, first, groups, plan), bias)
 
 
 def compose_all(kernels: Sequence[Kernel]) -> Kernel:
@@ -165,14 +161,14 @@ def compose_all(kernels: Sequence[Kernel]) -> Kernel:
         return kernels[0]
     if len(kernels) == 2:
         return compose(kernels[1], kernels[0])
-    tree = association(tuple(kernel.geometry for kernel in kernels))
-    if isinstance(tree, str):
-        raise InexactError(tree)
-    return _along(tree, kernels)
+    order = association(tuple(kernel.geometry for kernel in kernels))
+    if isinstance(order, str):
+        raise InexactError(order)
+    return _in_order(order, kernels)
 
 
 def add(a: Kernel, b: Kernel) -> Kernel:
-    """The sum of two maps of one source: ``w[t] = a.w[t] + b.w[t]`` with t = d a − p, the place of a tap.
+    """The sum of two maps of one source: ``w[t] = a.w[t] + b.w[t]`` with t = d a − p, the position of a tap.
 
     The taps of both are embedded in the smallest common lattice (a centred 1x1 in a 3x3, a 3x3 of dilation 2
     beside one of dilation 1 in a 5x5); groups become the greatest common divisor; biases add.
@@ -189,10 +185,10 @@ def add(a: Kernel, b: Kernel) -> Kernel:
     if isinstance(plan, str):
         raise InexactError(plan)
     groups, size = plan.result.groups, plan.result.kernel_size
-    one = _embedded(_regrouped(a.weight, a.groups, groups), plan.placements[0], size)
-    two = _embedded(_regrouped(b.weight, b.groups, groups), plan.placements[1], size)
+    one = embedded(regrouped(a.weight, a.groups, groups), plan.placements[0], size)
+    two = embedded(regrouped(b.weight, b.groups, groups), plan.placements[1], size)
     bias = a.bias if b.bias is None else b.bias if a.bias is None else a.bias + b.bias
-    return _with(plan.result, one + two, bias)
+    return filled(plan.result, one + two, bias)
 
 
 def scale(kernel: Kernel, factor: Tensor | float) -> Kernel:
@@ -228,7 +224,8 @@ def concat(kernels: Sequence[Kernel]) -> Kernel:
     """The outputs of maps of one source, stacked on the channels: weights and biases are stacked.
 
     Kernels of different sizes are embedded as in :func:`add`, whose condition for exactness holds here too,
-    channels of the output aside; a missing bias is zeros. Groups become 1: the parts take all of the source.
+    output channels aside; a missing bias counts as zeros. Groups become 1, as every part reads the whole
+    source.
 
     Raises: InexactError with the reason; ValueError for no kernels.
     """
@@ -241,17 +238,17 @@ def concat(kernels: Sequence[Kernel]) -> Kernel:
     if isinstance(plan, str):
         raise InexactError(plan)
     placed = zip(dense, plan.placements, strict=True)
-    weight = torch.cat([_embedded(k.weight, place, plan.result.kernel_size) for k, place in placed])
+    weight = torch.cat([embedded(k.weight, place, plan.result.kernel_size) for k, place in placed])
     bias = None
     if plan.result.bias:
         bias = torch.cat([k.weight.new_zeros(k.out_channels) if k.bias is None else k.bias for k in dense])
-    return _with(plan.result, weight, bias)
+    return filled(plan.result, weight, bias)
 
 
 def split(kernel: Kernel, sizes: Sequence[int]) -> list[Kernel]:
     """The maps to consecutive blocks of output channels: rows of weight and bias. Always exact.
 
-    Groups become 1: every part takes all of the source.
+    Groups become 1, as every part reads the whole source.
 
     Raises: InexactError where the sizes do not add up to the output channels.
     """
@@ -266,7 +263,7 @@ def split(kernel: Kernel, sizes: Sequence[int]) -> list[Kernel]:
 
 
 def regroup(kernel: Kernel, groups: int) -> Kernel:
-    """The same map written with fewer groups, zeros filled in. Exact iff ``groups`` divides the kernel's.
+    """The same map with fewer groups, and zeros filled in. Exact iff ``groups`` divides the kernel's groups.
 
     Raises: InexactError where it does not.
     """
@@ -274,7 +271,7 @@ def regroup(kernel: Kernel, groups: int) -> Kernel:
         raise InexactError(f"a kernel of {kernel.groups} groups cannot be written with {groups}.")
     if groups == kernel.groups:
         return kernel
-    return replace(kernel, weight=_regrouped(kernel.weight, kernel.groups, groups), groups=groups)
+    return replace(kernel, weight=regrouped(kernel.weight, kernel.groups, groups), groups=groups)
 
 
 def cast(kernel: Kernel, dtype: torch.dtype) -> Kernel:
@@ -291,133 +288,56 @@ def macs(kernel: Kernel) -> int:
 def apply(kernel: Kernel, x: Tensor) -> Tensor:
     """Run the kernel on ``x``: (*, in) for rank 0, else (batch, in, *spatial) or (in, *spatial)."""
     if kernel.rank == 0:
-        return F.linear(x, _regrouped(kernel.weight, kernel.groups, 1), kernel.bias)
+        return F.linear(x, regrouped(kernel.weight, kernel.groups, 1), kernel.bias)
     if kernel.transposed:
         return _apply_transposed(kernel, x)
     before = tuple(side[0] for side in kernel.padding)
     symmetric = all(first == last >= 0 for first, last in kernel.padding)
     if not symmetric or kernel.geometry.mode not in (None, "zeros"):
-        x, before = _padded(x, kernel.padding, kernel.padding_mode), (0,) * kernel.rank
+        x, before = padded(x, kernel.padding, kernel.padding_mode), (0,) * kernel.rank
     convolve = _CONV[kernel.rank]
     return convolve(x, kernel.weight, kernel.bias, kernel.stride, before, kernel.dilation, kernel.groups)
 
 
 def native_weight(kernel: Kernel) -> Tensor:
-    """The weight as torch stores it: (in, out/groups, *k) for a transposed kernel, else as it is."""
+    """The weight in torch's layout: (in, out/groups, *k) if transposed, else (out, in/groups, *k)."""
     return exchanged(kernel.weight, kernel.groups) if kernel.transposed else kernel.weight
 
 
-def exchanged(weight: Tensor, groups: int) -> Tensor:
-    """(g a, b, *k) as (g b, a, *k): from torch's layout of a transposed weight to a kernel's, and back."""
-    if groups == 1:
-        return weight.transpose(0, 1)
-    size = weight.shape[2:]
-    blocks = weight.reshape(groups, -1, weight.shape[1], *size).transpose(1, 2)
-    return blocks.reshape(-1, blocks.shape[2], *size)
-
-
 def _apply_transposed(kernel: Kernel, x: Tensor) -> Tensor:
-    convolve, weight = _CONV_TRANSPOSE[kernel.rank], native_weight(kernel)
+    convolve, weight = CONV_TRANSPOSE[kernel.rank], native_weight(kernel)
     extra = output_padding(kernel.geometry)
     if extra is not None:
         crop = tuple(side[0] for side in kernel.padding)
         return convolve(x, weight, kernel.bias, kernel.stride, crop, extra, kernel.groups, kernel.dilation)
     full = convolve(x, weight, None, kernel.stride, 0, 0, kernel.groups, kernel.dilation)
-    y = _padded(full, tuple((-before, -after) for before, after in kernel.padding), "zeros")
+    y = padded(full, tuple((-before, -after) for before, after in kernel.padding), "zeros")
     # The bias comes after the crop: rows past the full output hold it too.
     return y if kernel.bias is None else y + kernel.bias.reshape(-1, *(1,) * kernel.rank)
 
 
-def _padded(x: Tensor, padding: Padding, mode: str) -> Tensor:
-    """``x`` padded, then cropped: a crop may reach into the padding, and modes copy from the whole input."""
+def padded(x: Tensor, padding: Padding, mode: str) -> Tensor:
+    """``x`` padded, then cropped: a crop may reach into the padding, and modes copy from the whole input.
+
+    Args:
+        padding: (before, after) per spatial dimension; negative values crop.
+        mode: as in ``torch.nn.Conv2d``.
+    """
     sides = [side for pair in reversed(padding) for side in pair]  # torch counts from the last dimension
     if max(sides) > 0:
         x = F.pad(x, [max(side, 0) for side in sides], mode="constant" if mode == "zeros" else mode)
     return F.pad(x, [min(side, 0) for side in sides]) if min(sides) < 0 else x
 
 
-def _product(last: Tensor, last_groups: int, first: Tensor, first_groups: int, plan: Composition) -> Tensor:
-    """``w[spacing b + inner_spacing a] += last[b] first[a]``, channels multiplied as matrices, per group.
-
-    last (out, hid/g2, *k2), first (hid, in/g1, *k1), where one of g1, g2 divides the other. Neither is filled
-    up with zeros: each group of the finer grouping meets its own rows or columns of the coarser one.
-    """
-    size, last_size, first_size = plan.result.kernel_size, last.shape[2:], first.shape[2:]
-    out, (hidden, columns) = last.shape[0], first.shape[:2]
-    groups, rows = max(last_groups, first_groups), out // last_groups
-    parts = groups // last_groups  # how many groups of the finer grouping are in one of the outer kernel's
-    if all(k == 1 for k in last_size):  # (g, rows, hid/g) @ (g, hid/g, in/g1 k1)
-        channels_last = _is_channels_last(first)
-        source = first.movedim(1, -1) if channels_last else first
-        shape = source.shape[1:]
-        if groups == 1:
-            product = last.reshape(out, hidden) @ source.reshape(hidden, -1)
-        else:
-            factor = last.reshape(last_groups, rows, parts, hidden // groups).transpose(1, 2)
-            source = source.reshape(groups, hidden // groups, -1)
-            product = factor.reshape(groups, rows, hidden // groups) @ source
-        product = product.reshape(last_groups, parts, rows, *shape).transpose(1, 2)
-        product = product.movedim(-1, 3) if channels_last else product
-        return product.reshape(out, -1, *size)
-    if all(k == 1 for k in first_size):  # (g, rows k2, hid/g) @ (g, hid/g, in/g1)
-        channels_last = _is_channels_last(last)
-        taps = last.reshape(last_groups, rows, parts, hidden // groups, *last_size)
-        taps = taps.transpose(1, 2).movedim(3, -1).reshape(groups, -1, hidden // groups)
-        product = taps @ first.reshape(groups, hidden // groups, columns)
-        product = product.reshape(last_groups, parts, rows, *last_size, columns).transpose(1, 2)
-        product = product.movedim(-1, 3).reshape(out, -1, *size)
-        return product if channels_last else product.contiguous()
-    # The outer taps are images, which a transposed convolution spreads by the inner taps.
-    images = last.reshape(last_groups, rows, -1, *last_size).transpose(0, 1).reshape(rows, hidden, *last_size)
-    spread = _CONV_TRANSPOSE[len(size)]
-    product = spread(images, first, None, plan.spacing, 0, 0, groups, plan.inner_spacing)
-    return product.reshape(rows, last_groups, -1, *size).transpose(0, 1).reshape(out, -1, *size)
+def _in_order(order: Association, kernels: Sequence[Kernel]) -> Kernel:
+    if isinstance(order, int):
+        return kernels[order]
+    inner, outer = order
+    return compose(_in_order(outer, kernels), _in_order(inner, kernels))
 
 
-def _is_channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
-
-
-def _regrouped(weight: Tensor, groups: int, fewer: int) -> Tensor:
-    """(out, in/groups, *k) as (out, in/fewer, *k): the blocks of each new group on its diagonal."""
-    if groups == fewer:
-        return weight
-    out, columns, *size = weight.shape
-    blocks = weight.reshape(fewer, groups // fewer, out // groups, columns, *size).movedim(1, -1)
-    return torch.diag_embed(blocks, dim1=1, dim2=3).reshape(out, -1, *size)
-
-
-def _flipped(weight: Tensor) -> Tensor:
-    dims = [dim for dim in range(2, weight.ndim) if weight.shape[dim] > 1]
-    return weight.flip(dims) if dims else weight
-
-
-def _embedded(weight: Tensor, place: Placement, size: tuple[int, ...]) -> Tensor:
-    """The taps at their places among ``size`` taps, zeros elsewhere."""
-    if place.flip:
-        weight = _flipped(weight)
-    if tuple(weight.shape[2:]) == size:
-        return weight
-    for dim, spacing in enumerate(place.spacing, start=2):
-        taps = weight.shape[dim]
-        if spacing > 1 and taps > 1:
-            gaps = [0, 0] * (weight.ndim - dim - 1) + [0, spacing - 1]
-            weight = F.pad(weight.unsqueeze(dim + 1), gaps).flatten(dim, dim + 1)
-            weight = weight.narrow(dim, 0, (taps - 1) * spacing + 1)
-    sides: list[int] = []
-    for offset, taps, total in zip(place.offset, weight.shape[2:], size, strict=True):
-        sides = [offset, total - taps - offset, *sides]
-    return F.pad(weight, sides)
-
-
-def _along(tree: Tree, kernels: Sequence[Kernel]) -> Kernel:
-    if isinstance(tree, int):
-        return kernels[tree]
-    inner, outer = tree
-    return compose(_along(outer, kernels), _along(inner, kernels))
-
-
-def _with(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Kernel:
+def filled(geometry: Geometry, weight: Tensor, bias: Tensor | None = None) -> Kernel:
+    """The kernel of a geometry with these numbers."""
     return Kernel(
         weight,
         bias,
@@ -428,6 +348,3 @@ def _with(geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Kernel:
         geometry.transposed,
         geometry.padding_mode,
     )
-
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""The geometry of affine maps: which positions a kernel reads, and when two kernels are one kernel.
+"""The geometry of affine maps: the positions that a kernel reads, and when two kernels in a row are one.
 
 Everything here is integers. A plain kernel with taps a, stride s, dilation d and padding p (before) computes
 
@@ -8,8 +8,8 @@ and a transposed one, whose padding counts the rows cropped from its full output
 
     y[s n + d a − p]        (and b everywhere),
 
-per spatial dimension; all spatial dimensions are independent of each other. The functions answer with a plan
-for the weights, or with the reason (a string) why no single kernel computes the same for every input.
+per spatial dimension; all spatial dimensions are independent of each other. The functions return a plan for
+the weights, or the reason (a string) why no single kernel computes the same for every input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 
 Padding: TypeAlias = tuple[tuple[int, int], ...]
-Tree: TypeAlias = "int | tuple[Tree, Tree]"
+Association: TypeAlias = "int | tuple[Association, Association]"
 
 AFTER_BIAS = "zero padding follows a bias. Put the bias on the last factor."
 AFTER_TAPS = (
@@ -34,7 +34,7 @@ AFTER_TAPS = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """All of a kernel but its numbers; see :class:`fxexpand.kernel.Kernel` for the fields."""
+    """A kernel without its numbers; :class:`fxexpand.kernel.Kernel` documents the fields."""
 
     out_channels: int
     in_channels: int
@@ -64,7 +64,7 @@ class Geometry:
 
     @property
     def padded(self) -> bool:
-        """Whether a plain kernel reads anything but its input, so that its padding mode matters."""
+        """Whether a plain kernel reads padding, so that its padding mode matters."""
         return not self.transposed and any(before > 0 or after > 0 for before, after in self.padding)
 
     @property
@@ -97,9 +97,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Composition:
-    """How the taps of two kernels make those of one.
+    """The geometry of two kernels in a row, and how their taps make those of the result.
 
     On the lattice of the result's taps, outer tap b and inner tap a meet at ``spacing b + inner_spacing a``.
+    A kernel with a true ``flip`` is written in the other form first, with its taps in reverse order.
     """
 
     result: Geometry
@@ -109,27 +110,10 @@ class Composition:
     inner_spacing: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the taps of one kernel lie on the lattice of the common one: tap a at ``offset + spacing a``."""
-
-    flip: bool
-    offset: tuple[int, ...]
-    spacing: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """The common geometry of several kernels (channels as the first one's), and where each lies in it."""
-
-    result: Geometry
-    placements: tuple[Placement, ...]
-
-
 def composition(outer: Geometry, inner: Geometry) -> Composition | str:
     """The geometry of ``outer`` after ``inner``, or the reason why it is not that of one kernel.
 
-    The laws are those of :func:`fxexpand.kernel.compose`. Answers are remembered: training asks every step.
+    :func:`fxexpand.kernel.compose` states the laws. Answers are cached, as training asks at every step.
     """
     if torch.compiler.is_compiling():  # dynamo follows plain Python, but warns at a cache
         return _composition(outer, inner)
@@ -138,43 +122,46 @@ def composition(outer: Geometry, inner: Geometry) -> Composition | str:
 
 def _composition(outer: Geometry, inner: Geometry) -> Composition | str:
     if outer.rank != inner.rank:
-        return _rank_reason(outer, inner)
+        return rank_reason(outer, inner)
     if outer.in_channels != inner.out_channels:
         return (
             f"the inner kernel gives {inner.out_channels} channels, the outer one takes {outer.in_channels}."
         )
-    flip_outer = flip_inner = False
-    if outer.transposed != inner.transposed:
-        plain, other = (inner, outer) if outer.transposed else (outer, inner)
-        # The transposed form is preferred: a ConvTranspose and its pointwise factors stay a ConvTranspose.
-        turn_plain = plain.turnable
-        if not turn_plain and not other.turnable:
-            return (
-                "one kernel is transposed with a stride, the other plain with a stride or a padding mode: in "
-                "general no single kernel does both. Put the stride on the transposed kernel."
-            )
-        flip_outer = turn_plain != outer.transposed
-        flip_inner = not flip_outer
-        outer, inner = (outer.turned(), inner) if flip_outer else (outer, inner.turned())
-    reason = _transposed_reason(outer, inner) if outer.transposed else _plain_reason(outer, inner)
+    transposed = common_form((outer, inner))
+    if transposed is None:
+        return (
+            "one kernel is transposed with a stride, the other plain with a stride or a padding mode: in "
+            "general no single kernel does both. Put the stride on the transposed kernel."
+        )
+    flip_outer, flip_inner = outer.transposed != transposed, inner.transposed != transposed
+    outer, inner = (outer.turned() if flip_outer else outer), (inner.turned() if flip_inner else inner)
+    reason = _transposed_reason(outer, inner) if transposed else _plain_reason(outer, inner)
     if reason is not None:
         return reason
 
+    result, spacing, inner_spacing = _merged(outer, inner)
+    return Composition(result, flip_outer, flip_inner, spacing, inner_spacing)
+
+
+def _merged(outer: Geometry, inner: Geometry) -> tuple[Geometry, tuple[int, ...], tuple[int, ...]]:
+    """The geometry of two kernels of one form in a row, and the spacings of outer and inner taps in it.
+
+    The stride s of one kernel, the inner of two plain ones and the outer of two transposed ones, spaces the
+    taps and the padding of the other: its dilation counts s times, and the padding is ``p + s p_other``.
+    """
+    fine, coarse = (outer, inner) if outer.transposed else (inner, outer)
     size, dilation, padding, spacing, inner_spacing = [], [], [], [], []
-    for i in range(outer.rank):
-        k1, k2, d1, d2 = inner.kernel_size[i], outer.kernel_size[i], inner.dilation[i], outer.dilation[i]
-        if outer.transposed:
-            scale = outer.stride[i]
-            step1, step2, p, q = scale * d1, d2, inner.padding[i], outer.padding[i]
-        else:
-            scale = inner.stride[i]
-            step1, step2, p, q = d1, scale * d2, outer.padding[i], inner.padding[i]
+    for i, stride in enumerate(fine.stride):
+        k1, k2 = inner.kernel_size[i], outer.kernel_size[i]
+        step1 = inner.dilation[i] * (stride if outer.transposed else 1)
+        step2 = outer.dilation[i] * (1 if outer.transposed else stride)
         step = step1 if k2 == 1 else step2 if k1 == 1 else gcd(step1, step2)
         spacing.append(step2 // step if k2 > 1 else 1)
         inner_spacing.append(step1 // step if k1 > 1 else 1)
         size.append(spacing[-1] * (k2 - 1) + inner_spacing[-1] * (k1 - 1) + 1)
         dilation.append(step)
-        padding.append((q[0] + scale * p[0], q[1] + scale * p[1]))
+        p, q = fine.padding[i], coarse.padding[i]
+        padding.append((p[0] + stride * q[0], p[1] + stride * q[1]))
     result = Geometry(
         out_channels=outer.out_channels,
         in_channels=inner.in_channels,
@@ -187,14 +174,28 @@ def _composition(outer: Geometry, inner: Geometry) -> Composition | str:
         padding_mode=outer.mode or inner.mode or "zeros",
         bias=outer.bias or inner.bias,
     )
-    return Composition(result, flip_outer, flip_inner, tuple(spacing), tuple(inner_spacing))
+    return result, tuple(spacing), tuple(inner_spacing)
 
 
 _remembered_composition = lru_cache(maxsize=4096)(_composition)
 
 
+def common_form(geometries: Sequence[Geometry]) -> bool | None:
+    """Whether to write all kernels transposed (True) or plain (False); None where neither form fits them all.
+
+    The transposed form is preferred: a ConvTranspose and its pointwise factors stay a ConvTranspose.
+    """
+    forms = {g.transposed for g in geometries}
+    if len(forms) == 1:
+        return geometries[0].transposed
+    for transposed in (True, False):
+        if all(g.transposed == transposed or g.turnable for g in geometries):
+            return transposed
+    return None
+
+
 def _plain_reason(outer: Geometry, inner: Geometry) -> str | None:
-    """Why the outer kernel may not read past the ends of the inner one's output; None where it may.
+    """The reason why the outer kernel may not read past the ends of the inner one's output; None if it may.
 
     Zeros there are right where the inner kernel, continued, meets none of its input. Its last tap at position
     −v before the start, the nearest that is read, is at ``d1 (k1 − 1) − s1 v − p1``, which must be negative;
@@ -223,11 +224,11 @@ def _plain_reason(outer: Geometry, inner: Geometry) -> str | None:
 
 
 def _transposed_reason(outer: Geometry, inner: Geometry) -> str | None:
-    """Why two transposed kernels are not one; None where they are.
+    """The reason why two transposed kernels are not one; None where they are.
 
     The merged kernel sees the rows that the inner one crops. The nearest to the border, v rows out, reaches
-    ``d2 (k2 − 1) − s2 v − p2``, which must be negative too: both sides alike. A bias stays constant iff each
-    output sums all taps.
+    ``d2 (k2 − 1) − s2 v − p2``, which must be negative on both sides. A bias stays constant iff each output
+    sums all taps.
     """
     for i, sides in enumerate(inner.padding):
         span, stride = outer.span[i], outer.stride[i]
@@ -247,26 +248,28 @@ def _transposed_reason(outer: Geometry, inner: Geometry) -> str | None:
 
 
 def _nearest(geometry: Geometry, dim: int, padding: int) -> int:
-    """How near outside the border a tap ``s n + d a − padding`` comes (n ≥ 0); 0 where none is outside."""
+    """The least distance outside the border of a tap ``s n + d a − padding`` (n ≥ 0); 0 for none outside."""
     stride, dilation = geometry.stride[dim], geometry.dilation[dim]
     outside = [dilation * tap - padding for tap in range(geometry.kernel_size[dim])]
     return min([stride - at % stride for at in outside if at < 0] or [0])
 
 
-def association(geometries: tuple[Geometry, ...]) -> Tree | str:
-    """The association of a chain (first applied first) with the fewest multiply-adds, or why there is none.
+def association(geometries: tuple[Geometry, ...]) -> Association | str:
+    """The association of a chain (first applied first) with the fewest multiply-adds, or why none is exact.
 
-    A tree of indices: ``((0, 1), 2)`` composes 1 after 0 first. Matrix-chain ordering (Cormen et al.,
-    Introduction to Algorithms, section 15.2), kernel sizes counted, over the associations that are exact.
+    The result is a nested pair of indices: ``((0, 1), 2)`` composes 1 after 0 first.
+
+    Source: matrix-chain ordering (Cormen et al., Introduction to Algorithms, section 15.2), with kernel sizes
+    in the cost, over the associations that are exact.
     """
     if torch.compiler.is_compiling():
         return _association(geometries)
     return _remembered_association(geometries)
 
 
-def _association(geometries: tuple[Geometry, ...]) -> Tree | str:
+def _association(geometries: tuple[Geometry, ...]) -> Association | str:
     count = len(geometries)
-    best: dict[tuple[int, int], tuple[int, Geometry, Tree]] = {
+    best: dict[tuple[int, int], tuple[int, Geometry, Association]] = {
         (i, i + 1): (0, geometry, i) for i, geometry in enumerate(geometries)
     }
     for width in range(2, count + 1):
@@ -275,14 +278,14 @@ def _association(geometries: tuple[Geometry, ...]) -> Tree | str:
             for split in range(start + 1, stop):
                 if (start, split) not in best or (split, stop) not in best:
                     continue
-                inner_cost, inner, inner_tree = best[start, split]
-                outer_cost, outer, outer_tree = best[split, stop]
+                inner_cost, inner, inner_order = best[start, split]
+                outer_cost, outer, outer_order = best[split, stop]
                 step = composition(outer, inner)
                 if isinstance(step, str):
                     continue
                 cost = inner_cost + outer_cost + composition_macs(outer, inner)
                 if (start, stop) not in best or cost < best[start, stop][0]:
-                    best[start, stop] = (cost, step.result, (inner_tree, outer_tree))
+                    best[start, stop] = (cost, step.result, (inner_order, outer_order))
     if (0, count) in best:
         return best[0, count][2]
     result = geometries[0]
@@ -298,76 +301,22 @@ _remembered_association = lru_cache(maxsize=4096)(_association)
 
 
 def composition_macs(outer: Geometry, inner: Geometry) -> int:
-    """The multiply-adds it takes to compose the weights of two kernels."""
+    """Multiply-adds to compose the weights of two kernels."""
     shared = gcd(outer.groups, inner.groups)
     regrouped = 1 if shared in (outer.groups, inner.groups) else inner.groups // shared
     return outer.macs * inner.macs * regrouped // max(inner.out_channels, 1)
 
 
 def output_padding(geometry: Geometry) -> tuple[int, ...] | None:
-    """The ``output_padding`` with which torch's transposed convolution crops as asked; None if it cannot."""
+    """The ``output_padding`` of torch's transposed convolution that crops these rows; None if none does."""
     sides = zip(geometry.padding, geometry.stride, geometry.dilation, strict=True)
     if any(p < 0 or not 0 <= p - q < max(s, d) for (p, q), s, d in sides):
         return None
     return tuple(p - q for p, q in geometry.padding)
 
 
-def alignment(geometries: Sequence[Geometry]) -> Alignment | str:
-    """One geometry that holds several kernels of the same source and output positions, or why there is none.
-
-    Tap a of a kernel lies at ``d a − p``, plain or transposed; the common taps are the smallest regular
-    lattice that holds all. The output lengths agree for every input iff stride and padding − span do.
-    """
-    first = geometries[0]
-    for other in geometries[1:]:
-        if other.rank != first.rank:
-            return _rank_reason(first, other)
-        if other.in_channels != first.in_channels:
-            return f"the kernels take {first.in_channels} and {other.in_channels} channels."
-        if other.stride != first.stride:
-            return f"the kernels differ in stride: {first.stride} and {other.stride}."
-    turned = [False] * len(geometries)
-    if len({g.transposed for g in geometries}) == 2:
-        transposed = all(g.transposed or g.turnable for g in geometries)
-        if not transposed and not all(g.turnable for g in geometries if g.transposed):
-            return "one kernel is transposed, one plain, and a stride or a padding mode keeps them apart."
-        turned = [g.transposed != transposed for g in geometries]
-    shapes = [g.turned() if turn else g for g, turn in zip(geometries, turned, strict=True)]
-    modes = sorted({g.mode for g in shapes if g.mode is not None})
-    if len(modes) > 1:
-        return f"the kernels pad in different modes: {' and '.join(modes)}."
-    size, padding, dilation = [], [], []
-    offsets: list[list[int]] = [[] for _ in shapes]
-    spacings: list[list[int]] = [[] for _ in shapes]
-    for i in range(first.rank):
-        lengths = {sum(g.padding[i]) - g.span[i] for g in shapes}
-        if len(lengths) > 1:
-            return "the kernels give outputs of different lengths: padding − dilation (size − 1) differs."
-        before = max(g.padding[i][0] for g in shapes)
-        steps = [g.dilation[i] for g in shapes if g.kernel_size[i] > 1]
-        # All of one tap at one place: any dilation is right, and the first one's is kept.
-        step = gcd(*steps, *(before - g.padding[i][0] for g in shapes)) or shapes[0].dilation[i]
-        span = max(before - g.padding[i][0] + g.span[i] for g in shapes)
-        for g, offset, spacing in zip(shapes, offsets, spacings, strict=True):
-            offset.append((before - g.padding[i][0]) // step)
-            spacing.append(g.dilation[i] // step if g.kernel_size[i] > 1 else 1)
-        size.append(span // step + 1)
-        dilation.append(step)
-        padding.append((before, lengths.pop() + span - before))
-    result = replace(
-        shapes[0],
-        kernel_size=tuple(size),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
-        groups=gcd(*(g.groups for g in shapes)),
-        padding_mode=modes[0] if modes else "zeros",
-        bias=any(g.bias for g in shapes),
-    )
-    placed = zip(turned, offsets, spacings, strict=True)
-    return Alignment(result, tuple(Placement(t, tuple(o), tuple(s)) for t, o, s in placed))
-
-
-def _rank_reason(one: Geometry, two: Geometry) -> str:
+def rank_reason(one: Geometry, two: Geometry) -> str:
+    """The reason why kernels of different spatial ranks do not combine."""
     if 0 in (one.rank, two.rank):
         return (
             "a Linear mixes the last dimension, a convolution the channel dimension: "

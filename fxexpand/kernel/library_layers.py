@@ -1,4 +1,4 @@
-"""Layers of libraries that are affine or half affine: frozen norms, norm+act, weights made by hooks."""
+"""Layers of other libraries that are affine in whole or in part: frozen norms, norm+act, weights by hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxexpand.errors import InexactError
 
-# The norm+act modules of timm, and the BatchNorm that is their first half.
+# The norm+act modules of timm, with the BatchNorm that each starts with.
 _NORM_ACT: dict[str, type[nn.Module]] = {
     "BatchNormAct2d": nn.BatchNorm2d,
     "FrozenBatchNormAct2d": nn.BatchNorm2d,
@@ -23,7 +23,7 @@ _NORM_ACT: dict[str, type[nn.Module]] = {
 
 
 def frozen_norm(module: nn.Module) -> bool:
-    """Whether it is torchvision's FrozenBatchNorm2d: BatchNorm by buffers alone, in training mode too."""
+    """Whether it is torchvision's FrozenBatchNorm2d, a BatchNorm by buffers alone in both modes."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("torchvision.ops.misc", "FrozenBatchNorm2d")
 
@@ -38,7 +38,7 @@ def norm_and_rest(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     inside = {name: part for name, part in module._modules.items() if name in ("drop", "act")}
     norm.__dict__.update(module.__dict__)
     norm.__dict__.update(_modules={})
-    if kind.__name__.startswith("Frozen"):  # buffers alone, in training mode too
+    if kind.__name__.startswith("Frozen"):  # by buffers alone, in both modes
         norm.__dict__.update(training=False, momentum=0.1, affine=True, track_running_stats=True)
         norm.__dict__["num_features"] = int(norm.__dict__["_buffers"]["running_mean"].numel())
     if set(inside) != set(module._modules):
@@ -70,7 +70,7 @@ def weight_by_hooks(module: nn.Module) -> list[Any]:
 
 
 def without_hooks(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The module with the weights that ``weight_by_hooks`` compute, as plain tensors; in ``dtype`` if given.
+    """The module with the weights of its ``weight_by_hooks`` as plain tensors; in ``dtype`` if given.
 
     Raises: InexactError: every call in training mode computes another weight.
     """

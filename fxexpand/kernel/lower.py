@@ -1,4 +1,4 @@
-"""From a kernel to the stock module that computes it."""
+"""The stock module that computes a kernel, and the memory format of its weight."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def to_module(kernel: Kernel, *, copy: bool = True) -> nn.Module:
-    """An nn.Linear, ConvNd or ConvTransposeNd with the kernel's numbers.
+    """The nn.Linear, ConvNd or ConvTransposeNd with the kernel's numbers.
 
     The parameters are outside any graph, with the kernel's dtype, device (meta too), memory format and
     ``requires_grad``; no random number is drawn. A Linear has no groups, so zeros are filled in.
 
     Args:
-        copy: give the module memory of its own; without, a kernel that nobody else holds is handed over.
+        copy: give the module memory of its own; False gives it the tensors of a kernel without another owner.
 
     Raises: InexactError with the reason where no stock layer has the kernel's padding.
     """
@@ -51,16 +51,16 @@ def to_module(kernel: Kernel, *, copy: bool = True) -> nn.Module:
 
 
 def laid_out_as(weight: Tensor, like: Tensor) -> Tensor:
-    """``weight`` in the memory format of ``like``: channels-last if that is, else contiguous.
+    """``weight`` in the memory format of ``like``: channels-last if ``like`` is, else contiguous.
 
-    By strides, so that weights of one tap or one channel per group, which are contiguous either way, keep
-    theirs too: torch's convolutions go by them.
+    The strides decide, as they do for torch's convolutions: a weight of one tap or of one channel per group,
+    which is contiguous in both formats, keeps its format too.
     """
     if weight.ndim == like.ndim and weight.ndim in _CHANNELS_LAST:
         last = is_channels_last(like)
         if is_channels_last(weight) == last and (last or weight.is_contiguous()):
             return weight
-        # Not by contiguous(), which leaves the strides of a dimension of one alone.
+        # contiguous() alone would leave the strides of a dimension of length one.
         return weight.contiguous().to(
             memory_format=_CHANNELS_LAST[weight.ndim] if last else torch.contiguous_format
         )
@@ -77,7 +77,7 @@ def is_channels_last(tensor: Tensor) -> bool:
         if strides[dim] != step and shape[dim] != 1:
             return False
         step *= shape[dim]
-    # With one channel or one position it is contiguous too: only the strides tell what was meant.
+    # A tensor of one channel or one position is contiguous in both formats: its strides tell which is meant.
     return not tensor.is_contiguous() or (strides[-1] == shape[1] and step > shape[0])
 
 

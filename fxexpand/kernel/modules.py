@@ -1,7 +1,7 @@
-"""The one table from operators to kernels: which kernel a module computes, read from the module itself.
+"""The kernel that a module of torch computes, by its exact type, read from the module itself.
 
-Exact types only: a subclass may have a forward of its own, and a parametrised or hooked weight is not the one
-that is stored.
+A subclass is not read, as it may have a forward of its own. A weight that a parametrisation or a hook
+computes is not the stored one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel.algebra import Kernel, exchanged
+from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.geometry import Padding
 from fxexpand.kernel.library_layers import frozen_norm
+from fxexpand.kernel.taps import exchanged
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer type says about its kernel: spatial dimensions, and whether it is transposed."""
+    """The part of a kernel that the type of a layer settles: spatial dimensions, and the transposed form."""
 
     rank: int
     transposed: bool = False
@@ -49,26 +50,18 @@ NORMS: dict[type[nn.Module], Layer] = {
 
 
 def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype | None = None) -> Kernel:
-    """The kernel ``module`` computes, its tensors being the module's own (differentiable).
+    """The kernel that ``module`` computes, differentiable with respect to the module's own tensors.
 
     Args:
         module: a Linear, ConvNd, ConvTransposeNd, or a BatchNormNd in evaluation mode.
         rank: spatial dimensions of a BatchNorm's kernel where the type does not settle it: a BatchNorm1d on
             (batch, channels), after a Linear, is of rank 0.
-        dtype: compute in this dtype; float64 for folds. A BatchNorm's ``γ / sqrt(σ² + ε)`` is computed in it,
-            and in no less than float32.
+        dtype: of the kernel, float64 for folds. A BatchNorm's ``γ / sqrt(σ² + ε)`` is computed in this dtype,
+            and in float32 at least.
 
     Raises: InexactError with the reason where the module is not one fixed affine map.
     """
-    kind = type(module)
-    layer = LAYERS.get(kind) or NORMS.get(kind) or (Layer(2) if frozen_norm(module) else None)
-    stored = (*module._parameters.values(), *module._buffers.values())
-    if any(type(tensor) in UNINITIALIZED for tensor in stored):  # not isinstance: torch 2.9 cannot compile it
-        raise InexactError("its parameters are not initialised yet. Run the model once first.")
-    if layer is None:
-        raise InexactError(_type_reason(module))
-    if "forward" in module.__dict__:
-        raise InexactError(f"this {kind.__name__} has a forward of its own, set on the instance.")
+    kind, layer = type(module), _layer_of(module)
     if kind not in LAYERS:
         return _norm(module, layer.rank if rank is None else rank, dtype)
     if rank not in (None, layer.rank):
@@ -97,8 +90,22 @@ def kernel_of(module: nn.Module, *, rank: int | None = None, dtype: torch.dtype 
     )
 
 
+def _layer_of(module: nn.Module) -> Layer:
+    """The row of the module's type; raises InexactError for a module that may compute something else."""
+    kind = type(module)
+    layer = LAYERS.get(kind) or NORMS.get(kind) or (Layer(2) if frozen_norm(module) else None)
+    stored = (*module._parameters.values(), *module._buffers.values())
+    if any(type(tensor) in UNINITIALIZED for tensor in stored):  # not isinstance: torch 2.9 cannot compile it
+        raise InexactError("its parameters are not initialised yet. Run the model once first.")
+    if layer is None:
+        raise InexactError(_type_reason(module))
+    if "forward" in module.__dict__:
+        raise InexactError(f"this {kind.__name__} has a forward of its own, set on the instance.")
+    return layer
+
+
 def stock_layer(kind: type[nn.Module], module: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    """A layer of a stock type with the attributes of ``module``, and these as its only parameters."""
+    """A layer of a stock type with the attributes of ``module``, and ``tensors`` as its only parameters."""
     layer: nn.Module = kind.__new__(kind)
     vars(layer).update(vars(module))
     vars(layer).update(_parameters=tensors, _modules={})
@@ -130,7 +137,7 @@ def describe(module: nn.Module) -> str:
 
 
 def same_padding(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Padding:
-    """``padding="same"`` as torch splits it: of an odd total, the larger part comes after."""
+    """``padding="same"`` as torch splits it: an odd total has its larger part after the input."""
     totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
 
@@ -146,8 +153,8 @@ def _padding(module: nn.modules.conv._ConvNd, layer: Layer) -> Padding:
 
 
 def _norm(module: nn.Module, rank: int, dtype: torch.dtype | None) -> Kernel:
-    held: Any = module
-    mean, variance, gamma, beta = held.running_mean, held.running_var, held.weight, held.bias
+    norm: Any = module
+    mean, variance, gamma, beta = norm.running_mean, norm.running_var, norm.weight, norm.bias
     if mean is None or variance is None:
         raise InexactError(
             "a BatchNorm without running statistics uses those of the batch, in evaluation mode too."
@@ -160,7 +167,7 @@ def _norm(module: nn.Module, rank: int, dtype: torch.dtype | None) -> Kernel:
     result = given[0] if dtype is None else dtype
     for other in given[1:] if dtype is None else ():
         result = torch.promote_types(result, other)
-    return norm_kernel(mean, variance, gamma, beta, held.eps, rank, result)
+    return norm_kernel(mean, variance, gamma, beta, norm.eps, rank, result)
 
 
 def norm_kernel(
@@ -185,7 +192,7 @@ def norm_kernel(
 
 
 def convolution(name: str, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any]) -> Kernel:
-    """The kernel of ``torch.nn.functional.conv2d`` and its kin, by name, from their arguments.
+    """The kernel of a call of ``torch.nn.functional.conv2d``, or of another convolution by its ``name``.
 
     Raises: InexactError: an argument is not known before the graph runs.
     """

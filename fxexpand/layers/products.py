@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError
-from fxexpand.kernel.geometry import Geometry, Tree, association
+from fxexpand.kernel.geometry import Association, Geometry, association
 from fxexpand.kernel.lower import is_channels_last
 from fxexpand.kernel.modules import LAYERS, kernel_of
 
@@ -44,7 +44,7 @@ class MatrixChain:
 
     groups: int
     sizes: tuple[int, ...]
-    orders: dict[Run, Tree]
+    orders: dict[Run, Association]
     plans: tuple[tuple[float, Plan], ...]
 
     @property
@@ -102,7 +102,7 @@ def _planned(geometries: Sequence[Geometry]) -> MatrixChain:
     first, count = geometries[0], len(geometries)
     sizes = (first.macs // first.out_channels, *(g.out_channels // g.groups for g in geometries))
     costs = {(i, i + 1): 0 for i in range(count)}
-    orders: dict[Run, Tree] = {}
+    orders: dict[Run, Association] = {}
     for start, stop in itertools.combinations(range(count + 1), 2):
         if stop - start > 1 and (count <= ENUMERATED or (start, stop) == (0, count)):
             order = association(tuple(geometries[start:stop]))
@@ -223,14 +223,14 @@ def _require_open(is_open: list[bool], gradient: Tensor) -> None:
         )
 
 
-def _multiplied(order: Tree, matrices: Sequence[Tensor]) -> Tensor:
+def _multiplied(order: Association, matrices: Sequence[Tensor]) -> Tensor:
     if isinstance(order, int):
         return matrices[order]
     inner, outer = order
     return _multiplied(outer, matrices) @ _multiplied(inner, matrices)
 
 
-def _cost(order: Tree, sizes: Sequence[int]) -> tuple[int, int, int]:
+def _cost(order: Association, sizes: Sequence[int]) -> tuple[int, int, int]:
     """Multiply-adds, rows and columns of a product in a given association."""
     if isinstance(order, int):
         return 0, sizes[order + 1], sizes[order]

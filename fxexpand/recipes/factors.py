@@ -1,4 +1,4 @@
-"""Initial weights of a chain: matrices whose product is given, or random ones.
+"""Initial weights of a chain: factors of a given matrix, or random ones.
 
 Matrices are batched: ``(groups, out, in)``, one block per group of a grouped kernel.
 """
@@ -22,23 +22,23 @@ BLOCK = 256  # rows below which a product is not worth splitting
 def balanced_factors(
     matrix: Tensor, hidden: int | Sequence[int], depth: int, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """``depth`` factors with product ``matrix``, first factor first, in the matrix' dtype.
+    """``depth`` factors with the product ``matrix``, first factor first, in the dtype of ``matrix``.
 
     With the singular value decomposition ``W = U S V^T``: ``W_1 = Q_1 S^(1/d) V^T``,
     ``W_j = Q_j S^(1/d) Q_(j-1)^T``, ``W_d = U S^(1/d) Q_(d-1)^T`` with random ``Q_j`` of orthonormal columns.
-    This is balanced, ``W_(j+1)^T W_(j+1) = W_j W_j^T``, the start from which Arora et al. derive the dynamics
-    of depth, and every hidden unit is in use.
+    The factors are balanced, ``W_(j+1)^T W_(j+1) = W_j W_j^T``, as Arora et al. assume at the start, and
+    every hidden unit is in use.
 
-    A direction in which ``W`` vanishes would leave all factors zero there, a saddle that no gradient leaves.
-    In such directions (below ``FLOOR`` of the largest value) all factors but one outer one keep the size of
-    the floor, and the outer one takes the rest, as a zero-initialised adapter does.
+    In a direction in which ``W`` vanishes all factors would be zero, a saddle that no gradient leaves. In
+    such directions (below ``FLOOR`` of the largest value) all factors but one outer factor keep the size of
+    the floor, and the outer factor takes the rest, as a zero-initialised adapter does.
 
-    Only the orthogonal side of the decomposition is computed, from the smaller Gram matrix; the other side is
-    ``U^T W`` itself, so the product is exact whatever the accuracy of the values.
+    Only the smaller orthogonal matrix is computed, from the smaller Gram matrix; the other side is ``U^T W``
+    itself, so the product is exact whatever the accuracy of the singular values.
 
     Args:
         matrix: ``(groups, out, in)``.
-        hidden: width between the factors, per group; or each of the ``depth - 1`` widths.
+        hidden: width between the factors, per group; or a list of the ``depth - 1`` widths.
 
     Raises: InexactError: ``hidden`` is below the rank of the matrix, so no such factors exist.
 
@@ -50,19 +50,11 @@ def balanced_factors(
     groups, out, inner = matrix.shape
     precise = matrix.dtype == torch.float64
     wide = matrix.detach().to(torch.float64 if precise else torch.float32)
-    largest = max(abs(float(value)) for value in torch.aminmax(wide))
-    if largest == 0.0 or 1e-6 < largest < 1e6:
-        largest = 1.0
+    largest = _magnitude(wide)
     unit = wide if largest == 1.0 else wide / largest  # squares neither overflow nor vanish
     tall = out > inner
-    side = unit.mT if tall else unit  # (groups, rank, longer)
-    basis = _eigenvectors(gram(side)).flip(-1)  # columns by falling value
-    # Orthonormal to the last bit: a Newton-Schulz step.
-    basis = 1.5 * basis - 0.5 * basis @ gram(basis.mT)
-    rest = basis.mT @ side
-    values = torch.linalg.vector_norm(rest, dim=-1)
-    top = float(values.amax())
-    narrow = min(widths)
+    basis, rest, values = _decomposed(unit.mT if tall else unit)
+    top, narrow = float(values.amax()), min(widths)
     if narrow < values.shape[-1]:
         lost = float(values[:, narrow:].amax())
         if lost > (1e-10 if precise else 1e-5) * top:
@@ -74,7 +66,7 @@ def balanced_factors(
         basis, rest, values = basis[..., :narrow], rest[:, :narrow], values[:, :narrow]
     size = torch.clamp(values, min=FLOOR * top if top > 0 else 1.0)
     scale = largest ** (1.0 / depth)
-    share = size.pow(1.0 / depth) * scale  # (groups, rank): what each factor carries
+    share = size.pow(1.0 / depth) * scale  # (groups, rank): the singular values of each factor
     remaining = scale / size.pow((depth - 1) / depth)
     turns = [Turn(groups, width, share.shape[-1], wide, generator) for width in widths]
     if tall:
@@ -87,10 +79,27 @@ def balanced_factors(
     return [factor.to(matrix.dtype) for factor in (first, *middle, last)]
 
 
+def _magnitude(matrix: Tensor) -> float:
+    """The largest absolute value, or 1.0 where squares of the values are in range as they are."""
+    largest = max(abs(float(value)) for value in torch.aminmax(matrix))
+    return 1.0 if largest == 0.0 or 1e-6 < largest < 1e6 else largest
+
+
+def _decomposed(side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal ``U``, ``U^T side`` and the singular values, by falling value.
+
+    ``side`` is ``(groups, rank, columns)``, ``U`` is ``(groups, rank, rank)``.
+    """
+    basis = _eigenvectors(gram(side)).flip(-1)
+    basis = 1.5 * basis - 0.5 * basis @ gram(basis.mT)  # a Newton-Schulz step: orthonormal to the last bit
+    rest = basis.mT @ side
+    return basis, rest, torch.linalg.vector_norm(rest, dim=-1)
+
+
 def gram(matrix: Tensor) -> Tensor:
     """``matrix @ matrix.mT`` for ``(groups, rows, columns)``, at about half the cost.
 
-    Of a symmetric result only the lower half is multiplied out, block by block, down to ``BLOCK`` rows.
+    The result is symmetric, so only its lower half is multiplied out, in blocks of at least ``BLOCK`` rows.
     """
     rows = matrix.shape[1]
     if rows <= BLOCK:
@@ -101,10 +110,10 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def _eigenvectors(symmetric: Tensor) -> Tensor:
-    """Columns by rising eigenvalue.
+    """Eigenvectors as columns, by rising eigenvalue.
 
-    Small ones on one thread of the CPU: LAPACK's threads meet at every column, and where another process
-    holds a core each meeting waits for the scheduler (25 times slower, measured on two busy cores).
+    Small matrices take one thread of the CPU: LAPACK's threads meet at every column, and where another
+    process has a core each meeting waits for the scheduler (25 times slower, measured on two busy cores).
     """
     threads = torch.get_num_threads()
     try:
@@ -117,10 +126,10 @@ def _eigenvectors(symmetric: Tensor) -> Tensor:
 
 
 class Turn:
-    """A random matrix ``Q (groups, rows, columns)`` with orthonormal columns, that is never written down.
+    """A random matrix ``Q (groups, rows, columns)`` with orthonormal columns, in implicit form.
 
-    ``Q`` is the first columns, with random signs, of the reflection ``I - 2 V V^T``, where ``V`` has up to
-    ``MIRRORS`` random orthonormal columns. That mixes all rows, and costs a fraction of a dense product.
+    ``Q`` has the first columns, with random signs, of the reflection ``I - 2 V V^T``, where ``V`` has up to
+    ``MIRRORS`` random orthonormal columns. It mixes all rows, at a fraction of the cost of a dense product.
     """
 
     def __init__(
@@ -176,13 +185,14 @@ def kaiming_factors(
     like: Tensor,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Kaiming-normal factors as Huh et al. draw them: gain 1, and sqrt(2) for the last, so that the product
-    keeps the variance of one layer.
+    """Kaiming-normal factors as Huh et al. draw them, whose product keeps the variance of one layer.
+
+    The last factor has gain sqrt(2), the others gain 1.
 
     Args:
-        shapes: of the weights ``(out, in/groups, *k)``, in order.
+        shapes: shapes ``(out, in/groups, *k)`` of the weights, first factor first.
         mode: ``"fan_out"`` (convolutions) or ``"fan_in"`` (Linear).
-        like: gives dtype and device.
+        like: tensor that gives dtype and device.
 
     Source: K. He et al., ICCV 2015; the gains are those of the code released by Huh et al.
     """

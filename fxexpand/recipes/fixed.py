@@ -1,8 +1,9 @@
 """Kernels that do not train: padding, averages, cosines, and all taps side by side.
 
 Their numbers are computed from the geometry whenever they are needed, so a block has no parameter and no
-buffer for them: nothing to save, nothing that an optimizer could change. Each acts on every channel by
-itself: ``(channels, *size)`` to ``(times * channels, *size)``, the outputs of a channel next to each other.
+buffer for them: there is nothing to save, and nothing that an optimizer could change. Each acts on every
+channel by itself, ``(channels, *size)`` to ``(times * channels, *size)``, with the outputs of a channel next
+to each other.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import math
 from abc import abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxexpand.kernel.algebra import Kernel, apply
+from fxexpand.kernel.algebra import Kernel, apply, filled, padded
 from fxexpand.kernel.geometry import Geometry, Padding
 
 
@@ -22,9 +22,9 @@ class Fixed(nn.Module):
     """A depthwise convolution with fixed taps.
 
     Args:
-        like: stride, padding, dilation and padding mode are those of this kernel, and the size too.
-        channels: that come in.
-        times: outputs per channel.
+        like: the kernel that gives size, stride, padding, dilation and padding mode.
+        channels: number of input channels.
+        times: number of outputs per channel.
     """
 
     def __init__(self, like: Kernel, channels: int, times: int = 1) -> None:
@@ -48,28 +48,20 @@ class Fixed(nn.Module):
 
     def kernel(self, like: Tensor) -> Kernel:
         """The kernel, in the dtype and on the device of ``like``."""
-        geometry = self.geometry
-        return Kernel(
-            self.taps(like),
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-            padding_mode=geometry.padding_mode,
-        )
+        return filled(self.geometry, self.taps(like))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, channels, *size)`` to ``(batch, times * channels, *size)``."""
         return apply(self.kernel(x), x)
 
     def extra_repr(self) -> str:
-        """What the kernel looks like."""
+        """Channels, size and padding."""
         g = self.geometry
         return f"{g.in_channels}, {g.out_channels}, kernel_size={g.kernel_size}, padding={g.padding}"
 
 
 class Average(Fixed):
-    """The mean over the taps, padding counted; with one tap and ``times > 1``, copies."""
+    """The mean over the taps, padding counted; with one tap and ``times > 1`` it copies every channel."""
 
     def taps(self, like: Tensor) -> Tensor:
         """``1 / number of taps`` everywhere."""
@@ -78,7 +70,7 @@ class Average(Fixed):
 
 
 class Taps(Fixed):
-    """Each tap as an output of its own (im2col); ``times`` is the number of taps."""
+    """Each tap as an output channel (im2col); ``times`` is the number of taps."""
 
     def __init__(self, like: Kernel, channels: int) -> None:
         super().__init__(like, channels, math.prod(like.kernel_size))
@@ -94,11 +86,13 @@ class Cosine(Fixed):
     """One frequency per channel, along one dimension: ``cos(π (a + ½) n / k)`` at tap a of k.
 
     The channels are divided evenly among the dimensions of more than one tap, and n counts from 1 in each
-    part. Source: the frequency prior of the code released with OREPA (arXiv 2204.00826), with k for 3.
+    part.
+
+    Source: the frequency prior of the code released with OREPA (arXiv 2204.00826), with k in place of 3.
     """
 
     def taps(self, like: Tensor) -> Tensor:
-        """Computed in float64, as the frequencies go up to the number of channels."""
+        """Cosines in float64, as the frequencies go up to the number of channels, then cast."""
         size, channels = self.geometry.kernel_size, self.geometry.out_channels
         dims = [dim for dim, k in enumerate(size) if k > 1]
         share = channels / len(dims)
@@ -114,7 +108,7 @@ class Cosine(Fixed):
 
 
 class Pad(Fixed):
-    """The identity with padding, in front of a block whose parts have none; negative values crop."""
+    """The identity with padding, in front of a block whose parts pad nothing; negative values crop."""
 
     def __init__(self, like: Kernel, padding: Padding) -> None:
         super().__init__(like, like.in_channels)
@@ -137,9 +131,5 @@ class Pad(Fixed):
         return like.new_ones((self.geometry.out_channels, 1, *self.geometry.kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """No convolution needed."""
-        sides = [side for pair in reversed(self.geometry.padding) for side in pair]
-        mode = self.geometry.mode or "zeros"
-        if max(sides) > 0:
-            x = F.pad(x, [max(side, 0) for side in sides], mode="constant" if mode == "zeros" else mode)
-        return F.pad(x, [min(side, 0) for side in sides]) if min(sides) < 0 else x
+        """``(batch, channels, *size)``, padded; no convolution is needed."""
+        return padded(x, self.geometry.padding, self.geometry.mode or "zeros")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fxexpand.kernel.algebra import Kernel, add, compose_all, identity, scale
-from fxexpand.kernel.geometry import Geometry, Tree, alignment, association, composition, composition_macs
+from fxexpand.kernel.alignment import alignment
+from fxexpand.kernel.geometry import Association, Geometry, association, composition, composition_macs
 from fxexpand.kernel.modules import kernel_of
 from fxexpand.recipes.fixed import Fixed, Pad
 
@@ -170,17 +171,17 @@ def _cost_and_shape(module: nn.Module) -> tuple[int, Geometry | None]:
     if isinstance(module, Branches):
         common = alignment(shapes)
         return inner, None if isinstance(common, str) else common.result
-    tree = association(shapes)
-    if isinstance(tree, str):
+    order = association(shapes)
+    if isinstance(order, str):
         return 0, None
-    outer, shape = _cost(tree, shapes)
+    outer, shape = _cost(order, shapes)
     return inner + outer, shape
 
 
-def _cost(tree: Tree, geometries: Sequence[Geometry]) -> tuple[int, Geometry]:
-    if isinstance(tree, int):
-        return 0, geometries[tree]
-    (before, inner), (after, outer) = (_cost(part, geometries) for part in tree)
+def _cost(order: Association, geometries: Sequence[Geometry]) -> tuple[int, Geometry]:
+    if isinstance(order, int):
+        return 0, geometries[order]
+    (before, inner), (after, outer) = (_cost(part, geometries) for part in order)
     joined = composition(outer, inner)
     assert not isinstance(joined, str)  # an association holds exact compositions only
     return before + after + composition_macs(outer, inner), joined.result

@@ -1,4 +1,4 @@
-"""Figures as SVG elements that stand alone, with no scripts, addresses or fonts; and the look they share."""
+"""Figures in one style, as SVG elements without scripts, addresses or fonts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _STYLE: Any = {
 
 
 def styled() -> AbstractContextManager[None]:
-    """The look of the plots.
+    """A context with the style of the plots.
 
     Raises: ImportError: matplotlib is not installed.
     """
@@ -65,8 +65,9 @@ def new_panels(count: int, height: float, columns: int = 3) -> tuple[Figure, Seq
 def svg(figure: Figure, name: str) -> str:
     """The figure as one ``<svg>`` element to be put into an HTML page.
 
-    The XML prologue, the metadata and the name spaces are left out: HTML needs none of them, and they hold
-    web addresses. ``name`` is the figure's label, and keeps its ids apart from those of other figures.
+    The XML prologue, the metadata and the name spaces are left out: HTML needs none of them, and they have
+    web addresses. ``name`` is the label of the figure and the prefix of its ids, so that ids of two figures
+    differ.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Write a complete file or none."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path``; a reader, or an interrupted run, sees the old file or the new one.
+    """Write ``content`` to ``path``; a reader sees the old file or the new one.
 
-    What a link points to is replaced, not the link.
+    An interrupted run leaves the old file. The target of a link is replaced, not the link.
 
     Raises: OSError: the folder does not exist or cannot be written to, or the disk is full; the error names
         ``path``, and nothing is left behind.
@@ -18,7 +18,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         _write(Path(os.path.realpath(path)), data)
-    except OSError as error:  # which names the draft, or nothing
+    except OSError as error:  # its own message names the draft, or no file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 

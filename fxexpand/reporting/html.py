@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: no scripts, no addresses, no fonts."""
+"""HTML pages in one file, without scripts, addresses or fonts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-si
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A whole page; ``parts`` are markup already."""
+    """A complete page; ``parts`` are markup."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -41,7 +41,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text; a cell that says NO stands out."""
+    """A table of plain text; a cell NO has a class of its own, ``failed``."""
 
     def line(row: Sequence[str], tag: str) -> str:
         cells = (
@@ -57,6 +57,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bullets(lines: Sequence[str], kind: str = "") -> str:
-    """A list of plain text; ``kind`` is its class."""
+    """A list of plain text; ``kind`` is its HTML class."""
     opening = f'<ul class="{kind}">' if kind else "<ul>"
     return opening + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

@@ -1,4 +1,4 @@
-"""Progress on stderr, for what may take more than two seconds."""
+"""Progress on stderr, for work that may take more than two seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def shows(progress: bool | None) -> bool:
-    """What is asked for; where nothing is (None), whether stderr is a terminal."""
+    """Whether to show progress: as asked for, and for None if stderr is a terminal."""
     return sys.stderr.isatty() if progress is None else progress
 
 
@@ -40,7 +40,7 @@ def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], I
 
 @contextmanager
 def at_work(title: str, progress: bool | None) -> Iterator[Callable[[str], None]]:
-    """As ``progress_bar``, where no one knows how much there is to do: takes the name of what is done now."""
+    """A progress bar for an unknown amount of work; the function that it gives shows the name of a step."""
     if not shows(progress):
         yield lambda name: None
         return
@@ -51,7 +51,7 @@ def at_work(title: str, progress: bool | None) -> Iterator[Callable[[str], None]
     now = TextColumn("{task.fields[name]}")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), now)
     start = time.monotonic()
-    # The stream of now: while models run, what they print to stderr goes elsewhere.
+    # sys.stderr is read here: while models run, their own output to stderr is redirected.
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(title, total=None, visible=progress is True, name="")
 

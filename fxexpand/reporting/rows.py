@@ -1,4 +1,4 @@
-"""What a pass did to each site it looked at, and why it left the others alone."""
+"""The result of a pass at each site: its action, and the reason."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ UNCHANGED = (REFUSED, LEFT)
 
 @dataclass(frozen=True)
 class Row:
-    """One site.
+    """The result at one site.
 
     Attributes:
         site: the dotted name of the module or parameter.
-        kind: what it is, with its sizes: ``Conv2d 64->64 k3 p1``.
-        action: ``"refused"``: cannot be done, ``reason`` says why; ``"left"``: not asked for, or no weight of
-            a linear map; any other verb: changed, as in ``"expanded"``, ``"fused"``, ``"factorized"``.
-        reason: for a changed site, what it became.
-        params_before, params_after: numbers of parameters of the site.
-        error: relative error measured on a random probe in float64, of a factorized layer that of the
-            weight in the Frobenius norm; None where there was nothing to measure.
+        kind: its type and sizes: ``Conv2d 64->64 k3 p1``.
+        action: ``"refused"``: impossible, for the given ``reason``; ``"left"``: not asked for, or no weight
+            of a linear map; any other verb: changed, as in ``"expanded"``, ``"fused"``, ``"factorized"``.
+        reason: the reason of a refusal; for a changed site, the result.
+        params_before, params_after: number of elements of the parameters of the site.
+        error: relative error on a random probe in float64; for a factorized layer, that of the weight in the
+            Frobenius norm; None where nothing was measured.
     """
 
     site: str
@@ -50,7 +50,7 @@ class Report:
     """The rows of one pass over one model, in the model's order.
 
     Attributes:
-        traced: how the pass read the model: as one graph, or in parts and why; "" where it needs no graph.
+        traced: whether the pass read the model as one graph, or in parts and why; "" if it needs no graph.
     """
 
     title: str
@@ -93,7 +93,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many sites, by action."""
+        """One line with the number of sites per action."""
         counts = Counter(row.action for row in self.rows)
         order = [*(action for action in counts if action not in UNCHANGED), *UNCHANGED]
         parts = [f"{counts[action]} {action}" for action in order if counts[action]]

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What an exported program's module checks its inputs by: of no use to a network that is rewritten.
+# Attributes by which the module of an exported program checks its inputs; a rewritten network needs none.
 CHECKS = ("shape_env", "range_constraints", "validate_inputs", "train", "eval")
 
 
 def copied(model: Model, shared: Iterable[Tensor] = ()) -> Model:
     """A deep copy of the model that keeps the ``shared`` tensors instead of copying them."""
-    with torch.inference_mode(False):  # a copy is to be trained, whatever the mode of the caller
+    with torch.inference_mode(False):  # a copy must be trainable, whatever the mode of the caller
         return _copied(model, shared)
 
 
@@ -37,15 +37,15 @@ def _copied(model: Model, shared: Iterable[Tensor]) -> Model:
         if isinstance(module, fx.GraphModule):
             _complete(module, memo)
     for old, parameter in zip(model.parameters(), new.parameters(), strict=True):
-        if not parameter.is_leaf:  # what torch makes of the parameters of scripted modules
+        if not parameter.is_leaf:  # deepcopy makes such parameters of scripted modules
             parameter.detach_().requires_grad_(old.requires_grad)
     return new
 
 
 def keep_attributes(graph_module: fx.GraphModule, old: nn.Module) -> None:
-    """Plain attributes of a module that became a graph: code around it may read them.
+    """Give a graph module the plain attributes of the module that it replaces: other code may read them.
 
-    They are also put where torch's deepcopy of a graph module, which drops all others, looks for attributes.
+    They are also put where torch's deepcopy of a graph module looks for attributes, as it drops all others.
     """
     kept = {
         name: value
@@ -59,12 +59,12 @@ def keep_attributes(graph_module: fx.GraphModule, old: nn.Module) -> None:
 
 
 def _complete(old: fx.GraphModule, memo: dict[int, Any]) -> None:
-    """Give the copy of a graph module what torch's own deepcopy of one drops: plain attributes and hooks.
+    """Give the copy of a graph module the plain attributes and hooks that torch's own deepcopy drops.
 
-    The checks of an exported program stay behind, its ``train`` and ``eval`` among them, which raise.
+    The checks of an exported program are not copied, nor its ``train`` and ``eval``, which raise.
     """
     copied_to = memo.get(id(old))
-    if copied_to is None:  # a deepcopy of their own around it, without the memo
+    if copied_to is None:  # a module around it has its own deepcopy, without the memo
         return
     new = vars(copied_to)
     for name, value in vars(old).items():
@@ -78,7 +78,7 @@ def _complete(old: fx.GraphModule, memo: dict[int, Any]) -> None:
 
 
 def _uncopyable(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that deepcopy refuses: what legacy hooks and recurrent layers keep, sparse parameters."""
+    """Tensors that deepcopy refuses: those of legacy hooks and recurrent layers, and sparse parameters."""
     for module in model.modules():
         for value in vars(module).values():
             for item in tree_leaves(value):

@@ -1,7 +1,7 @@
 """Count the floating-point operations of one forward pass, per module and per operator.
 
-A multiply-add counts as two. Counted are matrix products, convolutions, attention and recurrent layers;
-biases, normalisation and element-wise operators are not, as everywhere in the literature.
+A multiply-add counts as two operations. Matrix products, convolutions, attention and recurrent layers count;
+biases, normalisation and element-wise operators do not, as is usual in the literature.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call
 from fxexpand.running.inputs import copy as copy_inputs
 
-_WRAPPER = "_orig_mod"  # what torch.compile calls the model it wraps
+_WRAPPER = "_orig_mod"  # the name that torch.compile gives to the model it wraps
 
 
 @dataclass(frozen=True)
 class FlopChange:
-    """A place where two models differ; a count is 0 where a model lacks the module."""
+    """A module in which two models differ; a model that lacks the module counts 0 FLOPs there."""
 
     path: str
     before: int
@@ -38,7 +38,7 @@ class FlopChange:
 
 @dataclass(frozen=True)
 class FlopComparison:
-    """Where two models differ in FLOPs: one row per module that both have, or that one of them lacks."""
+    """The difference of two models in FLOPs: one row per module that both have, or that one of them lacks."""
 
     changes: tuple[FlopChange, ...]
     before: int
@@ -61,7 +61,7 @@ class FlopReport:
     """The FLOPs of one forward pass.
 
     ``own`` maps the path of every module to the FLOPs spent in it outside its submodules ("" is the model
-    itself); ``by_operator`` maps operators (``aten.convolution``) to theirs. Both sum to ``total``.
+    itself); ``by_operator`` maps operators (``aten.convolution``) to their FLOPs. Both sum to ``total``.
     ``parameters`` counts the elements of all parameters, shared ones once.
     """
 
@@ -80,10 +80,10 @@ class FlopReport:
         return inclusive
 
     def compare(self, other: FlopReport) -> FlopComparison:
-        """Where ``other`` (after) differs from this (before).
+        """The difference between this report (before) and ``other`` (after).
 
-        A module that one model lacks has a row of its own when the module around it is a container in both;
-        otherwise it counts to the module around it, whose place it took: a conv turned chain is one row.
+        A module that one model lacks has a row of its own when its parent is a container in both models; else
+        it counts to its parent: a convolution that became a chain is one row.
         """
         containers = _containers(self.own) & _containers(other.own)
         before: dict[str, int] = {}
@@ -119,14 +119,14 @@ class FlopReport:
 def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopReport:
     """Count the FLOPs of ``model`` in evaluation mode for ``example_inputs``.
 
-    Runs the model once, without gradients, on the device it is on (the meta device costs nothing), and leaves
-    no trace: training flags, buffers, inputs and the random state are as before.
+    The model runs once, without gradients, on its own device (the meta device costs nothing). Training flags,
+    buffers, inputs and the random state are as before afterwards.
 
     Args:
-        model: any module, in any mode; a compiled one is counted as if it were not.
+        model: any module, in any mode; a compiled model is counted as if it were not compiled.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
     """
-    given = copy_inputs(example_inputs)  # which the model may write to
+    inputs = copy_inputs(example_inputs)  # the model may write to them
     counter = FlopCounterMode(display=False, custom_mapping=_more_operators())
     tracked: Any = counter
     tracked.mod_tracker = _Untracked()
@@ -135,7 +135,7 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopReport:
         stack.enter_context(_counted_kernels(model))
         stack.enter_context(counter)
         own = stack.enter_context(_attributed(model, counter))
-        call(model, given)
+        call(model, inputs)
     counts = counter.get_flop_counts().get("Global", {})
     by_operator = {str(name): int(flops) for name, flops in counts.items()}
     parameters = sum({id(p): p.numel() for p in model.parameters()}.values())
@@ -143,10 +143,10 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopReport:
 
 
 class _Untracked:
-    """In place of the counter's own tracker of modules, which follows gradients through their inputs.
+    """A replacement of the counter's own tracker of modules, which follows gradients through their inputs.
 
-    It fails where there are none (a parameter read under ``no_grad``), or where the model takes gradients
-    itself (forces of an energy); modules are followed by ``_attributed``.
+    The counter's tracker fails without gradients (a parameter read under ``no_grad``), and in a model that
+    takes gradients itself (forces of an energy). ``_attributed`` follows the modules instead.
     """
 
     parents = frozenset({"Global"})
@@ -162,34 +162,34 @@ class _Untracked:
 def _attributed(model: nn.Module, counter: FlopCounterMode) -> Iterator[dict[str, int]]:
     """Charge FLOPs to the innermost module of ``model`` that is running.
 
-    The counter's own tracker charges every module that is running, so that a module called from a sibling
-    counts under both; here each FLOP has one owner.
+    The counter's own tracker charges every running module, so that a module called from a sibling counts
+    twice; here each FLOP has one owner.
     """
     paths = {module: _plain(path) for path, module in model.named_modules()}
     own = dict.fromkeys(paths.values(), 0)
     running = [""]
-    settled = 0
+    charged = 0
 
-    def settle() -> None:
-        nonlocal settled
+    def charge() -> None:
+        nonlocal charged
         total = int(counter.get_total_flops())
-        own[running[-1]] += total - settled
-        settled = total
+        own[running[-1]] += total - charged
+        charged = total
 
     def enter(module: nn.Module, args: Any) -> None:
         if module in paths:
-            settle()
+            charge()
             running.append(paths[module])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if module in paths:
-            settle()
+            charge()
             running.pop()
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:
         yield own
-        settle()
+        charge()
     finally:
         for handle in handles:
             handle.remove()
@@ -199,8 +199,7 @@ def _attributed(model: nn.Module, counter: FlopCounterMode) -> Iterator[dict[str
 def _counted_kernels(model: nn.Module) -> Iterator[None]:
     """Make torch take the kernels that the counter knows, the same on every device.
 
-    Fused attention and the fused transformer layer come apart into matrix products; compiled code runs
-    eagerly.
+    Fused attention and the fused transformer layer become matrix products; compiled code runs eagerly.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     compiled = any(_WRAPPER in m._modules or m._compiled_call_impl is not None for m in model.modules())
@@ -208,7 +207,7 @@ def _counted_kernels(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # Global hooks fire for the wrapper as well, which does no harm: both have the same path.
+            # Global hooks run for the wrapper too, which is harmless: both have the same path.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings(
                 "ignore", message="Using `torch.compile.* global hooks", category=UserWarning

@@ -1,4 +1,4 @@
-"""Example inputs: the one place that knows how they are written and how a model is called with them.
+"""Example inputs: their forms, and how a model is called with them.
 
 Everywhere in fxexpand ``example_inputs`` is a tensor (the only argument), a tuple (the positional arguments)
 or a mapping (the keyword arguments). Arguments may be nested; only tensors are moved or copied.
@@ -78,8 +78,10 @@ def copy(example_inputs: ExampleInputs) -> ExampleInputs:
 def resize_batch(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
     """The same arguments with ``size`` rows: rows repeat, each repetition of floating-point rows scaled anew.
 
-    The batched tensors are those whose first dimension has the length of the first tensor's. Scaling (by 0.9,
-    0.8, ...) keeps rows apart, so that a model which mixes rows up is caught.
+    A tensor is batched if its first dimension has the length of the first tensor's. Scaling (by 0.9, 0.8,
+    ...) makes the rows differ, so that a model which confuses rows is caught.
+
+    Raises: SelectionError: no tensor has a batch dimension.
     """
     batch = batch_size(example_inputs)
     if batch is None or batch == 0:

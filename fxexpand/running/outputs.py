@@ -1,4 +1,4 @@
-"""What a model returns, in whatever structure, and how it compares with what another one does."""
+"""The outputs of a model, in any structure, and their error against those of another model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fxexpand.running.evaluation import evaluating, undisturbed
 from fxexpand.running.inputs import ExampleInputs, call
 from fxexpand.running.inputs import copy as copy_inputs
 
-ROUNDINGS = 1000  # of two runs that do the same operations in the same order
-SEED = 0  # of what a model draws in evaluation mode
+ROUNDINGS = 1000  # units in the last place between two runs of the same operations in the same order
+SEED = 0  # of the numbers that a model draws in evaluation mode
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -31,9 +31,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors ``model`` returns in evaluation mode; it is as before afterwards.
+    """The tensors that ``model`` returns in evaluation mode; the model is as before afterwards.
 
-    Random numbers are the same in each call, and the caller's go on where they were.
+    The model draws the same random numbers in each call, and the random state of the caller is kept.
     """
     with undisturbed(model), evaluating(model):
         seed(model)
@@ -41,7 +41,7 @@ def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
 
 
 def seed(model: nn.Module) -> None:
-    """Have ``model`` draw what it draws in ``outputs_of``; ``evaluating`` puts the random state back."""
+    """Set the random state of ``outputs_of`` for ``model``; ``evaluating`` restores the caller's state."""
     cuda = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     # Not torch.manual_seed, which would reset the generators of all GPUs too.
     for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
@@ -49,22 +49,22 @@ def seed(model: nn.Module) -> None:
 
 
 def agree(actual: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether two runs of the same operations returned the same, but for rounding."""
+    """Whether two runs of the same operations returned the same values up to rounding."""
     if all(tensor.is_meta for tensor in expected):
         return True
     eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     try:
         return worst_error(actual, expected) <= min(ROUNDINGS * eps, 0.1)
-    except VerificationError:  # of other shapes
+    except VerificationError:  # the shapes differ
         return False
 
 
 def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest ``max|a - b| / max|b|`` over pairs of tensors, in float64.
 
-    A NaN or Inf of ``expected`` (a masked score) must be in the same place of ``actual``, and the rest is
-    compared; one that is new or gone gives inf, and so does NaN everywhere. A difference below the smallest
-    normal number of the precision that the kernels compute in is none.
+    A NaN or Inf of ``expected`` (a masked score) must be in the same place of ``actual``, and the other
+    values are compared; a new or a missing one gives inf, and so does NaN everywhere. A difference below the
+    smallest normal number of the precision of the computation counts as zero.
 
     Raises: VerificationError when the number of tensors or a shape differs, or there is nothing to compare.
     """

@@ -1,4 +1,4 @@
-"""Measure that surgery kept the function: a probe per site, and the outputs of the whole model."""
+"""Measure the error of surgery: on a probe per site, and on the outputs of the whole model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.outputs import outputs_of, worst_error
 
-PIECE = 2**20  # elements of a weight that are in float64 at a time at most: 8 MiB
+PIECE = 2**20  # largest number of elements of a weight in float64 at a time: 8 MiB
 # Largest relative error of one site that counts as rounding.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
@@ -28,18 +28,18 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, to
 def tolerance(dtype: torch.dtype, sites: int = 1) -> float:
     """The largest relative error of outputs that counts as rounding.
 
-    Below float64 in proportion to the sites: every layer rounds, and later ones amplify it. A wrong site is
-    caught by its own probe first.
+    Below float64 it grows in proportion to the number of sites: every layer rounds, and later ones amplify
+    the error. The probe of a site catches a wrong fold first.
     """
     limit = TOLERANCES.get(dtype, 1e-5)
     return limit if dtype == torch.float64 else limit * max(1, sites)
 
 
 class Scratch:
-    """Memory for the float64 copies of one site's weights, used again for the next site.
+    """Memory for the float64 copies of the weights of one site, used again for the next site.
 
-    The system hands out fresh memory page by page, which takes five times as long as the conversion itself.
-    Copies of the previous call are overwritten.
+    Fresh memory comes page by page from the system, which takes five times as long as the conversion itself.
+    A call overwrites the copies of the previous one.
     """
 
     def __init__(self) -> None:
@@ -56,18 +56,18 @@ class Scratch:
 
 
 def _like(memory: Tensor, tensor: Tensor) -> Tensor:
-    """Flat memory in the shape of ``tensor``, and in its order where that has neither gaps nor overlaps."""
+    """Flat memory in the shape of ``tensor``, and with its strides if these leave no gaps and no overlaps."""
     strides = torch.empty_like(tensor, device="meta").stride()
     return memory.as_strided(tensor.shape, strides, memory.storage_offset())
 
 
 def block_error(block: nn.Module, kernel: Kernel, scratch: Scratch | None = None) -> float:
-    """Relative error between a block, run in eval mode, and a kernel, on a random probe.
+    """Relative error in float64 between a block in evaluation mode and a kernel, on a random probe.
 
-    In float64. The block runs as torch runs it, not by the laws that folded it, so a wrong law is caught.
+    Torch runs the block, without the laws that folded it, so a wrong law is caught.
 
     Args:
-        scratch: for the copies in float64; not one that holds the weights of ``block`` themselves.
+        scratch: memory for the copies in float64; it must not hold the weights of ``block`` themselves.
     """
     scratch = scratch or Scratch()
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -76,20 +76,20 @@ def block_error(block: nn.Module, kernel: Kernel, scratch: Scratch | None = None
         kernel.weight.device
     )
     with evaluating(block):
-        # Half of what the layer has: its factors are larger, and small networks are to cost little.
+        # Half of the layer at most, as its factors are larger, so that small networks cost little.
         piece = min(PIECE, kernel.weight.numel() // 2)
         return worst_error([_run(block, probe, scratch, piece)], [_applied(kernel, probe, piece)])
 
 
 def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Sequence[int]) -> float | None:
-    """Relative error between two graphs of one input, run in eval mode and in float64, on a random probe.
+    """Relative error in float64 between two graphs of one input in evaluation mode, on a random probe.
 
-    None where ``before`` itself cannot take it: the size of the probe is a guess, and a view between the
-    layers may hold for other sizes only.
+    None where ``before`` itself cannot take the probe, whose size is a guess: a view between the layers may
+    need another one.
 
     Args:
-        kernel: what ``after`` applies; it gives the device.
-        shape: of the probe.
+        kernel: the kernel that ``after`` applies; it gives the device.
+        shape: shape of the probe.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     probe = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(
@@ -97,7 +97,7 @@ def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Seque
     )
     with evaluating(before), evaluating(after), torch.no_grad():
         try:
-            expected = in_float64(before, Scratch())(probe.clone())  # which may be written into
+            expected = in_float64(before, Scratch())(probe.clone())  # the graph may write into it
         except RuntimeError as error:
             if "shape" in str(error) or "size" in str(error):
                 return None
@@ -106,7 +106,7 @@ def fold_error(before: nn.Module, after: nn.Module, kernel: Kernel, shape: Seque
 
 
 def _run(block: nn.Module, x: Tensor, scratch: Scratch, piece: int) -> Tensor:
-    """What the block computes, in float64; only ``piece`` elements of a layer are held in that precision."""
+    """The output of the block in float64, with ``piece`` elements of a layer at a time in that precision."""
     if not isinstance(block, nn.Sequential):
         outputs = [in_float64(part, scratch)(x) for part in _parts(block, piece)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
@@ -117,7 +117,7 @@ def _run(block: nn.Module, x: Tensor, scratch: Scratch, piece: int) -> Tensor:
 
 
 def _parts(layer: nn.Module, piece: int) -> Iterator[nn.Module]:
-    """A layer as layers that compute some of its output channels each; itself where that cannot be done."""
+    """Layers that each compute some output channels of ``layer``, or the layer itself if it has no parts."""
     weight = layer._parameters.get("weight")
     kind = LAYERS.get(type(layer))
     if kind is None or kind.transposed or weight is None or getattr(layer, "groups", 1) != 1:
@@ -133,7 +133,7 @@ def _parts(layer: nn.Module, piece: int) -> Iterator[nn.Module]:
 
 
 def _applied(kernel: Kernel, x: Tensor, piece: int) -> Tensor:
-    """The kernel of ``x`` in float64, in parts as ``_run`` does it."""
+    """The output of the kernel in float64, in parts as in ``_run``."""
     if kernel.transposed or kernel.groups != 1:
         return apply(cast(kernel, torch.float64), x)
     outputs = []
@@ -144,13 +144,13 @@ def _applied(kernel: Kernel, x: Tensor, piece: int) -> Tensor:
 
 
 def _rows(weight: Tensor, piece: int) -> list[slice]:
-    """Output channels, so that each slice of ``weight`` has ``piece`` elements at most, or is one channel."""
+    """Slices of output channels, each of one channel or of at most ``piece`` elements of ``weight``."""
     step = max(1, len(weight) * piece // max(1, weight.numel()))
     return [slice(i, i + step) for i in range(0, len(weight), step)] or [slice(0, 0)]
 
 
 def in_float64(block: nn.Module, scratch: Scratch) -> nn.Module:
-    """The block in float64: itself where it is that already, else a copy without gradients in ``scratch``."""
+    """The block itself if it is in float64, else a copy in float64 without gradients, in ``scratch``."""
     tensors = [*block.parameters(), *block.buffers()]
     narrow = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dtype != torch.float64]
     if not narrow:
@@ -162,28 +162,28 @@ def in_float64(block: nn.Module, scratch: Scratch) -> nn.Module:
 
 
 def _with_tensors(block: nn.Module, replaced: dict[int, Tensor]) -> nn.Module:
-    """A copy of the modules alone: a deep copy spends longer on their attributes than the probe takes."""
+    """A copy of the modules with replaced tensors; a deep copy of all attributes would take too long."""
     new = copy.copy(block)
-    held = block.__dict__
+    old = block.__dict__
     new.__dict__ |= {
         "_parameters": {
             name: tensor
             if tensor is None
             else nn.Parameter(replaced.get(id(tensor), tensor.detach()), requires_grad=False)
-            for name, tensor in held["_parameters"].items()
+            for name, tensor in old["_parameters"].items()
         },
-        "_buffers": {name: replaced.get(id(tensor), tensor) for name, tensor in held["_buffers"].items()},
+        "_buffers": {name: replaced.get(id(tensor), tensor) for name, tensor in old["_buffers"].items()},
         "_modules": {
-            name: module and _with_tensors(module, replaced) for name, module in held["_modules"].items()
+            name: module and _with_tensors(module, replaced) for name, module in old["_modules"].items()
         },
     }
     return new
 
 
 def require_small(error: float, dtype: torch.dtype, site: str) -> float:
-    """The error itself.
+    """``error``, if it is within the tolerance of one site.
 
-    Raises: VerificationError: above the tolerance of one site.
+    Raises: VerificationError: the error is above the tolerance.
     """
     limit = tolerance(dtype)
     if not error <= limit:
@@ -195,7 +195,7 @@ def require_small(error: float, dtype: torch.dtype, site: str) -> float:
 
 
 def probe_size(kernel: Kernel) -> list[int]:
-    """The smallest with two outputs per dimension, so that strides show, and room to pad by reflection."""
+    """The smallest input size with two outputs per dimension, to show strides, and room for reflection."""
     size = []
     for k, d, step, padding in zip(
         kernel.kernel_size, kernel.dilation, kernel.stride, kernel.padding, strict=True
@@ -213,12 +213,15 @@ def require_same_outputs(
 ) -> float:
     """The relative error of the outputs of ``model`` against those of the model it was made from.
 
-    Raises: VerificationError: above the tolerance for that many sites.
+    Args:
+        what: name of the pass, for messages.
+
+    Raises: VerificationError: the error is above the tolerance for that many sites.
     """
     if not before:
         return 0.0
     error = worst_error(outputs_of(model, example_inputs), before)
-    # The weights may be of lower precision than what the model returns.
+    # The weights may have a lower precision than the outputs.
     dtypes = {tensor.dtype for tensor in (*before, *model.parameters()) if tensor.is_floating_point()}
     limit = max((tolerance(dtype, sites) for dtype in dtypes), default=tolerance(before[0].dtype))
     if not error <= limit:
@@ -237,9 +240,9 @@ def require_same_outputs(
 
 
 def rounded_to(model: nn.Module, example_inputs: ExampleInputs) -> set[torch.dtype]:
-    """The lower precisions that a model rounds to on its way, as autocast does, or a norm in float32.
+    """The lower precisions that a model rounds to on the way, as autocast does, or a norm in float32.
 
-    There a last bit of a wider number may fall either way, and the outputs differ by that much.
+    Rounding may turn a difference in the last bit of a wider number into one of the lower precision.
     """
     narrowing = _Narrowing()
     with narrowing:

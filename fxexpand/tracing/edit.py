@@ -1,10 +1,9 @@
-"""Edits of fx graphs, the only ones in fxexpand, and what must be known of a graph before an edit."""
+"""Edits of fx graphs, the only ones in fxexpand, and the facts of a graph that an edit depends on."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -18,14 +17,10 @@ from fxexpand.recipes import Skip
 from fxexpand.tracing.graphs import hooked
 
 FACTOR = "fxexpand_factor"  # attribute of a module inside an expanded layer: its path in there
-OF_ONE_VALUE = (
-    "tensor_meta",
-    "val",
-    "example_value",
-)  # keys of a node's meta that no other node may take over
+OF_ONE_VALUE = ("tensor_meta", "val", "example_value")  # keys of a meta that no other node may take over
 
 
-# Views by what does the same whatever the layout in memory.
+# Views, each with the operator that does the same for every layout in memory.
 RESHAPES: dict[Any, Any] = {
     "view": "reshape",
     "view_as": "reshape_as",
@@ -84,21 +79,20 @@ def tensor_at(graph_module: fx.GraphModule, target: str) -> Tensor:
 
     Raises: InexactError: it is no tensor.
     """
-    path, _, name = target.rpartition(".")
-    tensor = getattr(graph_module.get_submodule(path), name)
+    tensor = attrgetter(target)(graph_module)
     if not isinstance(tensor, Tensor):
         raise InexactError(f"{target} is no tensor.")
     return tensor
 
 
 def operand(node: fx.Node) -> fx.Node | None:
-    """The only argument of a call, where that is a value of the graph."""
+    """The only argument of a call, where it is a node."""
     given = [*node.args, *node.kwargs.values()]
     return given[0] if len(given) == 1 and isinstance(given[0], fx.Node) else None
 
 
 def site_of(target: str, module: nn.Module) -> str | None:
-    """The name of the expanded layer that ``module`` is a factor of; None for any other module."""
+    """The name of the expanded layer whose factor ``module`` is; None for any other module."""
     inner = vars(module).get(FACTOR)
     ending = f".{inner}"
     return target.removesuffix(ending) if inner is not None and target.endswith(ending) else None
@@ -118,7 +112,7 @@ def read_results(graph_module: fx.GraphModule, writes: Iterable[tuple[fx.Node, f
 
 
 def drop_unread_items(graph_module: fx.GraphModule) -> None:
-    """Erase items that nobody reads: the statistics that ATen's BatchNorm returns, in a graph of make_fx."""
+    """Erase items without readers, such as the statistics of ATen's BatchNorm in a graph of make_fx."""
     items = graph_module.graph.find_nodes(op="call_function", target=operator.getitem)
     for node in reversed(list(items)):
         if not node.users:
@@ -139,7 +133,9 @@ def expand_calls(graph_module: fx.GraphModule, target: str, block: nn.Sequential
         assert x is not None
         with graph_module.graph.inserting_before(node):
             last = _emit(node, target, block, x)
-        _take_over(node, last)
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        graph_module.graph.erase_node(node)
 
 
 def call_instead(
@@ -151,11 +147,11 @@ def call_instead(
     before: Sequence[fx.Node] = (),
     after: Sequence[fx.Node] = (),
 ) -> fx.Node:
-    """Have a call of the module ``target`` on ``source`` read wherever ``node`` was; the new value.
+    """Replace ``node`` by a call of the module ``target`` on ``source``; returns the new value.
 
     Args:
         place: the node before which to call.
-        before, after: views of the graph to apply again, to the source and to what the module gives.
+        before, after: views of the graph to apply again, to the source and to the output of the module.
     """
     with graph_module.graph.inserting_before(place):
         x = _viewed(graph_module.graph, source, before)
@@ -168,7 +164,7 @@ def call_instead(
 def read_early(
     graph_module: fx.GraphModule, reader: fx.Node, source: fx.Node, views: Sequence[fx.Node]
 ) -> None:
-    """Have a node that reads a shape read it of ``source``, viewed, so that nothing else is kept for it."""
+    """Let a node that reads a shape read that of ``source`` in its view, so that it needs no other value."""
     with graph_module.graph.inserting_before(reader):
         value = _viewed(graph_module.graph, source, views)
     first = reader.args[0]
@@ -179,13 +175,13 @@ def read_early(
 def extract(
     graph_module: fx.GraphModule, source: fx.Node, nodes: Iterable[fx.Node], sizes: Mapping[fx.Node, int]
 ) -> fx.GraphModule:
-    """What ``nodes`` compute of ``source``, as a graph of its own; the modules and parameters are shared.
+    """The graph of ``nodes`` alone, as a function of ``source``; the modules and parameters are shared.
 
     Args:
-        nodes: in the graph's order; what else they read are constants and sizes.
-        sizes: the numbers to put in for sizes.
+        nodes: in the graph's order; all else that they read are constants and sizes.
+        sizes: the number for each size.
 
-    Raises: InexactError: they read a size that is not among these.
+    Raises: InexactError: they read a size that is not in ``sizes``.
     """
     graph, _, copied = _beside(source, sizes)
     graph.output([copied(node) for node in nodes][-1])
@@ -217,7 +213,7 @@ def call_alone(
 def _beside(
     source: fx.Node, sizes: Mapping[fx.Node, int]
 ) -> tuple[fx.Graph, fx.Node, Callable[[fx.Node], Any]]:
-    """A new graph, its input in the place of ``source``, and what copies a node and all that it reads."""
+    """A new graph, its input, which stands for ``source``, and a function that copies nodes into it."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     copies: dict[fx.Node, Any] = {**sizes, source: x}
@@ -233,7 +229,7 @@ def _beside(
 
 
 def put(graph_module: fx.GraphModule, target: str, module: nn.Module) -> None:
-    """Put a module under a name, in place of what is there; it keeps its place among the others."""
+    """Replace the submodule ``target`` by ``module``; the order of the submodules stays."""
     path, _, name = target.rpartition(".")
     graph_module.get_submodule(path)._modules[name] = module
 
@@ -241,10 +237,10 @@ def put(graph_module: fx.GraphModule, target: str, module: nn.Module) -> None:
 def finish(
     graph_module: fx.GraphModule, replaced: Iterable[str] = (), removable: Container[fx.Node] = ()
 ) -> None:
-    """Erase the ``removable`` nodes that nobody reads; check and compile the graph.
+    """Erase the ``removable`` nodes without readers; check and compile the graph.
 
     Args:
-        replaced: submodules, parameters and buffers to delete where nothing calls or reads them any more.
+        replaced: submodules, parameters and buffers to delete where no node calls or reads them any more.
     """
     for node in reversed(graph_module.graph.nodes):
         if not node.users and node in removable:
@@ -267,22 +263,18 @@ def finish(
 def _viewed(
     graph: fx.Graph, x: fx.Node, views: Sequence[fx.Node], other: Callable[[fx.Node], Any] = lambda node: node
 ) -> fx.Node:
-    """``x`` through views; ``other`` gives what else they read, which are sizes.
+    """``x`` through views; ``other`` gives the sizes that they read.
 
-    The memory of ``x`` may be laid out in another way than that of the value they were for, so a view becomes
-    a reshape.
+    The memory of ``x`` may have another layout than that of the value they were for, so a view becomes a
+    reshape.
     """
     for view in views:
         first, target = view.all_input_nodes[0], RESHAPES.get(view.target, view.target)
-        swap = partial(_swapped, first, x, other)
-        args, kwargs = fx.map_arg(view.args, swap), fx.map_arg(view.kwargs, swap)
+        swapped = {each: x if each is first else other(each) for each in view.all_input_nodes}
+        args, kwargs = (fx.map_arg(view.args, swapped.get), fx.map_arg(view.kwargs, swapped.get))
         x = graph.create_node(view.op, target, args, kwargs, name=view.name, type_expr=view.type)
         x.meta = dict(view.meta)
     return x
-
-
-def _swapped(old: fx.Node, new: fx.Node, other: Callable[[fx.Node], Any], arg: fx.Node) -> Any:
-    return new if arg is old else other(arg)
 
 
 def _emit(origin: fx.Node, target: str, part: nn.Module, x: fx.Node) -> fx.Node:
@@ -301,20 +293,13 @@ def _emit(origin: fx.Node, target: str, part: nn.Module, x: fx.Node) -> fx.Node:
     return node
 
 
-def _take_over(node: fx.Node, successor: fx.Node) -> None:
-    """Have ``successor`` read wherever ``node`` was, with its meta."""
-    successor.meta = dict(node.meta)
-    node.replace_all_uses_with(successor)
-    node.graph.erase_node(node)
-
-
 def remove(graph_module: fx.GraphModule, target: str) -> None:
-    """Delete a submodule or a tensor, if it is there, and what holds it if that is then empty."""
+    """Delete a submodule or a tensor, if it is there, and the modules around it that are empty then."""
     path, _, name = target.rpartition(".")
     try:
         parent = graph_module.get_submodule(path)
     except AttributeError:
-        return  # went with its parent
+        return  # deleted with its parent
     for held in (parent._modules, parent._parameters, parent._buffers):
         held.pop(name, None)
     if path and not (parent._modules or parent._parameters or parent._buffers):

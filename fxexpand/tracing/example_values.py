@@ -1,10 +1,11 @@
-"""What is known in a trace of values without their contents: shapes, lengths, numbers."""
+"""Values during a trace, computed for example inputs without their contents: shapes, lengths, numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,20 +14,20 @@ from torch.func import functional_call
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
-# What fx replaces while it traces.
+# The methods that fx replaces while it traces.
 PATCHED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
 
 
 class UnknownValue(Exception):
-    """A value depends on the contents of tensors, or on what cannot be run without them."""
+    """A value depends on the contents of tensors, or on code that cannot run without them."""
 
 
 class Sizes:
-    """The values in a graph that is being made, for example inputs without contents.
+    """The values in a graph during its trace, for example inputs without contents.
 
     Args:
         root: the model that is traced.
-        given: by the names of its placeholders.
+        given: the example inputs by the names of the placeholders.
     """
 
     def __init__(self, root: nn.Module, given: Mapping[str, Any]) -> None:
@@ -35,20 +36,20 @@ class Sizes:
         self._values: dict[fx.Node, Any] = {}
 
     def of(self, node: fx.Node) -> Any:
-        """The value of a node; each is run once, when it is asked for.
+        """The value of a node; each node runs at most once.
 
         Raises: UnknownValue.
         """
         if node not in self._values:
             with _as_before(), torch.device("meta"), torch.no_grad():
                 self._run_all(node)
-        found = self._values[node]
-        if isinstance(found, UnknownValue):
-            raise found
-        return found
+        value = self._values[node]
+        if isinstance(value, UnknownValue):
+            raise value
+        return value
 
     def _run_all(self, node: fx.Node) -> None:
-        """Run a node and what it needs; a loop, as graphs are deeper than Python's stack."""
+        """Run a node after its inputs; a loop, as graphs are deeper than Python's stack."""
         todo = [node]
         while todo:
             last = todo[-1]
@@ -60,7 +61,7 @@ class Sizes:
                     self._values[last] = self._run(last)
 
     def _run(self, node: fx.Node) -> Any:
-        """The value, or why it is unknown."""
+        """The value, or the reason why it is unknown."""
         inputs = [self._values[each] for each in node.all_input_nodes]
         unknown = next((value for value in inputs if isinstance(value, UnknownValue)), None)
         if unknown is not None:
@@ -78,7 +79,7 @@ class Sizes:
             value = self._given[target] if target in self._given else args[0]
             return tree_map(_without_contents, value)
         if node.op == "get_attr":
-            return _without_contents(reduce(getattr, target.split("."), self._root))
+            return _without_contents(attrgetter(target)(self._root))
         if node.op == "call_function":
             return target(*args, **kwargs)
         if node.op == "call_method":
@@ -86,13 +87,9 @@ class Sizes:
         module = self._root.get_submodule(target)
         if any(vars(module)[name] for name in ("_forward_hooks", "_forward_pre_hooks")):
             raise UnknownValue("hooks are for real calls")
-        held = {name: _without_contents(tensor) for name, tensor in _tensors(module)}
+        tensors = chain(module.named_parameters(), module.named_buffers())
+        held = {name: _without_contents(tensor) for name, tensor in tensors}
         return functional_call(module, held, args, kwargs) if held else module(*args, **kwargs)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _without_contents(value: Any) -> Any:
@@ -103,7 +100,7 @@ def _without_contents(value: Any) -> Any:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """Calls of modules are calls again, while fx traces."""
+    """Call modules as usual inside, although fx traces."""
     patched = {name: getattr(nn.Module, name) for name in PATCHED}
     try:
         for name, method in PATCHED.items():

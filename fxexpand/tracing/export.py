@@ -28,10 +28,10 @@ _NOT_ONE = re.compile(r"L\[[^ ]*\]\.size\(\)\[0\] (> 1|!= 1|>= 2)")  # a guard a
 def export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
     """The program of one call, for all sizes that take the same path; the model is as it was.
 
-    Lengths of 1 are fixed, as what they are broadcast along goes by them: but a batch of one is exported as
-    two where the model takes two.
+    Lengths of 1 are fixed, as broadcasting depends on them; a batch of one is exported as one of two, if the
+    model takes two.
 
-    Raises: any of ``FAILURES``: torch.export cannot.
+    Raises: any of ``FAILURES``: torch.export fails.
     """
     if batch_size(example_inputs) == 1:
         try:
@@ -51,9 +51,9 @@ def _export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
 
 
 def _for_one(program: ExportedProgram, model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
-    """Without a guard against a batch of one where the program computes for it what the model does.
+    """Drop the guard against a batch of one where the program then computes what the model does.
 
-    torch puts one there for its own look at strides, too.
+    torch adds that guard also where only its own analysis of strides needs it.
     """
     given = program._guards_code
     kept = [guard for guard in given if not _NOT_ONE.fullmatch(guard)]
@@ -71,12 +71,12 @@ def _for_one(program: ExportedProgram, model: nn.Module, example_inputs: Example
 
 
 def program_of(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> ExportedProgram:
-    """What torch.export makes, with a guard for each size that the code goes by; the model is as it was.
+    """The program of torch.export, with a guard for each condition on sizes; the model is as it was.
 
-    By itself torch takes a free length for 2 or more and checks it nowhere, so that a graph takes the wrong
-    branch for a batch of one without a word. As torch.onnx does, it is told not to.
+    By default torch assumes that a free length is at least 2 and never checks it, so that a program silently
+    takes the wrong branch for a batch of one. ``backed_size_oblivious`` adds guards, as in torch.onnx.
 
-    Raises: any of ``FAILURES``: torch.export cannot.
+    Raises: any of ``FAILURES``: torch.export fails.
     """
     args, kwargs = as_call(example_inputs)
     careful: Any = settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def program_of(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: 
 
 
 def _putting_back(model: nn.Module) -> Callable[..., None]:
-    """A hook that undoes what a forward keeps on the model itself, which torch 2.9 refuses."""
+    """A hook that undoes assignments of a forward to attributes of the model, which torch 2.9 refuses."""
     before = _plain(model)
     held = [(container, container.copy()) for container in containers(before)]
 
@@ -105,10 +105,10 @@ def _plain(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """No word of torch.export: that a forward keeps what it computes, or the graph at which it failed."""
-    heard = io.StringIO()
-    vars(heard)["rich_proxied_file"] = sys.stderr  # where a progress bar goes on
-    with warnings.catch_warnings(), redirect_stderr(heard):
+    """No warnings, and nothing on stderr, where torch prints the graph at which it failed."""
+    sink = io.StringIO()
+    vars(sink)["rich_proxied_file"] = sys.stderr  # a progress bar goes on there
+    with warnings.catch_warnings(), redirect_stderr(sink):
         warnings.simplefilter("ignore")
         yield
 
@@ -116,18 +116,18 @@ def muted() -> Iterator[None]:
 def module_of(program: ExportedProgram, training: bool | None = None) -> fx.GraphModule:
     """The module of a program, in the mode that it was exported in; it raises in the other.
 
-    torch sets the flag to training whatever was exported, and refuses ``train()`` and ``eval()``.
+    torch always sets the flag to training, and refuses ``train()`` and ``eval()``.
 
     Args:
-        training: the mode of the model, whose code may go by it. None takes that of the operators, and where
-            none has one the module holds in both.
+        training: the mode of the model, whose code may depend on it. None: the mode of the operators; the
+            module holds in both where no operator has one.
     """
     graph_module = program.module()
     for name in CHECKS:
         vars(graph_module).pop(name, None)
     for name, value in vars(graph_module).items():
         if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-            value.clear()  # checks, too; those of sizes are in the graph as well
+            value.clear()  # checks as well; the graph itself checks sizes
     flags = [flag for node in graph_module.graph.nodes for flag in _flags(node)]
     for module in graph_module.modules():
         module.training = any(flags) if training is None else training
@@ -137,7 +137,7 @@ def module_of(program: ExportedProgram, training: bool | None = None) -> fx.Grap
 
 
 def _flags(node: fx.Node) -> list[bool]:
-    """Whether an operator of ATen is in training mode; empty for one that has no modes."""
+    """Whether an operator of ATen is in training mode; empty for an operator without modes."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
     if "no_training" in node.target._schema.name:  # a decomposed BatchNorm

@@ -1,16 +1,15 @@
-"""Traces: one graph for a whole model, or graphs of the largest submodules that have one.
+"""Graphs of a whole model, or of its largest submodules that have one.
 
-A graph must do what the model does, for training too. What a plain trace would freeze without a word stops
-this one with the reason: random numbers, gradient modes, values computed from buffers. A training flag that
-the graph depends on is found by tracing in both modes.
+A graph must compute what the model does, in training too. A trace fails with the reason where that of plain
+fx silently freezes random numbers, gradient modes or values computed from buffers. Traces in both modes show
+whether the graph depends on the training flag.
 """
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,21 +21,21 @@ from fxexpand.running.evaluation import evaluating, undisturbed
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.inputs import copy as copy_inputs
 from fxexpand.running.outputs import agree, outputs_of, seed, tensors_of
-from fxexpand.tracing.export import export, module_of
+from fxexpand.tracing.export import export, module_of, muted
 from fxexpand.tracing.guards import UntraceableError as UntraceableError
-from fxexpand.tracing.guards import guard, mode_of, require_argument
-from fxexpand.tracing.recording import Failed, Traced, arguments_by_name, record
+from fxexpand.tracing.guards import arguments_by_name, guard, mode_of, require_argument
+from fxexpand.tracing.recording import Failed, Traced, record
 from fxexpand.tracing.tracer import FAILURES, Leaf, RegionTracer, TraceOptions, first_line
 from fxexpand.tracing.tracer import hooked as hooked
 
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """The largest traceable submodules of a model, and why what is around them has no graph.
+    """The largest submodules of a model that have a graph, and why those around them have none.
 
     Attributes:
         graphs: ``(dotted name, graph)``; one entry named "" where the whole model has a graph.
-        failures: reason by dotted name.
+        failures: the reason by the dotted name.
     """
 
     graphs: tuple[tuple[str, fx.GraphModule], ...]
@@ -48,15 +47,15 @@ def trace(
 ) -> fx.GraphModule:
     """The graph of ``model``, which shares its modules, parameters and buffers; the model is as it was.
 
-    A symbolic graph where there is one. Leaves are torch's own modules, those that timm and torchvision
+    It is symbolic where such a graph exists. Leaves are torch's own modules, those that timm and torchvision
     declare (where imported), expanded layers, parametrized modules, modules with hooks, and modules without
     parameters that read their training flag. Optional arguments that are None, a bool or a string are fixed
     to their default, or to their value in ``example_inputs``: the graph raises when it is called with another
     value.
 
-    Otherwise, with ``example_inputs``, a graph of ATen operators made by ``torch.export``: of the path that
-    these inputs take through the code, in the mode that the model is in, for all sizes that take the same
-    path. It takes the arguments that were given, and raises in the other mode and for other paths.
+    Otherwise, with ``example_inputs``, it is a graph of ATen operators made by ``torch.export``: of the path
+    that these inputs take through the code, in the mode that the model is in, for all sizes that take the
+    same path. It takes the arguments that were given, and raises in the other mode and for other paths.
 
     Args:
         leaf: ``(name, module) -> bool``: further modules to keep whole, which ``torch.export`` cannot.
@@ -65,41 +64,46 @@ def trace(
     Returns:
         A graph that holds in both modes or, where ``mode_of`` says so, one that raises in the other mode.
 
-    Raises: UntraceableError: there is no such graph. What stops a symbolic one: control flow on values, a
-        hook on the model itself, random numbers drawn outside the graph, a gradient mode or autocast switched
+    Raises: UntraceableError: there is no such graph. A symbolic one fails for control flow on values, a hook
+        on the model itself, random numbers drawn outside the graph, a gradient mode or autocast switched
         inside, a mapping of an unknown class, a ``__call__`` of its own, or a trace that computes something
-        else than the model. What stops ``torch.export``: control flow on the values of tensors, and whatever
-        it does not support.
+        else than the model. ``torch.export`` fails for control flow on the values of tensors, and for
+        everything that it does not support.
     """
     outcome = attempt_symbolic(model, TraceOptions(leaf, example_inputs))
     if isinstance(outcome, Failed) and example_inputs is not None and leaf is None:
         outcome = _exported(model, example_inputs, outcome)
-    return outcome.unwrap()
+    return _graph_of(outcome)
 
 
 def _exported(model: nn.Module, example_inputs: ExampleInputs, symbolic_failure: Failed) -> Traced | Failed:
-    """The graph that torch.export makes, compared with the model, which has no symbolic one."""
+    """The graph of torch.export, compared with the model outside of training."""
     try:
         graph_module = module_of(export(model, example_inputs), model.training)
     except (*FAILURES, SyntaxError) as error:  # of a guard for a string with quotes in it
         reason = f"{symbolic_failure.reason}; torch.export: {first_line(error)}"
         return Failed(type(model).__name__, reason, cause=error)
-    difference = None
-    if not model.training:
-        difference = _difference(
-            model, outputs_of(graph_module, example_inputs), outputs_of(model, example_inputs)
-        )
-    return difference or Traced(graph_module)
+    if model.training:
+        return Traced(graph_module)
+    actual, expected = (outputs_of(each, example_inputs) for each in (graph_module, model))
+    return _difference(model, actual, expected) or Traced(graph_module)
 
 
 def symbolic(
     model: nn.Module, *, leaf: Leaf | None = None, example_inputs: ExampleInputs | None = None
 ) -> fx.GraphModule:
-    """The symbolic graph of ``trace``, which is that of all paths that its guards do not exclude.
+    """The symbolic graph of ``trace``, for all paths that its guards do not exclude.
 
     Raises: UntraceableError.
     """
-    return attempt_symbolic(model, TraceOptions(leaf, example_inputs)).unwrap()
+    return _graph_of(attempt_symbolic(model, TraceOptions(leaf, example_inputs)))
+
+
+def _graph_of(outcome: Traced | Failed) -> fx.GraphModule:
+    if isinstance(outcome, Failed):
+        message = f"{outcome.name}: {outcome.reason}. {outcome.fix}"
+        raise UntraceableError(message, outcome.reason) from outcome.cause
+    return outcome.graph_module
 
 
 def attempt_symbolic(model: nn.Module, options: TraceOptions) -> Traced | Failed:
@@ -118,15 +122,16 @@ def attempt_symbolic(model: nn.Module, options: TraceOptions) -> Traced | Failed
 
 
 def in_both_modes(model: nn.Module, options: TraceOptions) -> Traced | Failed:
-    """A trace that holds in both modes, or is guarded; see ``record``."""
+    """A trace that holds in both modes, or in the present mode with a guard for it."""
     training = record(model, replace(options, training=True))
     if isinstance(training, Failed):
         return training
     evaluation = record(model, replace(options, training=False))
     if isinstance(evaluation, Failed):
         return evaluation
-    same = training.decisions == evaluation.decisions  # which a graph does not show
-    if same and _same_graph(training.graph_module, evaluation.graph_module, model):
+    if training.decisions == evaluation.decisions and _same_graph(
+        training.graph_module, evaluation.graph_module, model
+    ):
         return training
     outcome = record(model, options)
     if isinstance(outcome, Traced):
@@ -140,9 +145,9 @@ def fixes_arguments(graph_module: fx.GraphModule) -> bool:
 
 
 def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
-    """The largest submodules of ``model`` that have a graph for both modes, found from the root down.
+    """The largest submodules of ``model`` that have a graph for both modes, from the root down.
 
-    Each is tried once; modules that a trace keeps whole anyway are no regions.
+    Each is tried once; the leaves of a trace are no regions.
     """
     graphs: list[tuple[str, fx.GraphModule]] = []
     failures: dict[str, str] = {}
@@ -177,7 +182,7 @@ def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:
 
 
 def _within(name: str, leaf: Leaf | None) -> Leaf | None:
-    """``leaf``, which takes names from the root, for a trace that starts at ``name``."""
+    """``leaf``, which takes names from the root, for a trace that starts at the submodule ``name``."""
     if leaf is None or not name:
         return leaf
     return lambda inner, module: leaf(f"{name}.{inner}", module)
@@ -190,7 +195,7 @@ def _same_graph(one: fx.GraphModule, two: fx.GraphModule, model: nn.Module) -> b
         return False
     own = {name for name, _ in chain(model.named_buffers(), model.named_parameters())}
     constants = [node.target for node in one.graph.nodes if node.op == "get_attr" and node.target not in own]
-    pairs = ((_read(one, target), _read(two, target)) for target in constants)
+    pairs = ((attrgetter(target)(one), attrgetter(target)(two)) for target in constants)
     return all(a is b or (isinstance(a, Tensor) and torch.equal(a, b)) for a, b in pairs)
 
 
@@ -198,13 +203,8 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
     return node.op, node.target, repr(node.args), repr(node.kwargs)
 
 
-def _read(root: nn.Module, target: str) -> Any:
-    path, _, name = target.rpartition(".")
-    return getattr(root.get_submodule(path), name)
-
-
-class _OwnLists(ShapeProp):
-    """Functions that write into a list get one of their own, as they do in the code of a graph."""
+class _ShapePropagation(ShapeProp):
+    """torch's, but functions that write into a list get a list, as in the code of a graph."""
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
@@ -220,8 +220,8 @@ def _mutable(value: Any) -> Any:
 
 
 def _keep_records(source: fx.Graph, trace: fx.Graph) -> None:
-    """The shapes and dtypes that an export or an earlier trace recorded, where the new one calls the same."""
-    # What has no node for an input (torch.empty) is a constant to a trace.
+    """Copy the shapes and dtypes of an export or an earlier trace into a trace with the same calls."""
+    # A trace makes a call without inputs (torch.empty) a constant.
     old, new = (
         [n for n in graph.nodes if n.op == "placeholder" or (n.all_input_nodes and n.op != "output")]
         for graph in (source, trace)
@@ -248,12 +248,15 @@ def check_with_shapes(
             inputs.extend(given.get(node.target[1:], ()))
         else:
             inputs.append(given[node.target] if node.target in given else node.args[0])
-    quiet = redirect_stderr(io.StringIO())  # where torch prints what it raises as well
     try:
         expected = outputs_of(model, example_inputs)
-        with undisturbed(model), evaluating(model), quiet:
+        with (
+            undisturbed(model),
+            evaluating(model),
+            muted(),
+        ):  # torch prints errors of a node to stderr as well
             seed(model)
-            actual = tensors_of(_OwnLists(graph_module).propagate(*inputs))
+            actual = tensors_of(_ShapePropagation(graph_module).propagate(*inputs))
     except UntraceableError as error:  # of a guard in the model, for an argument or for a mode
         return Failed(type(model).__name__, first_line(error), cause=error)
     if mode_of(graph_module) == "train":  # the model ran in eval mode

@@ -1,4 +1,4 @@
-"""Graphs that hold for one mode or one value of an argument: they say so, and raise for any other."""
+"""Guards: a graph that holds in one mode or for one value of an argument raises for any other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxexpand.running.inputs import ExampleInputs, as_call
 
 
 class UntraceableError(FxExpandError):
-    """A model has no single graph; the message says which, why and what to do.
+    """A model has no graph, or its graph does not hold for a call; the message says why and what to do.
 
     Attributes:
         reason: why.
@@ -26,8 +26,11 @@ class UntraceableError(FxExpandError):
 
 @fx.has_side_effect
 def require_argument(value: Any, expected: Any, name: str) -> None:
-    """Part of a graph: raise unless the argument has the value that the graph was traced with."""
-    if isinstance(value, fx.Proxy):  # a trace of that graph, as where a pickled one is read
+    """Raise unless the argument has the value that the graph was traced with: a node of that graph.
+
+    Raises: UntraceableError.
+    """
+    if isinstance(value, fx.Proxy):  # in a trace of that graph, also where a pickled one is loaded
         value.tracer.create_proxy("call_function", require_argument, (value, expected, name), {})
         return
     same = not value if name.startswith("*") else not isinstance(value, Tensor) and value == expected
@@ -39,14 +42,13 @@ def require_argument(value: Any, expected: Any, name: str) -> None:
 
 
 def fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
-    """Values for the arguments that steer a forward, by the names of their placeholders."""
-    signature = signature_of(model)
-    given: dict[str, Any] = {}
-    if example_inputs is not None:
-        args, kwargs = as_call(example_inputs)
-        given = signature.bind(*args, **kwargs).arguments
+    """The values to fix of arguments that steer a forward, by the names of their placeholders.
+
+    They are None, bools, strings and empty ``*args`` and ``**kwargs``, of the example inputs or by default.
+    """
+    given = {} if example_inputs is None else arguments_by_name(model, example_inputs)
     fixed: dict[str, Any] = {}
-    for name, parameter in signature.parameters.items():
+    for name, parameter in signature_of(model).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             if not given.get(name):
                 stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
@@ -58,8 +60,14 @@ def fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> d
     return fixed
 
 
+def arguments_by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
+    """The example inputs by the names of the arguments of the forward."""
+    args, kwargs = as_call(example_inputs)
+    return dict(signature_of(model).bind(*args, **kwargs).arguments)
+
+
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """That of the class' forward, without ``self``."""
+    """The signature of the class' forward, without ``self``."""
     return inspect.signature(MethodType(type(model).forward, model))
 
 
@@ -70,10 +78,10 @@ GUARD = "fxexpand_mode"  # the ModeGuard of a graph that holds in one mode
 
 
 class ModeGuard(nn.Module):
-    """Part of a graph: raises unless the graph is in the mode that it was traced in."""
+    """Raises unless the graph that calls it is in the mode that it was traced in."""
 
-    _is_impure = True  # what keeps fx from removing it as dead code
-    keeps_mode: ClassVar[bool] = True  # for ``evaluating``
+    _is_impure = True  # fx keeps it, although nothing reads its result
+    keeps_mode: ClassVar[bool] = True  # ``evaluating`` does not switch it
 
     def __init__(self, mode: Mode) -> None:
         super().__init__()
@@ -81,7 +89,10 @@ class ModeGuard(nn.Module):
         self.training = mode == "train"
 
     def forward(self) -> None:
-        """Check the training flag, which follows that of the graph module."""
+        """Check the training flag, which follows that of the graph module.
+
+        Raises: UntraceableError.
+        """
         if self.training != (self.mode == "train"):
             raise UntraceableError(
                 f"this graph was traced in {self.mode} mode and holds in that mode only. "
@@ -90,12 +101,12 @@ class ModeGuard(nn.Module):
 
 
 def mode_of(graph_module: fx.GraphModule) -> Mode | None:
-    """The only mode in which a graph made by ``trace`` holds; None where it holds in both."""
+    """The only mode in which a graph of ``trace`` holds; None where it holds in both."""
     return next((module.mode for module in graph_module.modules() if isinstance(module, ModeGuard)), None)
 
 
 def guard(graph_module: fx.GraphModule) -> None:
-    """Have the graph raise in any mode but the present one; unlike a hook, this is pickled with it."""
+    """Have the graph raise in the other mode than the present one; unlike a hook, a guard is pickled."""
     graph_module.add_module(GUARD, ModeGuard("train" if graph_module.training else "eval"))
     graph = graph_module.graph
     with graph.inserting_before(next(iter(graph.nodes))):

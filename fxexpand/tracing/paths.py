@@ -1,4 +1,4 @@
-"""The other paths through code: what holds for the example inputs may not hold there."""
+"""Other paths through the code of a model, where a fold that holds for the example inputs may not hold."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from fxexpand.tracing.tracer import Leaf, TraceOptions
 
 T = TypeVar("T")
 
-PATHS = 32  # that are looked at, each by a trace ...
-NODES = 5000  # ... and of so many nodes together, but two in any case
-ALTERNATIVES = 64  # sets of other arguments that are looked at
+PATHS = 32  # traced at most ...
+NODES = 5000  # ... with so many nodes together, but two paths in any case
+ALTERNATIVES = 64  # sets of other arguments
+FREE = object()  # the value of an argument that is a proxy
 RAISES = dis.opmap["RAISE_VARARGS"]
 TORCH = Path(torch.__file__).parent
 
@@ -39,14 +40,14 @@ class OpaqueLeaves:
         return _code_of(module) in self._codes or (self._leaf is not None and self._leaf(name, module))
 
     def around(self, attempt: Callable[[], T | Failed]) -> T | Failed:
-        """The outcome of ``attempt``, which reads this leaf, with every module whole that makes it fail."""
+        """The outcome of ``attempt``, which uses this leaf, with every module whole in which it fails."""
         while True:
             outcome = attempt()
             if not isinstance(outcome, Failed) or not self._add(outcome.within):
                 return outcome
 
     def _add(self, module: nn.Module | None) -> bool:
-        """Keep a module whole; False where it is whole already, or where that is no help."""
+        """Keep a module whole; False where it is so already, or returns None sometimes."""
         if module is None or _code_of(module) in self._codes or _lacks(module):
             return False
         self._codes.add(_code_of(module))
@@ -54,7 +55,7 @@ class OpaqueLeaves:
 
 
 def _code_of(module: nn.Module) -> object:
-    """The class of a module, whose code it runs; of torch's own, itself: containers run their children."""
+    """The class of a module, whose code it runs; for torch's containers, which run others' code, itself."""
     return module if type(module).__module__.startswith("torch.") else type(module)
 
 
@@ -84,14 +85,15 @@ def other_paths(model: nn.Module, options: TraceOptions, traced: Traced) -> list
 
 
 def alternatives(model: nn.Module, options: TraceOptions, nodes: int) -> Iterator[tuple[str, Traced | None]]:
-    """Other graphs of ``model``, for reading only, each with the arguments of ``trace`` that it does not fix.
+    """Graphs of ``model`` for other arguments, for reading only, each with the names of these arguments.
 
-    A flag is the other way round, a None is something, ``*args`` hold one, a string is another that the
-    forward names. First each alone, on all paths, those that go by values among them; then together, up to
-    ``ALTERNATIVES``, on one path each. All around modules without a graph; None where there is none even so.
+    A flag is inverted, a None is a proxy, ``*args`` hold one value, a string is another one from the code of
+    the forward. Each argument changes alone, on all paths, conditions on values among them; then several
+    together, up to ``ALTERNATIVES``, on one path each. Modules without a graph are leaves; None stands for a
+    failure even so.
 
     Args:
-        nodes: in the graph of the model.
+        nodes: the number of nodes in the graph of the model.
     """
     fixed = fixed_arguments(model, options.example_inputs)
     words = _words(type(model))
@@ -100,18 +102,14 @@ def alternatives(model: nn.Module, options: TraceOptions, nodes: int) -> Iterato
         if isinstance(value, str):
             changes += [(name, word) for word in words if word != value and word.isidentifier()]
         elif not name.startswith("**"):
-            changes.append((name, None if value is None else not value))
+            changes.append((name, FREE if value is None else not value))
     counts = range(1, len(changes) + 1)
     together = itertools.chain.from_iterable(itertools.combinations(changes, count) for count in counts)
     for chosen in itertools.islice(together, ALTERNATIVES):
-        others = {**fixed, **dict(chosen)}
-        for name, _ in chosen:
-            if fixed[name] is None:
-                del others[name]
+        others = {name: value for name, value in (fixed | dict(chosen)).items() if value is not FREE}
         leaf = OpaqueLeaves(options.leaf)
         reading = replace(options, leaf=leaf, faithful=False, fixed=others, assume_false=True)
-        explored = partial(_explored, model, reading, [()], nodes, only_first=len(chosen) > 1)
-        outcome = leaf.around(explored)
+        outcome = leaf.around(partial(_explored, model, reading, [()], nodes, only_first=len(chosen) > 1))
         for traced in [None] if isinstance(outcome, Failed) else outcome:
             yield ", ".join(dict(chosen)), traced
 
@@ -142,7 +140,7 @@ def _explored(
     """The graphs of the paths that begin with the results ``todo``, and of those that branch off.
 
     Args:
-        nodes: in the graph of the model, which limit the number of paths.
+        nodes: the number of nodes in the graph of the model, which limits that of paths.
         only_first: stop at the first path that has a graph.
     """
     limit = max(2, NODES // nodes)
@@ -154,7 +152,7 @@ def _explored(
         if len(paths) == limit or len(paths) + len(todo) > PATHS or tried > 2 * PATHS:  # or more fail in vain
             reason = f"its code goes by sizes, on more paths than can be looked at ({min(limit, PATHS)})"
             return Failed(type(model).__name__, reason)
-        prefix = todo.pop(0)  # those that branch off early first: the more there are, the sooner it shows
+        prefix = todo.pop(0)  # an early branch first: where paths are too many, this shows sooner
         outcome = record(model, replace(options, branch_prefix=prefix))
         todo += _turned(
             outcome.decisions, len(prefix)

@@ -6,15 +6,13 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.running.evaluation import undisturbed
-from fxexpand.running.inputs import ExampleInputs, as_call
 from fxexpand.tracing.example_values import Sizes, UnknownValue
-from fxexpand.tracing.guards import UntraceableError, fixed_arguments, signature_of
+from fxexpand.tracing.guards import arguments_by_name, fixed_arguments
 from fxexpand.tracing.tracer import RegionTracer, TraceOptions, calls_more, first_line, hooked
 
 FIX = "fxexpand.tracing.regions finds the parts that have a graph."
@@ -26,7 +24,7 @@ class Traced:
 
     Attributes:
         graph_module: the graph, with the modules, parameters and buffers of the model.
-        decisions: the results of the conditions on sizes, in order.
+        decisions: the results of its conditions, in order.
         multi_argument_calls: the paths of modules called with several arguments, or with one by its name.
         partial: the model's own code failed at the end of the graph.
     """
@@ -35,10 +33,6 @@ class Traced:
     decisions: tuple[bool, ...] = ()
     multi_argument_calls: frozenset[str] = frozenset()
     partial: bool = False
-
-    def unwrap(self) -> fx.GraphModule:
-        """The graph."""
-        return self.graph_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +45,7 @@ class Failed:
         fix: what to do about it.
         differs: there is a graph, but it computes something else than the model.
         within: the innermost module in whose forward the trace failed. None: the model itself.
-        decisions: the results of the conditions on sizes before the failure.
+        decisions: the results of the conditions before the failure.
         partial_graph: the graph before the failure, where ``TraceOptions.assume_false`` asks for it.
         cause: the exception that ended the trace.
     """
@@ -64,13 +58,6 @@ class Failed:
     decisions: tuple[bool, ...] = ()
     partial_graph: Traced | None = None
     cause: Exception | None = None
-
-    def unwrap(self) -> NoReturn:
-        """Raise the failure.
-
-        Raises: UntraceableError.
-        """
-        raise UntraceableError(f"{self.name}: {self.reason}. {self.fix}", self.reason) from self.cause
 
 
 def record(model: nn.Module, options: TraceOptions) -> Traced | Failed:
@@ -141,11 +128,11 @@ def _numbers(model: nn.Module) -> dict[tuple[int, str], float]:
 
 
 def _traced(model: nn.Module, options: TraceOptions) -> Traced | Failed:
-    """The trace itself, in the modes that the modules are in."""
+    """The trace in the modes that the modules are in."""
     name = type(model).__name__
     try:
         tracer = _tracer_of(model, options)
-    except Exception as error:  # whatever inspect says of a forward, or of arguments that it does not take
+    except Exception as error:  # of a forward without a signature, or of arguments that it does not take
         return Failed(name, first_line(error), cause=error)
     try:
         return _module_of(model, tracer, tracer.trace(model))
@@ -183,9 +170,3 @@ def _partial_graph(model: nn.Module, tracer: RegionTracer) -> Traced:
     graph = tracer.graph
     graph.output(tuple(node for node in graph.nodes if not node.users))
     return _module_of(model, tracer, graph, partial=True)
-
-
-def arguments_by_name(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Any]:
-    """The example inputs by the names of their placeholders, which a rest (``*args``) has not."""
-    args, kwargs = as_call(example_inputs)
-    return dict(signature_of(model).bind(*args, **kwargs).arguments)

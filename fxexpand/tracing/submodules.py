@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -92,7 +92,7 @@ class Reading:
     traced: Traced
     leaf: Leaf | None = None
     failure: Failed | None = None
-    others: tuple[Traced, ...] = ()
+    others: Sequence[Traced] = ()
 
 
 @dataclass
@@ -168,17 +168,18 @@ class Parts:
         return attempt.failure
 
     def _symbolic(self, module: nn.Module, given: ExampleInputs | None) -> Traced | Failed:
-        if module is self._model or given is None:
-            return attempt_symbolic(module, TraceOptions(example_inputs=given))
-        try:
-            outcome = attempt_symbolic(module, TraceOptions(example_inputs=given))
-        except FAILURES:  # a second call with the same arguments may not be possible
-            outcome = None
-        if outcome is None or (
-            isinstance(outcome, Failed) and not outcome.differs and not _fixes_the_same(module, given)
-        ):
-            return attempt_symbolic(module, TraceOptions())
-        return outcome
+        """The symbolic graph, with the inputs where that is possible."""
+        if module is not self._model and given is not None:
+            try:
+                outcome = attempt_symbolic(module, TraceOptions(example_inputs=given))
+                if isinstance(outcome, Traced) or outcome.differs:
+                    return outcome
+                if fixed_arguments(module, given) == fixed_arguments(module, None):
+                    return outcome
+            except FAILURES:  # a second call with the same arguments may fail, or one by name
+                pass
+            given = None
+        return attempt_symbolic(module, TraceOptions(example_inputs=given))
 
     def _on_one_path(self, module: nn.Module, given: ExampleInputs, failure: Failed) -> Reading | None:
         """The graph of the path of the inputs, around the modules that fail there too."""
@@ -189,14 +190,11 @@ class Parts:
             return None
         others = other_paths(module, options, traced)
         try:
-            if (
-                isinstance(others, Failed)
-                or check_with_shapes(traced.graph_module, module, given) is not None
-            ):
+            if isinstance(others, Failed) or check_with_shapes(traced.graph_module, module, given):
                 return None
-        except FAILURES:  # as what it calls is read by itself then
+        except FAILURES:  # of a second call; its submodules are read by themselves then
             return None
-        return Reading(traced, leaf, failure, tuple(others))
+        return Reading(traced, leaf, failure, others)
 
     def others(self, module: nn.Module, reading: Reading) -> Iterator[tuple[str, Traced | None]]:
         """Other graphs of a submodule, with the reason why a fold may not hold there; None: no graph."""
@@ -210,19 +208,8 @@ class Parts:
 
     def given(self, module: nn.Module) -> ExampleInputs | None:
         """The example inputs of a submodule, where they are known."""
-        if module is self._model or self._example_inputs is None:
-            return self._example_inputs if module is self._model else None
-        return self._calls.get(module)
+        return self._example_inputs if module is self._model else self._calls.get(module)
 
     @cached_property
     def _calls(self) -> dict[nn.Module, dict[str, Any]]:
-        assert self._example_inputs is not None
-        return observed_calls(self._model, self._example_inputs)
-
-
-def _fixes_the_same(module: nn.Module, given: ExampleInputs) -> bool:
-    """Whether a trace with these inputs is that without any."""
-    try:
-        return fixed_arguments(module, given) == fixed_arguments(module, None)
-    except TypeError:  # they cannot be given by name
-        return False
+        return {} if self._example_inputs is None else observed_calls(self._model, self._example_inputs)

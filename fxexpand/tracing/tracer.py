@@ -1,4 +1,4 @@
-"""The tracer: fx's, with the leaves and the arguments that any network needs."""
+"""The tracer of fx, with the leaves, arguments and conditions on sizes that real networks need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fxexpand.tracing.guards import require_argument
 
 Leaf: TypeAlias = Callable[[str, nn.Module], bool]
 
-# What forward code raises when it is given proxies instead of tensors.
+# Exceptions of forward code that gets proxies instead of tensors.
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -37,8 +37,8 @@ FAILURES = (
     ValueError,
 )
 
-BRANCHES = 64  # in one trace: a loop that goes by sizes may have no end on a path that no input takes
-STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
+CONDITIONS = 64  # in one trace: a loop on a size may have no end on a path that no input takes
+STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TraceOptions:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the advice of torch that may follow."""
+    """The first sentence of an error message; torch's advice follows it."""
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
     return message.split(". ")[0].rstrip(".")
 
@@ -79,17 +79,17 @@ def hooked(module: nn.Module) -> bool:
 
 
 def calls_more(module: nn.Module) -> bool:
-    """Whether its class has a ``__call__`` of its own, around the forward that a graph is made of.
+    """Whether its class has a ``__call__`` of its own, which a graph of its forward would drop.
 
-    That of transformers is about checkpoints in training, and that of a graph module about error messages.
+    The ``__call__`` of transformers only adds checkpointing in training, and that of graph modules messages.
     """
     call: Any = type(module).__call__
-    theirs = isinstance(module, fx.GraphModule) or str(call.__module__).startswith("transformers.")
-    return call is not nn.Module.__call__ and not theirs
+    harmless = isinstance(module, fx.GraphModule) or str(call.__module__).startswith("transformers.")
+    return call is not nn.Module.__call__ and not harmless
 
 
 class RegionTracer(fx.Tracer):
-    """fx's tracer with the leaves of ``trace``, buffers kept as reads, and look-ups in constant time.
+    """The tracer of fx with the leaves of ``trace``; reads of buffers are nodes.
 
     Args:
         sizes: the values that conditions on sizes are computed from; None: such a condition raises.
@@ -120,10 +120,10 @@ class RegionTracer(fx.Tracer):
         self._names = {id(tensor): name for name, tensor in tensors}
         self._gradients, self._autocasts = torch.is_grad_enabled(), _open_autocasts()
         graph = super().trace(root, concrete_args)
-        if self.stopped is not None:  # which the model caught
+        if self.stopped is not None:  # and the model caught it
             raise self.stopped
         for node in graph.nodes:
-            if isinstance(node.type, str):  # which torch 2.9 writes into the code, and cannot pickle
+            if isinstance(node.type, str):  # torch 2.9 writes it into the code, and cannot pickle that
                 node.type = None
         return graph
 
@@ -133,15 +133,15 @@ class RegionTracer(fx.Tracer):
             return True
         inside = isinstance(m, nn.Sequential) or getattr(type(m), "traced_inside", False)
         ours = type(m).__module__.startswith("fxexpand.") and not inside
-        kept = ours or parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
-        # torchvision.ops: the operators, not the permutation and the blocks of layers that are also there.
-        theirs = type(m).__module__.startswith("torchvision.ops.") and type(m).__name__ != "Permute"
-        operator = theirs and not m._modules
+        opaque = parametrize.is_parametrized(m) or isinstance(m, torch.jit.ScriptModule) or hooked(m)
+        # torchvision.ops also holds a permutation and blocks of layers, which are traced inside.
+        in_ops = type(m).__module__.startswith("torchvision.ops.") and type(m).__name__ != "Permute"
+        operator = in_ops and not m._modules
         asked = self._options.leaf is not None and self._options.leaf(module_qualified_name, m)
-        return kept or operator or asked or is_layer_norm(m) or _switch(m)
+        return ours or opaque or operator or asked or is_layer_norm(m) or _reads_only_its_mode(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer read by the forward: one node of the graph."""
+        """The node of a parameter or buffer that the forward reads; one for each."""
         name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None:
             return attr_val
@@ -158,7 +158,7 @@ class RegionTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _mapping(self, given: dict[str, Any]) -> Any:
-        """A dict of another class, of which fx would make a plain one."""
+        """The node of a dict of another class, which fx itself would make a plain dict."""
         kind: type = type(given)
         plain = super().create_arg(dict(given))
         if kind is OrderedDict:
@@ -169,12 +169,12 @@ class RegionTracer(fx.Tracer):
             raise RuntimeError(f"it makes a {kind.__name__}, which a graph would make a plain dict")
         else:
             return plain
-        # A node again when a pickled graph is read. torch keeps such code, and each later trace goes over it.
+        # A pickled graph then has the node again. torch lists such calls for good and patches all in a trace.
         node.meta["is_wrapped"] = self._faithful
         return node
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """See ``fx.Tracer.call_module``; what a forward makes itself (``nn.Softmax(1)(x)``) is its code."""
+        """See ``fx.Tracer.call_module``; a module that a forward makes (``nn.Softmax(1)(x)``) is its code."""
         if m not in (self.submodule_paths or ()):
             return forward(*args, **kwargs)
         if len(args) != 1 or kwargs:
@@ -193,17 +193,17 @@ class RegionTracer(fx.Tracer):
         return _Sized(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """As many items as there are, where that is known."""
+        """The items of a proxy, where their number is known."""
         length = self.length(obj)
         return super().iter(obj) if length is None else iter([obj[i] for i in range(length)])  # type: ignore[index]
 
     def length(self, obj: fx.Proxy) -> int | None:
-        """The number of dimensions in a shape, or of items in a tuple of sizes."""
+        """The number of dimensions in a shape, or of items in a tuple of sizes; None where unknown."""
         known = self._known(obj)
         return len(known) if isinstance(known, tuple | list) else None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Whether a condition on sizes holds."""
+        """The result of a condition."""
         known = self._known(obj)
         if isinstance(known, bool | int | float | tuple | list):
             return self._decided(bool(known))
@@ -218,7 +218,7 @@ class RegionTracer(fx.Tracer):
     def _decided(self, default: bool) -> bool:
         """The result of a condition: as in ``branch_prefix`` or, after that, ``default``."""
         place, prefix = len(self.decisions), self._options.branch_prefix or ()
-        if place == BRANCHES:
+        if place == CONDITIONS:
             raise RuntimeError("its code goes by sizes, in too many branches to look at")
         self.decisions.append(prefix[place] if place < len(prefix) else default)
         return self.decisions[-1]
@@ -241,49 +241,49 @@ class RegionTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """The arguments that the forward is traced with: proxies, but for the fixed ones.
+        """The arguments of the traced forward: a proxy for each that is not fixed.
 
-        fx itself patches the code of a forward with ``*args`` or ``**kwargs``, which a decorated one is not
-        the code of.
+        fx itself changes the code of a forward that takes ``*args`` or ``**kwargs``, and fails where a
+        decorator wraps that code.
         """
         forward = inspect.unwrap(root_fn)
-        known = inspect.signature(forward)
-        _, *parameters = known.parameters.values()
-        stars = {parameter.name: STARS.get(parameter.kind.name, "") for parameter in parameters}
-        # fx writes placeholders in their order: what takes the rest comes last.
-        names = sorted((star + name for name, star in stars.items()), key=lambda name: name.count("*"))
-        if any(name.startswith("*") and name not in self._fixed for name in names):
+        signature = inspect.signature(forward)
+        _, *parameters = signature.parameters.values()
+        stars = [STARS[p.kind] + p.name for p in parameters if p.kind in STARS]
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        by_place = [p.name for p in parameters if p.kind not in (p.KEYWORD_ONLY, *STARS)]
+        if not self._fixed.keys() >= {*stars}:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
-        made: dict[str, Any] = {name: self._proxy_placeholder(name, None, known, forward) for name in names}
-        # ``*args`` is empty in a trace, but for one where a graph is only read: see ``paths.alternatives``.
-        more = [made[name][0] for name in names if name.count("*") == 1 and self._fixed.get(name)]
+        # fx writes placeholders in their order, and Python wants *args and **kwargs last.
+        names = [*by_place, *by_name, *stars]
+        values: dict[str, Any] = {n: self._proxy_placeholder(n, None, signature, forward) for n in names}
+        # ``*args`` are empty, except in a graph for reading only: see ``paths.alternatives``.
+        rest = [values[name][0] for name in stars if self._fixed.get(name)]
         for name in [name for name in names if name in self._fixed]:
             expected = self._fixed[name]
-            self.create_proxy("call_function", require_argument, (made[name], expected, name), {})
-            made[name] = expected
-        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        by_place = [p.name for p in parameters if not stars[p.name] and p.name not in by_name]
+            self.create_proxy("call_function", require_argument, (values[name], expected, name), {})
+            values[name] = expected
 
         def traced(root: nn.Module) -> Any:
-            given = {name: made[name] for name in by_name}
-            return root_fn(root, *(made[name] for name in by_place), *more, **given)
+            named = {name: values[name] for name in by_name}
+            return root_fn(root, *(values[name] for name in by_place), *rest, **named)
 
         return traced, [self.root]
 
 
 class _Sized(fx.Proxy):
-    """A proxy that has a length where it stands for a shape, and a hash for fx alone."""
+    """A proxy that has a length where it stands for a shape, and a hash only inside fx."""
 
     tracer: RegionTracer
 
     def __len__(self) -> int:
         length = self.tracer.length(self)
-        return int(super().__len__()) if length is None else length  # that of fx raises
+        return int(super().__len__()) if length is None else length  # fx raises
 
     def __hash__(self) -> int:
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fxexpand.")):
             return super().__hash__()
-        # A set or a dict that holds the size would not find it: the hash of a proxy is not that of its value.
+        # A set or a dict of sizes would not find the proxy, whose hash is not the hash of its value.
         raise TypeError("its code looks for a value in a set or a dict, or keeps what it computed for it")
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
@@ -291,34 +291,27 @@ class _Sized(fx.Proxy):
 
 
 class _SizedAttribute(_Sized, fx.proxy.Attribute):
-    """An attribute of one."""
+    """An attribute of such a proxy."""
 
 
 def _open_autocasts() -> int:
-    """How many contexts of autocast are open, those that switch it off among them."""
+    """The number of open autocast contexts, including those that switch it off."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 
 
 def _library_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:
     """(module types, functions, modules of functions) to keep whole, of the libraries that are imported."""
-    types: tuple[type, ...] = ()
-    functions: tuple[Callable[..., Any], ...] = ()
-    modules: tuple[ModuleType, ...] = (math,)
-    timm = sys.modules.get("timm.models._features_fx")
-    if timm is not None:
-        types = tuple(timm.get_notrace_modules())
-        functions = tuple(function for function in timm.get_notrace_functions() if callable(function))
-    ops = sys.modules.get("torchvision.ops")
-    if ops is not None:
-        modules = (math, ops)
-    return types, functions, modules
+    timm, ops = sys.modules.get("timm.models._features_fx"), sys.modules.get("torchvision.ops")
+    types = () if timm is None else tuple(timm.get_notrace_modules())
+    functions = () if timm is None else tuple(filter(callable, timm.get_notrace_functions()))
+    return types, functions, (math,) if ops is None else (math, ops)
 
 
-def _switch(module: nn.Module) -> bool:
-    """A module that holds no tensor and reads its training flag, such as stochastic depth.
+def _reads_only_its_mode(module: nn.Module) -> bool:
+    """Whether a module, such as stochastic depth, holds no tensor and reads its training flag.
 
-    Kept whole it works in both modes, and nothing that could be rewritten is inside.
+    As a leaf it works in both modes, and nothing that could be rewritten is inside.
     """
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     reads = code is not None and "training" in code.co_names

@@ -1,14 +1,14 @@
-"""The errors fxexpand raises. Every message says where, what, and how to fix it."""
+"""The errors of fxexpand. Every message says where, what, and how to fix it."""
 
 from __future__ import annotations
 
 
 class FxExpandError(Exception):
-    """Base of every error raised on purpose by fxexpand."""
+    """Base class of all errors of fxexpand."""
 
 
 class InexactError(FxExpandError, ValueError):
-    """A kernel law is not exact for its arguments; the message is the reason, without a site name."""
+    """A kernel law is not exact for its arguments; the message is the reason, without the name of a site."""
 
 
 class RefusedError(FxExpandError):
@@ -20,11 +20,11 @@ class SelectionError(FxExpandError, ValueError):
 
 
 class UnusableWeightError(FxExpandError, ValueError):
-    """A parameter holds NaN or Inf, so no factorisation of it exists; the message names the parameter."""
+    """A parameter has NaN or Inf, so it has no factors; the message names the parameter."""
 
 
 class VerificationError(FxExpandError, AssertionError):
-    """A measured error exceeds its stated tolerance; the message holds both figures."""
+    """A measured error exceeds its tolerance; the message has both numbers."""
 
 
 class ContractError(FxExpandError, AssertionError):

@@ -1,9 +1,9 @@
-"""Recipes: what an expanded layer is made of while it trains.
+"""Recipes: the blocks that replace layers in training.
 
-A recipe builds the training-time block of a kernel and its initial weights; folding it back needs nothing
-of its own, the kernel laws do that. ``recipe`` is what all have in common; ``structure``, ``fixed``,
-``factors`` and ``parts`` are what they are made of; ``chain``, ``expandnet``, ``branches`` and ``doconv``
-have those of the literature. ``selection`` says which layer gets which recipe.
+A recipe builds the training-time block of a kernel with its initial weights; the kernel laws fold it back.
+``recipe`` has the interface; ``structure``, ``fixed``, ``factors`` and ``parts`` have the parts of blocks;
+``chain``, ``expandnet``, ``branches`` and ``doconv`` have the recipes of the literature. ``selection`` says
+which layer gets which recipe.
 """
 
 from fxexpand.recipes.branches import DBB, OREPA, ACNet, MobileOne, RepVGG

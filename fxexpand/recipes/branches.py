@@ -34,9 +34,9 @@ from fxexpand.recipes.structure import Branches, Scale, Skip
 class MultiBranch(Recipe):
     """A sum of branches, each ending in a BatchNorm or a Scale; the first is the convolution itself.
 
-    ``init="preserve"`` starts the other branches as the paper does, and the first takes the rest of the
-    kernel. ``init="matched"`` starts all as the paper does, then multiplies the last layers of all branches.
-    A kernel's bias goes onto the first branch: onto its BatchNorm, or, before a Scale, onto its convolution.
+    ``init="preserve"`` starts the other branches as in the paper, and the first branch is the rest of the
+    kernel. ``init="matched"`` starts all branches as in the paper, then scales their last layers. The bias of
+    a kernel goes onto the first branch: onto its BatchNorm, or onto its convolution if a Scale follows.
     """
 
     @property
@@ -48,7 +48,7 @@ class MultiBranch(Recipe):
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
         """The branches as in the paper, the main one first.
 
-        Raises: InexactError: the recipe has none for such a kernel.
+        Raises: InexactError: the recipe has no branches for such a kernel.
         """
 
     def build(
@@ -74,7 +74,7 @@ class MultiBranch(Recipe):
 class RepVGG(MultiBranch):
     """k x k, 1 x 1 and, where channels and size are kept, the identity; each with a BatchNorm.
 
-    For odd kernels, of more than one tap. Padding, stride, dilation and groups are those of the kernel.
+    The kernel needs odd sizes and more than one tap. Padding, stride, dilation and groups are the kernel's.
 
     Source: X. Ding et al., "RepVGG" (arXiv 2101.03697), section 3.2.
     """
@@ -95,12 +95,12 @@ class MobileOne(MultiBranch):
     """``k`` times the convolution, 1 x 1 beside a larger kernel and, where channels and size are kept, the
     identity; each with a BatchNorm.
 
-    For odd kernels; the paper uses it on depthwise k x k and on 1 x 1 convolutions.
+    The kernel needs odd sizes; the paper uses depthwise k x k and 1 x 1 convolutions.
 
     Attributes:
-        k: how many branches are like the convolution; the paper's smallest network has 4, the others 1.
+        k: number of branches like the convolution; the paper's smallest network has 4, the others 1.
 
-    Raises: SelectionError: ``k`` is no whole number, 1 or more.
+    Raises: SelectionError: ``k`` is no whole number of at least 1.
     Source: P. K. A. Vasu et al., "MobileOne" (arXiv 2206.04040), section 3.2.
     """
 
@@ -122,9 +122,9 @@ class MobileOne(MultiBranch):
 
 @dataclass(frozen=True)
 class ACNet(MultiBranch):
-    """k x k, k x 1 and 1 x k, each with a BatchNorm: the skeleton of a square kernel is learned twice.
+    """k x k, k x 1 and 1 x k, each with a BatchNorm: the middle row and column of a kernel are learned twice.
 
-    For odd kernels of two dimensions, both larger than 1.
+    The kernel needs two spatial dimensions, both odd and larger than 1.
 
     Source: X. Ding et al., "ACNet" (arXiv 1908.03930), section 3.2.
     """
@@ -152,13 +152,13 @@ class ACNet(MultiBranch):
 class DBB(MultiBranch):
     """The diverse branch block: k x k, 1 x 1, 1 x 1 then average, 1 x 1 then k x k; BatchNorm after each.
 
-    For odd kernels of more than one tap. The first 1 x 1 of the last branch starts as the identity; for
-    depthwise kernels it doubles the channels instead, the 1 x 1 branch is left out and the average has no
-    1 x 1. A kernel with dilation is averaged over the taps it has.
+    The kernel needs odd sizes and more than one tap. The first 1 x 1 of the last branch starts as the
+    identity. For a depthwise kernel that 1 x 1 doubles the channels, there is no 1 x 1 branch, and no 1 x 1
+    before the average. The average of a dilated kernel is over its own taps.
 
-    The two branches with a BatchNorm in the middle are padded in front, so their border is what the
-    BatchNorm makes of zeros, its folded bias: the fold is exact. In training the released code takes the
-    statistics without the border, this one with it.
+    The two branches with a BatchNorm in the middle are padded before their first layer, so that the BatchNorm
+    turns the zeros of the border into its folded bias, and the fold is exact. In training the released code
+    takes the statistics without the border; this code includes it.
 
     Source: X. Ding et al., "Diverse Branch Block" (arXiv 2103.13425), section 3.4.
     """
@@ -189,14 +189,14 @@ class OREPA(MultiBranch):
     """The branches of online re-parameterisation, with a learnable scale per channel in place of BatchNorm.
 
     k x k, 1 x 1 then average, 1 x 1 then fixed cosines, 1 x 1, 1 x 1 then k x k, and depthwise k x k then
-    1 x 1 with 8 times the channels. Without BatchNorm inside, all of it is one kernel per step: what
-    ``form="auto"`` does. The paper has one BatchNorm after the sum, which is the network's own.
+    1 x 1 with 8 times the channels. As no branch has a BatchNorm, ``form="auto"`` trains one kernel per step.
+    The one BatchNorm of the paper, after the sum, is the BatchNorm of the network.
 
-    For odd kernels of more than one tap. The first 1 x 1 of the fifth branch starts as the identity, with
-    more than 4 groups as two copies of it.
+    The kernel needs odd sizes and more than one tap. The first 1 x 1 of the fifth branch starts as the
+    identity, or as two copies of it with more than 4 groups.
 
-    Source: M. Hu et al., "Online Convolutional Re-parameterization" (arXiv 2204.00826), and the released
-    code for the initial values.
+    Source: M. Hu et al., "Online Convolutional Re-parameterization" (arXiv 2204.00826); the released code for
+    the initial values.
     """
 
     @property
@@ -237,18 +237,18 @@ class OREPA(MultiBranch):
 
 
 def _normed(kernel: Kernel, *parts: nn.Module) -> nn.Sequential:
-    """The parts, which end in the kernel's channels, and a BatchNorm."""
+    """The parts, whose output has the kernel's channels, and a BatchNorm."""
     return nn.Sequential(*parts, silent_norm(kernel.weight, kernel.out_channels))
 
 
 def _scaled(value: float, kernel: Kernel, *parts: nn.Module) -> nn.Sequential:
-    """The parts, which end in the kernel's channels, and a scale."""
+    """The parts, whose output has the kernel's channels, and a Scale."""
     scale = kernel.weight.detach().new_full((kernel.out_channels,), value)
     return nn.Sequential(*parts, Scale(scale, kernel.rank))
 
 
 def _identity(kernel: Kernel) -> list[nn.Sequential]:
-    """The branch that only normalises, where channels and size are kept."""
+    """The branch of a BatchNorm alone, where channels and size are kept."""
     kept = kernel.in_channels == kernel.out_channels and keeps_size(kernel)
     return [_normed(kernel)] if kept else []
 
@@ -264,7 +264,7 @@ def _zeros(kernel: Kernel, channels: int) -> Tensor:
 
 
 def _pad(kernel: Kernel) -> list[nn.Module]:
-    """The kernel's padding as a part of its own."""
+    """A part with the kernel's padding; none if the kernel has no padding."""
     return [Pad(kernel, kernel.padding)] if any(side for pair in kernel.padding for side in pair) else []
 
 
@@ -273,7 +273,7 @@ def _unpadded(kernel: Kernel) -> Kernel:
 
 
 def _copies(kernel: Kernel, times: int) -> nn.Module:
-    """Every channel of the input ``times`` times."""
+    """A part that repeats every channel of the input ``times`` times."""
     one = kernel.weight.detach().new_empty((1, 1, *(1,) * kernel.rank))
     return Average(Kernel(one), kernel.in_channels, times)
 
@@ -292,12 +292,12 @@ def _require_taps(kernel: Kernel, recipe: str, instead: str) -> None:
 
 
 def _last_scale(branch: nn.Sequential) -> Tensor:
-    """What multiplies the output of a branch: the weight of its BatchNorm or its Scale."""
+    """The factor of the output of a branch: the weight of its BatchNorm or Scale."""
     return branch[-1].get_parameter("weight")
 
 
 def _give_rest(block: nn.Sequential, main: nn.Sequential, kernel: Kernel) -> None:
-    """The main branch's weight such that the block, in eval mode, has the kernel's."""
+    """Set the weight of the main branch so that the block has the kernel's weight in evaluation mode."""
     weight = main[0].get_parameter("weight")
     weight.zero_()
     gain = folded_weight(main[-1])
@@ -305,7 +305,7 @@ def _give_rest(block: nn.Sequential, main: nn.Sequential, kernel: Kernel) -> Non
 
 
 def _give_bias(main: nn.Sequential, bias: Tensor) -> None:
-    """The kernel's bias, where it reaches the output as it is."""
+    """Put the kernel's bias on the last layer that adds it to the output unscaled."""
     value, last = bias.detach().clone(), main[-1]
     if isinstance(last, Scale):
         parameter = nn.Parameter(value / last.weight, requires_grad=bias.requires_grad)

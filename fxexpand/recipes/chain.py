@@ -24,22 +24,22 @@ LOPSIDED = 4
 class Chain(Recipe):
     """``depth`` linear layers in a row: the k x k kernel first, then 1 x 1.
 
-    Padding, stride, dilation and transposition sit on the first factor, the bias on the last, so the fold is
+    Padding, stride, dilation and transposition are on the first factor, the bias on the last, so the fold is
     exact at the borders too. (The released code has the stride on the last layer; as all later kernels are
     1 x 1 that is the same map, at several times the cost.) A grouped kernel becomes a chain per group.
 
     Attributes:
-        depth: number of factors, 1 or more.
-        width: the hidden width is ``ceil(width * out)``, but never below what full rank needs, and counting
-            at most ``LOPSIDED`` times the full rank of outputs: the head of a language model, 50,000 outputs
-            from 768, would otherwise have factors of 100,000 x 100,000.
-        batch_norm: a BatchNorm after every factor. Such a block runs on activations, folds in eval mode only,
-            and gives a layer without a bias one. ``init="preserve"`` then holds in eval mode.
-        residual: n > 0 puts a skip around each run of n factors, -1 around the whole chain; 0 is none. A run
-            that changes the number of channels or the size gets none, so mostly ``width=1`` is needed.
-        bottleneck: allow a hidden width below full rank: a true constraint, no longer a free expansion.
+        depth: number of factors, at least 1.
+        width: the hidden width is ``ceil(width * out)``, but at least the full rank, and ``out`` counts at
+            most ``LOPSIDED`` times the full rank: else the head of a language model, 50,000 outputs from 768,
+            would have factors of 100,000 x 100,000.
+        batch_norm: a BatchNorm after every factor. Such a block runs on activations and folds in evaluation
+            mode only, where ``init="preserve"`` holds; a layer without a bias gets one.
+        residual: n > 0 puts a skip around each run of n factors, -1 around the whole chain, 0 none. A run
+            that changes the number of channels or the size gets none, so ``width=1`` is mostly needed.
+        bottleneck: allow a hidden width below full rank, which constrains the map.
 
-    Raises: SelectionError: a value out of range.
+    Raises: SelectionError: a value is out of range.
     """
 
     depth: int = 3
@@ -62,7 +62,7 @@ class Chain(Recipe):
             )
 
     def __str__(self) -> str:
-        """Depth, width, and what is not the default: as tables show it."""
+        """Depth, width and all values other than the defaults, as tables show them."""
         special = [
             f.name for f in fields(self) if f.name in ("depth", "width") or getattr(self, f.name) != f.default
         ]
@@ -74,7 +74,7 @@ class Chain(Recipe):
         return self.batch_norm
 
     def hidden_width(self, kernel: Kernel) -> int:
-        """Channels between the factors: a multiple of the groups."""
+        """Number of channels between the factors, a multiple of the groups."""
         groups = kernel.groups
         full = groups * min(_block_shape(kernel))
         wanted = math.ceil(self.width * min(kernel.out_channels, LOPSIDED * full))
@@ -113,7 +113,7 @@ class Chain(Recipe):
         return self._assemble(factors, runs)
 
     def _geometry(self, kernel: Kernel) -> list[Kernel]:
-        """The factors with empty weights: sizes, strides and so on."""
+        """The factors with weights on the meta device."""
         groups, rank, out = kernel.groups, kernel.rank, kernel.out_channels
         if 0 in kernel.weight.shape:
             raise InexactError("the weight is empty. Leave it out by select")
@@ -133,7 +133,7 @@ class Chain(Recipe):
         ]
 
     def _runs(self, geometry: Sequence[Kernel]) -> list[tuple[int, int, bool]]:
-        """(start, stop, whether a skip goes around) for consecutive runs of factors."""
+        """(start, stop, whether a skip goes around the run) for consecutive runs of factors."""
         depth = len(geometry)
         length = depth if self.residual in (0, -1) else self.residual
         runs = []
@@ -151,7 +151,7 @@ class Chain(Recipe):
         runs: Sequence[tuple[int, int, bool]],
         generator: torch.Generator | None,
     ) -> list[Tensor]:
-        """Balanced factors of the kernel; of each run's share less the identity where a skip adds that."""
+        """Balanced factors of the kernel; under a skip, those of the share of the run minus the identity."""
         groups = kernel.groups
         hidden = geometry[0].out_channels // groups
         targets = balanced_factors(_matrix(kernel.weight, groups), hidden, len(runs), generator)

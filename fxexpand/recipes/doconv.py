@@ -19,16 +19,16 @@ from fxexpand.recipes.structure import Branches
 
 @dataclass(frozen=True)
 class DOConv(Recipe):
-    """``W'[o, c] = W[o, c] (I + D_c)``: the taps of every input channel are mixed by a learnable matrix.
+    """``W'[o, c] = W[o, c] (I + D_c)``: a learnable matrix mixes the taps of every input channel.
 
-    With k taps in all, ``W (out, in/groups * k)`` and ``D (in * k, 1, *k)``, which starts at zero, so the
-    layer starts as it was. Written as layers: each channel's taps side by side plus a depthwise convolution
-    D (the geometry is the kernel's), then a 1 x 1 convolution W. That is the paper's "feature composition",
-    at k times the work; ``form="auto"`` composes the kernel instead, as the paper trains, at a cost that does
-    not depend on the size of the image.
+    With k taps in all, ``W`` is ``(out, in/groups * k)`` and ``D`` is ``(in * k, 1, *k)``. D starts at zero,
+    so the block starts as the kernel. The layers are the taps of each channel side by side plus a depthwise
+    convolution D (with the kernel's geometry), then a 1 x 1 convolution W. This is the paper's "feature
+    composition", at k times the work; ``form="auto"`` composes the kernel, as the paper does in training, at
+    a cost that does not depend on the size of the image.
 
-    Weight decay draws D to zero, that is, the matrix to the identity, as in the released code. Any kernel of
-    more than one tap, even ones too.
+    Weight decay pulls D to zero, that is, the matrix to the identity, as in the released code. The kernel
+    needs more than one tap, and may be even.
     """
 
     def build(

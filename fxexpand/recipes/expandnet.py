@@ -20,17 +20,17 @@ from fxexpand.recipes.factors import Turn, balanced_factors
 from fxexpand.recipes.parts import Draw, match, require_convolution, require_init, require_weight
 from fxexpand.recipes.recipe import Init, Recipe
 
-REACH = 5  # taps per dimension that the first two 3 x 3 factors cover
+REACH = 5  # number of taps per dimension that the first two 3 x 3 factors cover
 
 
 @dataclass(frozen=True)
 class ExpandNet(Recipe):
     """Layers in a row: first ``rate`` times the input channels, then ``rate`` times the output channels.
 
-    No factor but the last has a bias, so padding may stand wherever it changes nothing.
+    Only the last factor has a bias, so each strategy is free to put the padding on an earlier factor.
 
     Attributes:
-        rate: the expansion rate; at 4 as in the paper by default.
+        rate: the expansion rate; the default of 4 is that of the paper.
 
     Raises: SelectionError: ``rate`` is no positive number.
     """
@@ -47,7 +47,7 @@ class ExpandNet(Recipe):
     def factors(self, kernel: Kernel) -> list[Kernel]:
         """The factors, first one first, with weights on the meta device and no bias.
 
-        Raises: InexactError: the strategy has none for such a kernel.
+        Raises: InexactError: the strategy has no factors for such a kernel.
         """
 
     @abstractmethod
@@ -56,13 +56,13 @@ class ExpandNet(Recipe):
     ) -> list[Tensor]:
         """Weights in float64 whose product is the kernel's.
 
-        Raises: InexactError: the hidden layers are too narrow for that.
+        Raises: InexactError: the hidden layers are too narrow.
         """
 
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """See ``Recipe.build``; "kaiming" is torch's own initialisation, which the released code leaves."""
+        """See ``Recipe.build``; "kaiming" is torch's own initialisation, which the released code uses."""
         require_init(init)
         factors = self.factors(kernel)
         draw = Draw(kernel, generator)
@@ -84,7 +84,7 @@ class ExpandNet(Recipe):
         return block
 
     def hidden(self, kernel: Kernel) -> tuple[int, int]:
-        """Channels after the first factor and after the others, in whole blocks per group."""
+        """Numbers of channels after the first factor and after the second, multiples of the groups."""
         groups = kernel.groups
         first, second = (
             groups * math.ceil(self.rate * channels / groups)
@@ -95,11 +95,11 @@ class ExpandNet(Recipe):
 
 @dataclass(frozen=True)
 class ExpandNetCL(ExpandNet):
-    """1 x 1, k x k, 1 x 1. Depthwise kernels too: all three factors have the kernel's groups.
+    """1 x 1, k x k, 1 x 1; all three factors have the kernel's groups, also for depthwise kernels.
 
-    Padding, stride and dilation are on the middle factor. (The paper pads the first one, the same map, at
-    more work.) ``init="preserve"``: ``W = Q_2^T (Q_2 W Q_1^T) Q_1`` with random orthonormal columns, the
-    factors of one norm; it needs ``rate >= 1``.
+    Padding, stride and dilation are on the middle factor. (The paper pads the first factor: the same map at
+    more work.) ``init="preserve"`` is ``W = Q_2^T (Q_2 W Q_1^T) Q_1`` with Q of random orthonormal columns
+    and factors of one norm; it needs ``rate >= 1``.
     """
 
     def factors(self, kernel: Kernel) -> list[Kernel]:
@@ -132,10 +132,10 @@ class ExpandNetCK(ExpandNet):
     All padding is on the first factor and the stride on the last; dilation is on all. In a dimension of fewer
     taps than another, some factors have one tap.
 
-    ``init="preserve"`` is exact at ``rate=4`` for two-dimensional kernels up to 9 x 9: of the first two
-    factors the first moves the input to four corners, and the second holds the numbers, which together reach
-    5 x 5; the others move those tiles to their places. The hidden layers are then turned at random, so that
-    no unit is special. One dimension needs half the rate, three twice.
+    ``init="preserve"`` is exact at ``rate=4`` for two-dimensional kernels up to 9 x 9. The first factor
+    shifts the input to four corners, and the second has the numbers; together they cover tiles of 5 x 5. The
+    other factors shift the tiles to their places. Random orthonormal matrices then mix the hidden channels. A
+    kernel of one dimension needs half the rate, one of three dimensions twice the rate.
     """
 
     def factors(self, kernel: Kernel) -> list[Kernel]:
@@ -173,10 +173,10 @@ class ExpandNetCK(ExpandNet):
         second = _numbers(weight, size, corners, tiles, factors[1].kernel_size)
         others = []
         for i in range(2, len(factors)):
-            # Of the way to its tile, each factor goes as far as two taps.
+            # Each factor shifts by up to two taps towards the place of its tile.
             steps = [tuple(min(2, max(0, to - 2 * (i - 2))) for to in tile) for tile in tiles]
             others.append(_moves(steps, weight.shape[1], factors[i], weight, apart=True))
-        if others:  # the last one puts the tiles together
+        if others:  # the last factor sums the tiles
             last = others[-1]
             others[-1] = last.reshape(last.shape[0], -1, len(tiles), *last.shape[2:]).sum(2)
         return turned([first, second, *others], factors, generator)
@@ -184,10 +184,10 @@ class ExpandNetCK(ExpandNet):
 
 @dataclass(frozen=True)
 class ExpandNetFC(ExpandNet):
-    """Three Linear layers in a row, the paper's "FC"; also for 1 x 1 convolutions.
+    """Three Linear layers in a row, the paper's "FC"; also three 1 x 1 convolutions.
 
-    Inputs and outputs count at most ``LOPSIDED`` times the full rank, and ``init="preserve"`` is balanced,
-    both as in ``Chain``.
+    As in ``Chain``, inputs and outputs count at most ``LOPSIDED`` times the full rank, and the factors of
+    ``init="preserve"`` are balanced.
     """
 
     def hidden(self, kernel: Kernel) -> tuple[int, int]:
@@ -223,10 +223,10 @@ class ExpandNetFC(ExpandNet):
 def turned(
     blocks: Sequence[Tensor], factors: Sequence[Kernel], generator: torch.Generator | None
 ) -> list[Tensor]:
-    """Factors with the product of ``blocks``, as wide as ``factors``, every hidden unit in use, of one norm.
+    """Factors with the product of ``blocks``, the widths of ``factors``, one norm, and all hidden units in use.
 
-    Between two factors stands ``Q^T Q = 1`` with Q of random orthonormal columns. A zero weight leaves the
-    norms as they are: all others are not zero, so the zero trains.
+    ``Q^T Q = 1``, with Q of random orthonormal columns, is inserted between two factors. If one factor is
+    zero, the norms stay as they are: the other factors are not zero, so that the zero factor trains.
 
     Args:
         blocks: ``(groups, out, in, *k)`` or with the taps flattened; ``out`` of one is ``in`` of the next.
@@ -254,7 +254,7 @@ def _blocks(kernel: Kernel) -> Tensor:
 
 
 def _weight(kernel: Kernel, out: int, inputs: int, size: Sequence[int]) -> Tensor:
-    """An empty weight, with the kernel's groups."""
+    """A weight on the meta device, with the kernel's groups."""
     shape = (out, inputs // kernel.groups, *size)
     return torch.empty(shape, dtype=kernel.weight.dtype, device="meta")
 
@@ -264,7 +264,7 @@ def _pointwise(kernel: Kernel, out: int, inputs: int) -> Kernel:
 
 
 def _require_room(kernel: Kernel, factors: Sequence[Kernel], corners: int, tiles: int) -> None:
-    """Raises: InexactError: fewer hidden channels than it takes to hold any kernel of the size."""
+    """Raises: InexactError: the hidden channels are too few to represent every kernel of this size."""
     needed = max(corners, tiles if len(factors) > 2 else 1)
     have = [factor.out_channels for factor in factors]
     if have[0] < corners * kernel.in_channels or (len(factors) > 2 and have[1] < tiles * kernel.out_channels):
@@ -275,17 +275,17 @@ def _require_room(kernel: Kernel, factors: Sequence[Kernel], corners: int, tiles
 
 
 def _count(taps: int) -> int:
-    """How many kernels of 3 taps make one of ``taps``."""
+    """The number of kernels of 3 taps that compose to one of ``taps``."""
     return (taps - 1) // 2
 
 
 def _holds_three(taps: int, place: int) -> bool:
-    """Whether the factor at ``place`` has 3 taps in a dimension where all make ``taps``: the second first."""
+    """Whether factor ``place`` has 3 taps in a dimension of ``taps``: first the second, then the first."""
     return {0: 1, 1: 0}.get(place, place) < _count(taps)
 
 
 def _tiles(taps: int) -> list[int]:
-    """Where tiles of ``REACH`` taps start, so that they cover a dimension of ``taps`` and none sticks out."""
+    """The starts of tiles of ``REACH`` taps that cover a dimension of ``taps`` without crossing its ends."""
     rest = max(0, taps - REACH)
     count = math.ceil(taps / REACH) if rest else 1
     return [i * rest // max(1, count - 1) for i in range(count)]
@@ -294,11 +294,11 @@ def _tiles(taps: int) -> list[int]:
 def _moves(
     steps: Sequence[tuple[int, ...]], channels: int, factor: Kernel, like: Tensor, apart: bool = False
 ) -> Tensor:
-    """A factor that reads one tap per output, ``(groups, channels * steps, in, *k)``.
+    """The weight of a factor that reads one tap per output, ``(groups, channels * steps, in, *k)``.
 
     Args:
-        steps: the tap of each output of a channel.
-        apart: output (c, s) reads input (c, s); else input c.
+        steps: the tap that each output of a channel reads.
+        apart: whether output (c, s) reads input (c, s); else it reads input c.
     """
     count, groups = len(steps), factor.groups
     weight = like.new_zeros(channels * count, channels * count if apart else channels, *factor.kernel_size)
@@ -316,11 +316,11 @@ def _numbers(
     tiles: Sequence[tuple[int, ...]],
     taps: Sequence[int],
 ) -> Tensor:
-    """The second factor: for each tile and corner the taps there, shared with all that reach the same.
+    """The second factor: the taps at each tile and corner, divided evenly among all that cover them.
 
     Args:
         weight: ``(groups, out, in, *size)``.
-        taps: of the second factor.
+        taps: kernel size of the second factor.
 
     Returns: ``(groups, out * tiles, in * corners, *taps)``.
     """

@@ -1,4 +1,4 @@
-"""What several recipes put together: layers around one kernel, their first weights, and when one fits."""
+"""Parts of several recipes: layers with the geometry of a kernel, initial weights, and conditions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxexpand.recipes.recipe import INITS, Init
 from fxexpand.recipes.structure import LastDimBatchNorm, fold
 
 NORMS = (LastDimBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # by spatial rank
-# Slopes of the leaky ReLU that Kaiming's initialisation expects: a ReLU's, and what torch's layers take.
+# Slopes of the leaky ReLU in Kaiming's initialisation: that of a ReLU, and that of torch's layers.
 RELU = 0.0
 TORCH = math.sqrt(5)
 
@@ -27,8 +27,8 @@ class Draw:
     """Random initial weights.
 
     Args:
-        kernel: gives dtype, device and memory format; on the meta device nothing is drawn.
-        generator: None takes torch's global one. Draws are made on its device.
+        kernel: kernel that gives dtype, device and memory format; on the meta device nothing is drawn.
+        generator: source of the draws, which are made on its device; None takes torch's global one.
     """
 
     def __init__(self, kernel: Kernel, generator: torch.Generator | None) -> None:
@@ -36,7 +36,10 @@ class Draw:
         self.generator = generator
 
     def kaiming(self, *shape: int, slope: float = TORCH) -> Tensor:
-        """Uniform in ``± sqrt(6 / ((1 + slope²) fan_in))``. Source: K. He et al., ICCV 2015."""
+        """A weight of this shape, uniform in ``± sqrt(6 / ((1 + slope²) fan_in))``.
+
+        Source: K. He et al., ICCV 2015.
+        """
         if self.like.is_meta:
             return self.like.new_empty(shape)
         device = self.generator.device if self.generator is not None else torch.device("cpu")
@@ -46,7 +49,7 @@ class Draw:
 
 
 def require_convolution(kernel: Kernel, recipe: str) -> None:
-    """Raises: InexactError: ``recipe`` is for plain convolutions, and this is none, or an empty one."""
+    """Raises: InexactError: the kernel is no plain convolution, or an empty one, and ``recipe`` needs one."""
     if kernel.rank == 0:
         raise InexactError(
             f"{recipe} is defined for convolutions, not for a Linear. Use Chain or ExpandNetFC"
@@ -57,24 +60,24 @@ def require_convolution(kernel: Kernel, recipe: str) -> None:
 
 
 def require_weight(kernel: Kernel) -> None:
-    """Raises: InexactError: there is nothing to expand."""
+    """Raises: InexactError: the weight is empty."""
     if 0 in kernel.weight.shape:
         raise InexactError("the weight is empty. Leave it out by select")
 
 
 def require_init(init: Init) -> None:
-    """Raises: SelectionError: there is no such initialisation."""
+    """Raises: SelectionError: ``init`` is not in ``INITS``."""
     if init not in INITS:
         raise SelectionError(f"init={init!r}: choose from {', '.join(INITS)}.")
 
 
 def conv(kernel: Kernel, weight: Tensor) -> nn.Module:
-    """A convolution with another weight of the same size, and the kernel's stride, padding and so on."""
+    """A convolution with another weight of this kernel size, and the kernel's stride, padding and so on."""
     return to_module(replace(kernel, weight=weight, bias=None), copy=False)
 
 
 def depthwise(kernel: Kernel, weight: Tensor) -> nn.Module:
-    """A convolution of each channel by itself, with the kernel's stride, padding and so on."""
+    """A convolution per channel, with the kernel's stride, padding and so on."""
     return conv(replace(kernel, groups=kernel.in_channels), weight)
 
 
@@ -84,9 +87,9 @@ def pointwise(kernel: Kernel, weight: Tensor) -> nn.Module:
 
 
 def centred(kernel: Kernel, weight: Tensor) -> list[nn.Module]:
-    """A convolution of fewer taps, which stand where the middle ones of ``kernel`` do.
+    """A convolution of fewer taps, at the positions of the middle taps of ``kernel``.
 
-    Where the kernel pads less than there is to its middle, the input is cropped first.
+    If the kernel pads less than the distance to its middle taps, a crop of the input comes first.
     """
     padding, crop = [], []
     for (before, after), d, many, few in zip(
@@ -102,7 +105,7 @@ def centred(kernel: Kernel, weight: Tensor) -> list[nn.Module]:
 
 
 def silent_norm(like: Tensor, channels: int) -> nn.Module:
-    """A BatchNorm after a kernel with such weights: the identity in eval mode until it has seen data."""
+    """A BatchNorm for a weight like this; in evaluation mode it is the identity until it has seen data."""
     norm = NORMS[like.ndim - 2](channels, dtype=like.dtype, device=like.device)
     with torch.no_grad():
         norm.weight.fill_(math.sqrt(1.0 + norm.eps))
@@ -110,7 +113,7 @@ def silent_norm(like: Tensor, channels: int) -> nn.Module:
 
 
 def keeps_size(kernel: Kernel) -> bool:
-    """Whether the identity of the same size can be added: stride 1 and a centred tap under equal padding."""
+    """Whether the identity of equal size can be added: stride 1, and padding that centres a middle tap."""
     spans = [d * (k - 1) for d, k in zip(kernel.dilation, kernel.kernel_size, strict=True)]
     centred = all(
         k % 2 == 1 and before == after == span // 2
@@ -120,16 +123,18 @@ def keeps_size(kernel: Kernel) -> bool:
 
 
 def folded_weight(block: nn.Module) -> Tensor:
-    """The weight that ``block`` computes in eval mode, in float64."""
+    """The weight of the kernel of ``block`` in evaluation mode, in float64."""
     with torch.no_grad():
         return fold(copy.deepcopy(block).double().eval()).weight
 
 
 def match(block: nn.Module, kernel: Kernel, parameters: Sequence[Tensor], degree: int = 1) -> None:
-    """Give the folded weight the Frobenius norm of the kernel's; a zero weight is left alone.
+    """Scale ``parameters`` so that the folded weight has the Frobenius norm of the kernel's weight.
+
+    A zero weight is left alone.
 
     Args:
-        parameters: a factor on all of them multiplies the folded weight by its power of ``degree``.
+        parameters: tensors whose common factor f multiplies the folded weight by ``f ** degree``.
     """
     norm, wanted = float(folded_weight(block).norm()), float(kernel.weight.detach().double().norm())
     if norm > 0.0 and wanted > 0.0:

@@ -1,4 +1,4 @@
-"""What every recipe provides."""
+"""The interface of recipes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ INITS: tuple[Init, ...] = get_args(Init)
 
 
 class Recipe(ABC):
-    """How one kernel becomes a trainable block of stock modules; subclasses are frozen dataclasses."""
+    """A rule that turns a kernel into a trainable block of stock modules. Recipes are frozen dataclasses."""
 
     @abstractmethod
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """The training-time block in place of ``kernel``.
+        """The training-time block that replaces ``kernel``.
 
         Args:
-            kernel: what to replace; its bias, if any, goes onto the last factor.
-            init: ``"preserve"``: the block computes what the kernel did (in eval mode, where it holds
-                BatchNorm); ``"matched"``: random factors whose product has the kernel's Frobenius norm;
-                ``"kaiming"``: random factors as in the recipe's paper.
-            generator: of every random draw; None takes torch's global one. Draws are made on the generator's
-                device, so that a seed means the same on every device.
+            kernel: the kernel to replace; its bias, if any, goes onto the last factor.
+            init: ``"preserve"``: the block computes the same map (in evaluation mode, if it has BatchNorm);
+                ``"matched"``: random factors whose product has the kernel's Frobenius norm; ``"kaiming"``:
+                random factors as in the recipe's paper.
+            generator: source of every random draw; None takes torch's global one. Draws are made on the
+                device of the generator, so that a seed gives the same numbers for every device.
 
         Returns:
-            A block with the kernel's dtype and device, which folds by ``fold``. On the meta device it has
-            shapes only.
+            A block with the kernel's dtype and device, which ``fold`` folds. On the meta device it has shapes
+            only.
 
         Raises:
             InexactError: the recipe cannot represent the kernel; the message is the reason.
@@ -41,5 +41,5 @@ class Recipe(ABC):
 
     @property
     def needs_activations(self) -> bool:
-        """Whether the block must see activations (it holds BatchNorm), so that no weight stands for it."""
+        """Whether the block must run on activations, as it has a BatchNorm; no weight can replace it then."""
         return False

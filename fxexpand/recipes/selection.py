@@ -1,4 +1,4 @@
-"""Which sites to expand, and with which recipe: the one reader of ``select``."""
+"""The selection of sites and of their recipes: the only reader of ``select``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Select: TypeAlias = "Predicate | Pattern | Iterable[Pattern] | Mapping[Pattern, 
 
 
 class Selection:
-    """``select`` made ready; remembers which patterns matched, so that a misspelt one is an error.
+    """The recipe of each site by ``select``. Patterns that match no site are recorded, as they are errors.
 
     Args:
-        select: None takes every site. A predicate is called with the site's name and the module that holds
-            the weight. A pattern is a glob (``"layer4.*"``, ``"*.fc?"``) or, as ``re.compile(...)`` or a
-            string that begins with ``"re:"``, a regular expression for the whole name; it takes the sites it
-            names, by any name of a tied weight, and all sites below a module it names. A list takes what any
-            of its patterns takes. A mapping is a recipe (or None: leave alone) per pattern; of several that
-            match, the last counts.
-        recipe: for sites whose pattern brings none.
+        select: None takes every site. A predicate is called with the name of the site and the module that
+            has the weight. A pattern is a glob (``"layer4.*"``, ``"*.fc?"``), or a regular expression for the
+            whole name: ``re.compile(...)`` or a string that begins with ``"re:"``. A pattern takes the sites
+            that it matches, by any name of a tied weight, and all sites below a module that it matches. A
+            list takes the sites of all its patterns. A mapping has a recipe per pattern (None: leave the site
+            alone); the last pattern that matches counts.
+        recipe: recipe of sites whose pattern has none.
 
-    Raises: SelectionError: none of these forms, or a broken regular expression.
+    Raises: SelectionError: ``select`` has none of these forms, or a regular expression is invalid.
     """
 
     def __init__(self, select: Select, recipe: Recipe) -> None:
@@ -69,22 +69,22 @@ class Selection:
         """The recipe for a site; None leaves it alone.
 
         Args:
-            aliases: the other names of a tied weight, for patterns.
+            aliases: other names of a tied weight, which patterns may match too.
         """
         if self._all:
             return self._default
         if self._predicate is not None:
             return self._default if self._predicate(name, module) else None
-        found: Recipe | None = None
+        result: Recipe | None = None
         parts = [part for each in (name, *aliases) for part in _with_ancestors(each)]
         for pattern, recipe in self._patterns:
             if any(_matches(pattern, part) for part in parts):
                 self._unused.pop(pattern, None)
-                found = recipe
-        return found
+                result = recipe
+        return result
 
     def require_used(self, names: Iterable[str]) -> None:
-        """After all sites were asked for.
+        """Check that every pattern matched a site, after ``recipe_for`` was called for all sites.
 
         Raises: SelectionError: a pattern matched none of ``names``.
         """

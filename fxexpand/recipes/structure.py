@@ -1,4 +1,4 @@
-"""What a block is made of: parts one after the other, a skip around, branches side by side; how they fold."""
+"""The structure of a block, which is parts in sequence, skips and parallel branches, and its fold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxexpand.recipes.fixed import Fixed, Pad
 
 
 class Skip(nn.Sequential):
-    """``x + f(x)`` where ``f`` is the modules in sequence: a linear residual, foldable like all else."""
+    """``x + f(x)`` where ``f`` is the modules in sequence: a linear residual, which folds."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, channels, *size)`` to the same shape."""
@@ -28,10 +28,10 @@ class Skip(nn.Sequential):
 
 
 class Branches(nn.ModuleList):
-    """``f(x) + g(x) + ...``: the sum of what the modules make of one input; the main one comes first."""
+    """``f(x) + g(x) + ...``: the sum of the outputs of the modules for one input, the main one first."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs of all branches have one shape."""
+        """``(batch, channels, *size)`` to the common shape of the outputs of all branches."""
         first, *others = self
         total: Tensor = first(x)
         for branch in others:
@@ -44,7 +44,7 @@ class Scale(nn.Module):
 
     Args:
         weight: the initial values, ``(channels,)``.
-        rank: spatial dimensions after the channels.
+        rank: number of spatial dimensions after the channels.
     """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -66,29 +66,29 @@ class Scale(nn.Module):
 
 
 class LastDimBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of the last dimension, as a Linear has its channels; the statistics are over all others."""
+    """BatchNorm of the last dimension, the channels of a Linear; the statistics are over all others."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, channels)`` to the same shape."""
         return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
     def stock(self) -> nn.BatchNorm1d:
-        """The same numbers as a stock module, which the operator table knows."""
+        """A stock module with the same tensors, which ``kernel_of`` reads."""
         norm = nn.BatchNorm1d.__new__(nn.BatchNorm1d)
         norm.__dict__.update(self.__dict__)
         return norm
 
 
 def fold(module: nn.Module, factors: Sequence[Tensor] | None = None) -> Kernel:
-    """The one kernel that computes what ``module`` does, differentiable with respect to its factors.
+    """The kernel of the map that ``module`` computes, differentiable with respect to its factors.
 
     Args:
-        module: Linear and convolutions, BatchNorm in eval mode, Scale, Fixed, and nn.Sequential, Skip and
-            Branches of those.
-        factors: weights ``(out, in/groups, *k)``, and values of a Scale, to use in place of the modules'
-            own, in the order of their parameters.
+        module: Linear and convolutions, BatchNorm in evaluation mode, Scale, Fixed, and nn.Sequential, Skip
+            and Branches of these.
+        factors: weights ``(out, in/groups, *k)`` and values of Scales to use in place of those of the
+            modules, in the order of the parameters.
 
-    Raises: InexactError: BatchNorm in train mode, or another module that is no affine map.
+    Raises: InexactError: a BatchNorm is in training mode, or another module is no affine map.
     """
     given = None if factors is None else iter(factors)
     like = next(module.parameters(), torch.empty(0)) if factors is None else factors[0]
@@ -107,12 +107,12 @@ def fold(module: nn.Module, factors: Sequence[Tensor] | None = None) -> Kernel:
 
 
 def has_norm(module: nn.Module) -> bool:
-    """Whether a BatchNorm is inside."""
+    """Whether the module contains a BatchNorm."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
-    """The layers, in the order they run: what ``kernel_of`` knows; no Scale, nothing fixed."""
+    """The layers that ``kernel_of`` reads, in the order of their calls, without Scale and Fixed."""
     # Tuples of types, and lists: the compiler of torch 2.9 knows neither unions nor generators.
     if isinstance(module, (nn.Sequential, Branches)):
         return [leaf for part in module for leaf in leaves(part)]
@@ -120,21 +120,21 @@ def leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def telling_weight(module: nn.Module) -> Tensor:
-    """A weight whose memory format is that of all: the first that shows one, if any does."""
+    """The first weight with a definite memory format, which all weights share, else the first weight."""
     parts: list[Any] = leaves(module)
     weights: list[Tensor] = [leaf.weight for leaf in parts]  # no Parameters under torch.func
     return next((weight for weight in weights if weight.shape[1:].numel() > 1), weights[0])
 
 
 def fold_cost(module: nn.Module) -> int:
-    """Multiply-adds of one ``fold`` in the order it takes; BatchNorm, scales and sums are not counted."""
+    """Multiply-adds of one ``fold`` in its order of compositions; BatchNorm, scales and sums do not count."""
     return _cost_and_shape(module)[0]
 
 
 def chain_macs(module: nn.Module) -> int:
-    """Multiply-adds per position of the output with the parts on activations, fixed ones too.
+    """Multiply-adds per output position with the parts run on activations, Fixed parts included.
 
-    Parts in front of a stride see that many more positions. BatchNorm, scales and sums are not counted.
+    Parts before a stride run at that many more positions. BatchNorm, scales and sums do not count.
     """
     return _work_and_stride(module)[0]
 
@@ -156,7 +156,7 @@ def _work_and_stride(module: nn.Module) -> tuple[int, int]:
 
 
 def _cost_and_shape(module: nn.Module) -> tuple[int, Geometry | None]:
-    """The cost of a fold and its result; None for one value per channel, or where nothing folds."""
+    """The cost of a fold and its geometry; None for one value per channel, or where nothing folds."""
     if isinstance(module, Fixed):
         return 0, module.geometry
     if isinstance(module, nn.Linear | _ConvNd):

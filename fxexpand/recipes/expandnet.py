@@ -223,7 +223,7 @@ class ExpandNetFC(ExpandNet):
 def turned(
     blocks: Sequence[Tensor], factors: Sequence[Kernel], generator: torch.Generator | None
 ) -> list[Tensor]:
-    """Factors with the product of ``blocks``, the widths of ``factors``, one norm, and all hidden units in use.
+    """Factors with the product of ``blocks``, the widths of ``factors``, one norm, and no unused hidden unit.
 
     ``Q^T Q = 1``, with Q of random orthonormal columns, is inserted between two factors. If one factor is
     zero, the norms stay as they are: the other factors are not zero, so that the zero factor trains.

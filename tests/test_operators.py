@@ -21,6 +21,7 @@ from fxexpand.passes.affine.maps import Map, scaling
 from fxexpand.passes.affine.shapes import GraphValues
 from fxexpand.passes.affine.steps import Affine, Step
 from fxexpand.passes.operators import SYNONYMS, Call, bind, row
+from fxexpand.passes.operators.arithmetic import same
 from fxexpand.passes.operators.layout import reorders
 from fxexpand.passes.operators.table import HOMES, Values, call_of_module
 from fxexpand.surgery.uses import Use, parameter_uses
@@ -132,7 +133,7 @@ def test_the_shape_rule_is_the_shape_of_a_run(name: str, size: tuple[int, ...]) 
 def test_a_wrong_shape_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     call = bind(torch.flatten, (torch.zeros(2), 1), {})
     assert call is not None
-    object.__setattr__(call.operator, "shape", lambda call, values: values.shape(call["input"]))
+    object.__setattr__(call.operator, "shape", same)
     try:
         rows = list(inferred_and_actual(Called(lambda x: x.flatten(1)), torch.randn(2, 3, 6, 5)))
         assert any(inferred != actual for _, inferred, actual in rows)
@@ -382,23 +383,21 @@ def test_a_user_registers_an_operator_of_their_own() -> None:
     traced = trace(model, leaf=lambda name, module: isinstance(module, Twice), example_inputs=x)
     assert any(node.target is twice for node in traced.graph.nodes)
 
-    @row(twice, shape=lambda call, values: values.shape(call["input"]), fresh=True)
+    @row(twice, shape=same, fresh=True)
     def step(call: Call, values: Values) -> Step:
         return Affine(call["input"], scaling(2.0, None, None))
 
-    row(
-        "triple",
-        arguments=("input", "factor"),
-        modules=(Twice,),
-        shape=lambda call, values: values.shape(call["input"]),
-    )(lambda call, values: Affine(call["input"], scaling(call["factor"], None, None)))
+    @row("triple", "input factor", modules=(Twice,), shape=same)
+    def tripled(call: Call, values: Values) -> Step:
+        return Affine(call["input"], scaling(call["factor"], None, None))
+
     fused = fxexpand.fuse(traced, x)
     assert [type(module) for module in fused.modules() if not list(module.children())] == [nn.Conv2d]
     assert_same(fused(x), model(x), EXACT)
 
 
 def test_a_wrong_row_is_caught_by_the_comparison() -> None:
-    @row(twice, shape=lambda call, values: values.shape(call["input"]), fresh=True)
+    @row(twice, shape=same, fresh=True)
     def step(call: Call, values: Values) -> Step:
         return Affine(call["input"], scaling(2.5, None, None))
 

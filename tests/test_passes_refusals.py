@@ -106,7 +106,7 @@ def test_an_error_leaves_the_input_as_it_was(inplace: bool, monkeypatch: pytest.
             raise ZeroDivisionError
         return to_module(kernel)
 
-    monkeypatch.setattr("fxexpand.passes.fuse.to_module", failing)
+    monkeypatch.setattr("fxexpand.passes.fusions.to_module", failing)
     with pytest.raises(ZeroDivisionError):
         Fuse(inplace=inplace)(graph_module)
     assert_as_before(graph_module, state, code)

@@ -85,7 +85,10 @@ class Reader:
 
     def _of_row(self, node: fx.Node) -> Step | None:
         call = self.values.call(node)
-        return None if call is None or call.operator.step is None else call.operator.step(call, self.values)
+        if call is None or call.operator.step is None:
+            return None
+        several = call.operator.keeps in ("larger", "parts")
+        return call.operator.step(call, self.values) if several or self.values.varies(call.first) else None
 
     def _of_module(self, node: fx.Node, module: nn.Module, x: fx.Node) -> Step | None:
         if passes_on(module):

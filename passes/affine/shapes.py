@@ -105,9 +105,11 @@ class GraphValues:
         call = self._calls[node]
         if call is None:
             return None, None
-        size = None if call.operator.size is None else call.operator.size(call, self)
-        shape = None if size is not None or call.operator.shape is None else call.operator.shape(call, self)
-        return size, shape
+        rules, before = call.operator, self.shape(call.first)
+        size = None if rules.size is None else rules.size(call, self)
+        if size is not None or rules.shape is None or (before is None and not rules.shape_without_first):
+            return size, None
+        return None, rules.shape(call, before, self)
 
     def _recorded(self, node: fx.Node) -> Shape | None:
         """Unknown sizes, as many as an example had, by ``trace(example_inputs=...)`` or an export."""

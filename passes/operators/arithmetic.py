@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -51,14 +53,14 @@ def factor_of(constants: Constants, constant: Any, sign: float, inverse: bool = 
     return numbers, shape[wide[0]], len(shape) - 1 - wide[0]
 
 
-def same_shape(call: Call, values: Values) -> Shape | None:
+def same(call: Call, before: Shape, values: Values) -> Shape:
     """The shape of the first argument."""
-    return values.shape(call.arguments[call.operator.arguments[0]])
+    return before
 
 
-def _broadcast(call: Call, values: Values) -> Shape | None:
-    one, two = (values.shape(call.get(name, 0)) for name in ("input", "other"))
-    return None if one is None or two is None else broadcast(one, two)
+def _broadcast(call: Call, before: Shape, values: Values) -> Shape | None:
+    other = values.shape(call.get("other", 0))
+    return None if other is None else broadcast(before, other)
 
 
 def _factor(
@@ -106,126 +108,107 @@ def _scaled(value: Any, constant: Any, values: Values, inverse: bool = False) ->
     return None if factor is None else Affine(value, scaling(*factor))
 
 
-@row("add", arguments=("input", "other", "alpha"), shape=_broadcast, keeps="larger", fresh=True)
+@row("add", "input other alpha", shape=_broadcast, keeps="larger", fresh=True)
 def _add(call: Call, values: Values) -> Step | None:
     return _added(call, values, 1.0)
 
 
-@row("sub", "subtract", arguments=("input", "other", "alpha"), shape=_broadcast, keeps="larger", fresh=True)
+@row("sub subtract", "input other alpha", shape=_broadcast, keeps="larger", fresh=True)
 def _sub(call: Call, values: Values) -> Step | None:
     return _added(call, values, -1.0)
 
 
-row(
-    "rsub",
-    arguments=("other", "input", "alpha"),
-    keywords={"self": "other", "input": "other", "other": "input"},
-    shape=_broadcast,
-    keeps="larger",
-    fresh=True,
-)(_sub)
+_exchanged = {"self": "other", "input": "other", "other": "input"}
+row("rsub", "other input alpha", keywords=_exchanged, shape=_broadcast, keeps="larger", fresh=True)(_sub)
 
 
-def _product_of_sizes(call: Call, values: Values) -> Size | None:
+def _product(call: Call, values: Values) -> Size | None:
     one, two = values.size(call["input"]), values.size(call.get("other"))
     return None if one is None or two is None else one * two
 
 
-@row(
-    *("mul", "multiply"),
-    arguments=("input", "other"),
-    shape=_broadcast,
-    size=_product_of_sizes,
-    keeps="larger",
-    fresh=True,
-)
+@row("mul multiply", "input other", shape=_broadcast, size=_product, keeps="larger", fresh=True)
 def _mul(call: Call, values: Values) -> Step | None:
     one, two = call["input"], call.get("other")
     return _scaled(one, two, values) or _scaled(two, one, values)
 
 
-@row(
-    *("div", "divide", "true_divide", "truediv"),
-    arguments=("input", "other"),
-    shape=_broadcast,
-    keeps="larger",
-    fresh=True,
-)
+@row("div divide true_divide truediv", "input other", shape=_broadcast, keeps="larger", fresh=True)
 def _div(call: Call, values: Values) -> Step | None:
     return _scaled(call["input"], call.get("other"), values, inverse=True)
 
 
-@row("neg", "negative", shape=same_shape, keeps="first", fresh=True)
-def _neg(call: Call, values: Values) -> Step | None:
-    x = call["input"]
-    return Affine(x, scaling(-1.0, None, None)) if values.varies(x) else None
+@row("neg negative", shape=same, keeps="first", fresh=True)
+def _neg(call: Call, values: Values) -> Step:
+    return Affine(call["input"], scaling(-1.0, None, None))
 
 
-def _quotient_of_sizes(call: Call, values: Values) -> Size | None:
+def _quotient(call: Call, values: Values) -> Size | None:
     one, two = values.size(call["input"]), values.size(call.get("other"))
     return None if one is None or two is None else one.over(two)
 
 
-row("floordiv", "floor_divide", arguments=("input", "other"), size=_quotient_of_sizes)
+row("floordiv floor_divide", "input other", size=_quotient)
 
 
 # The value itself ---------------------------------------------------------------------------------
 
 
-def _identity(call: Call, values: Values) -> Step | None:
-    return Identity(call["input"]) if values.varies(call["input"]) else None
+def _identity(call: Call, values: Values) -> Step:
+    return Identity(call["input"])
 
 
-row("detach", "alias", shape=same_shape, keeps="first")(_identity)
-row("contiguous", arguments=("input", "memory_format"), shape=same_shape, keeps="first")(_identity)
-row("clone", arguments=("input", "memory_format"), shape=same_shape, keeps="first", fresh=True)(_identity)
+row("detach alias", shape=same, keeps="first")(_identity)
+row("contiguous", "input memory_format", shape=same, keeps="first")(_identity)
+row("clone", "input memory_format", shape=same, keeps="first", fresh=True)(_identity)
 
 
 def _dropout(call: Call, values: Values) -> Step | None:
     """The value itself while nothing is dropped."""
     idle = call.get("training", True) is False or call.get("p", 0.5) == 0.0
-    return _identity(call, values) if idle else None
+    return Identity(call["input"]) if idle else None
 
 
-DROPOUTS: dict[str, type[nn.Module] | None] = {
-    **{
-        "dropout": nn.Dropout,
-        "dropout1d": nn.Dropout1d,
-        "dropout2d": nn.Dropout2d,
-        "dropout3d": nn.Dropout3d,
-    },
-    **{"alpha_dropout": nn.AlphaDropout, "feature_alpha_dropout": nn.FeatureAlphaDropout},
-    "feature_dropout": None,
-}
-for _name, _module in DROPOUTS.items():
-    row(
-        _name,
-        arguments=("input", "p", "training", "inplace"),
-        modules=() if _module is None else (_module,),
-        shape=same_shape,
-    )(_dropout)
-row("identity", modules=(nn.Identity, "DropPath", "StochasticDepth"), shape=same_shape)
+row("identity", modules=(nn.Identity, "DropPath", "StochasticDepth"), shape=same)
+for _module in (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+):
+    _name = re.sub("(?<!^)(?=[A-Z])", "_", _module.__name__).lower()  # AlphaDropout: alpha_dropout
+    row(_name, "input p training inplace", modules=(_module,), shape=same)(_dropout)
+row("feature_dropout", "input p training inplace", shape=same)(_dropout)
 
 
 # Sums and means -----------------------------------------------------------------------------------
 
 
-def _reduced_shape(call: Call, values: Values) -> Shape | None:
-    before, dims = values.shape(call["input"]), listed(call.get("dim"))
-    return None if before is None or dims is None else reduced(before, dims, call.get("keepdim", False))
+def _reduced_shape(call: Call, before: Shape, values: Values) -> Shape | None:
+    dims = listed(call.get("dim"))
+    return None if dims is None else reduced(before, dims, call.get("keepdim", False))
 
 
-def _reduced(call: Call, values: Values, mean: bool) -> Step | None:
-    """The sum or mean of stacked values, and the mean over positions."""
+def _mean_of_stack(call: Call, values: Values, mean: bool) -> Step | None:
+    """The sum or the mean of stacked values."""
+    parts = stacked_terms(call["input"], values)
+    if parts is None or not call.given("input", "dim", "keepdim"):
+        return None
+    return Sum(tuple((part, scaling(1.0 / len(parts) if mean else 1.0, None, None)) for part in parts))
+
+
+row("sum", "input dim keepdim dtype", shape=_reduced_shape)(partial(_mean_of_stack, mean=False))
+
+
+@row("mean", "input dim keepdim dtype", shape=_reduced_shape)
+def _mean(call: Call, values: Values) -> Step | None:
+    """The mean of stacked values, and the mean over positions."""
     x, dims, keep = call["input"], listed(call.get("dim")), call.get("keepdim", False)
-    if not isinstance(x, fx.Node) or not call.given("input", "dim", "keepdim"):
-        return None
-    parts = stacked_terms(x, values)
-    if parts is not None and len(x.users) == 1:
-        return Sum(tuple((part, scaling(1.0 / len(parts) if mean else 1.0, None, None)) for part in parts))
-    shape = values.shape(x)
-    if not mean or shape is None or dims is None or not values.varies(x):
-        return None
+    shape, stacked = values.shape(x), _mean_of_stack(call, values, mean=True)
+    if stacked is not None or shape is None or dims is None or not call.given("input", "dim", "keepdim"):
+        return stacked
     ndim = len(shape)
     gone = sorted(dim % ndim for dim in dims)
 
@@ -238,16 +221,6 @@ def _reduced(call: Call, values: Values, mean: bool) -> Step | None:
     return Layout(x, moves, averages=True)
 
 
-@row("mean", arguments=("input", "dim", "keepdim", "dtype"), shape=_reduced_shape)
-def _mean(call: Call, values: Values) -> Step | None:
-    return _reduced(call, values, mean=True)
-
-
-@row("sum", arguments=("input", "dim", "keepdim", "dtype"), shape=_reduced_shape)
-def _sum(call: Call, values: Values) -> Step | None:
-    return _reduced(call, values, mean=False)
-
-
 # Every number by itself, and norms: the shape stays, nothing is affine ----------------------------
 
 _activations = [
@@ -256,22 +229,47 @@ _activations = [
     if isinstance(kind, type) and kind.__module__ == nn.modules.activation.__name__
     if kind not in (nn.MultiheadAttention, nn.GLU)
 ]
-row("activation", modules=_activations, shape=same_shape)
-for _name in (
-    *("relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu"),
-    *("softmax", "log_softmax", "softplus", "mish", "exp", "hardtanh", "clamp", "sqrt", "rsqrt"),
-):
-    row(_name, open=True, shape=same_shape)
-# Still the parameter that goes in, cast, turned round or normalised.
-for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "data", "real", "flip", "roll"):
-    row(_name, open=True, shape=same_shape, keeps="first")
-for _name in ("normalize", "group_norm", "instance_norm", "rms_norm"):
-    row(_name, open=True, shape=same_shape, keeps="first")
-row(
-    "layer_norm",
-    open=True,
-    modules=(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-    subclasses=True,
-    shape=same_shape,
-    keeps="first",
-)
+row("activation", modules=_activations, shape=same)
+for _name in [
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "hardswish",
+    "hardsigmoid",
+    "leaky_relu",
+    "elu",
+    "softmax",
+    "log_softmax",
+    "softplus",
+    "mish",
+    "exp",
+    "hardtanh",
+    "clamp",
+    "sqrt",
+    "rsqrt",
+]:
+    row(_name, open=True, shape=same)
+# The parameter that goes in, cast, turned round or normalised.
+for _name in [
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "data",
+    "real",
+    "flip",
+    "roll",
+    "normalize",
+    "group_norm",
+    "instance_norm",
+    "rms_norm",
+]:
+    row(_name, open=True, shape=same, keeps="first")
+_norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+row("layer_norm", open=True, modules=_norms, subclasses=True, shape=same, keeps="first")

@@ -84,7 +84,7 @@ def _first_shape(call: Call, values: Values) -> Shape | None:
     return next((shape for shape in map(values.shape, parts) if shape != (Size(0),)), None)
 
 
-def _resized(before: Shape | None, call: Call, values: Values) -> Shape | None:
+def _resized(call: Call, before: Shape | None, values: Values) -> Shape | None:
     """The shape before, with another size in the dimension ``dim``."""
     dim = call.get("dim", 0)
     if before is None or not isinstance(dim, int):
@@ -93,10 +93,15 @@ def _resized(before: Shape | None, call: Call, values: Values) -> Shape | None:
     return tuple(fresh[i] if i == at else size for i, size in enumerate(before))
 
 
+def _cat_shape(call: Call, before: None, values: Values) -> Shape | None:
+    return _resized(call, _first_shape(call, values), values)
+
+
 @row(
-    *("cat", "concat", "concatenate"),
-    arguments=("tensors", "dim"),
-    shape=lambda call, values: _resized(_first_shape(call, values), call, values),
+    "cat concat concatenate",
+    "tensors dim",
+    shape=_cat_shape,
+    shape_without_first=True,
     keeps="parts",
     fresh=True,
 )
@@ -108,105 +113,96 @@ def _cat(call: Call, values: Values) -> Step | None:
     return None if rank is None else Concat(tuple(parts), rank)
 
 
-def _stack_shape(call: Call, values: Values) -> Shape | None:
-    before = _first_shape(call, values)
-    if before is None:
+def _stack_shape(call: Call, before: None, values: Values) -> Shape | None:
+    part = _first_shape(call, values)
+    if part is None:
         return None
-    at = call.get("dim", 0) % (len(before) + 1)
-    return (*before[:at], Size(len(call["tensors"])), *before[at:])
+    at = call.get("dim", 0) % (len(part) + 1)
+    return (*part[:at], Size(len(call["tensors"])), *part[at:])
 
 
-@row("stack", arguments=("tensors", "dim"), shape=_stack_shape, keeps="parts", fresh=True)
+@row("stack", "tensors dim", shape=_stack_shape, shape_without_first=True, keeps="parts", fresh=True)
 def _stack(call: Call, values: Values) -> Step | None:
     return MultiOutput() if call.node is not None and stacked_terms(call.node, values) else None
 
 
 for _name in ("hstack", "vstack", "dstack", "column_stack", "row_stack"):
-    row(_name, arguments=("tensors",), keeps="parts", fresh=True)
+    row(_name, "tensors", keeps="parts", fresh=True)
 
 
 # One value as several -----------------------------------------------------------------------------
 
 
-def _part_shape(call: Call, values: Values) -> Shape | None:
-    return _resized(values.shape(call["input"]), call, values)
+def _parts(call: Call, values: Values) -> Step:
+    return MultiOutput()
 
 
-def _parts(call: Call, values: Values) -> Step | None:
-    return MultiOutput() if values.varies(call["input"]) else None
-
-
-row("chunk", arguments=("input", "chunks", "dim"), shape=_part_shape, keeps="first")(_parts)
+_sizes = "input split_size_or_sections dim"
+row("chunk", "input chunks dim", shape=_resized, keeps="first")(_parts)
 row(
-    *("split", "split_with_sizes"),
-    arguments=("input", "split_size_or_sections", "dim"),
+    "split split_with_sizes",
+    _sizes,
     keywords={"split_sizes": "split_size_or_sections"},
-    shape=_part_shape,
+    shape=_resized,
     keeps="first",
 )(_parts)
 row("tensor_split", open=True, keeps="first")
-
-
-def _unbound_shape(call: Call, values: Values) -> Shape | None:
-    """An item of it lacks the first dimension, so that one is put in front."""
-    before, dim = values.shape(call["input"]), call.get("dim", 0)
-    if before is None or not isinstance(dim, int) or dim < 0:
-        return None
-    return (ONE, *before[:dim], *before[dim:][1:])
-
-
-row("unbind", arguments=("input", "dim"), shape=_unbound_shape, keeps="first")
 row("select", open=True, keeps="first")
+
+
+def _unbound_shape(call: Call, before: Shape, values: Values) -> Shape | None:
+    """An item of it lacks the first dimension, so that one is put in front."""
+    dim = call.get("dim", 0)
+    return (ONE, *before[:dim], *before[dim:][1:]) if isinstance(dim, int) and dim >= 0 else None
+
+
+row("unbind", "input dim", shape=_unbound_shape, keeps="first")
 
 
 # Some entries -------------------------------------------------------------------------------------
 
 
 def _selected(call: Call, values: Values, dim: Any, cut: Any) -> Step | None:
-    x = call["input"]
-    rank = from_last(dim, values.shape(x))
-    if cut is None or rank is None or not values.varies(x):
+    rank = from_last(dim, values.shape(call["input"]))
+    if cut is None or rank is None:
         return None
-    return Select(x, lambda channels: rows_of(cut, channels), rank)
+    return Select(call["input"], lambda channels: rows_of(cut, channels), rank)
 
 
-@row("narrow", arguments=("input", "dim", "start", "length"), shape=_part_shape, keeps="first")
+@row("narrow", "input dim start length", shape=_resized, keeps="first")
 def _narrow(call: Call, values: Values) -> Step | None:
     start, length = call["start"], call["length"]
     known = isinstance(start, int) and isinstance(length, int)
     return _selected(call, values, call.get("dim", 0), slice(start, start + length) if known else None)
 
 
-@row("slice", arguments=("input", "dim", "start", "end", "step"), shape=_part_shape, keeps="first")
+@row("slice", "input dim start end step", shape=_resized, keeps="first")
 def _slice(call: Call, values: Values) -> Step | None:
     cut = slice(call.get("start"), call.get("end"), call.get("step"))
     return _selected(call, values, call.get("dim", 0), cut)
 
 
-@row("index_select", arguments=("input", "dim", "index"), shape=_part_shape)
+@row("index_select", "input dim index", shape=_resized)
 def _index_select(call: Call, values: Values) -> Step | None:
     index = call["index"]
     cut = [int(i) for i in values.constants.value(index)] if index in values.constants else None
     return _selected(call, values, call.get("dim", 0), cut)
 
 
+def reads_whole_shape(call: Call | None) -> bool:
+    """Whether a call gives the shape of its argument."""
+    return call is not None and call.name in ("size", "shape") and call.get("dim") is None
+
+
 def _item_size(call: Call, values: Values) -> Size | None:
     """An entry of a shape."""
     index, source = call["index"], values.call(call["input"])
-    shape = values.shape(source["input"]) if source is not None and reads_whole_shape(source) else None
+    shape = values.shape(source.first) if source is not None and reads_whole_shape(source) else None
     return shape[index] if shape is not None and isinstance(index, int) else None
 
 
-def reads_whole_shape(call: Call) -> bool:
-    """Whether a call gives the shape of its argument."""
-    return call.name in ("size", "shape") and call.get("dim") is None
-
-
-def _item_shape(call: Call, values: Values) -> Shape | None:
+def _item_shape(call: Call, before: Shape, values: Values) -> Shape | None:
     index, source = call["index"], values.call(call["input"])
-    before = values.shape(call["input"])
-    if before is None or (source is not None and reads_whole_shape(source)):
-        return None
     if isinstance(index, int):
         several = source is not None and source.name in ("split", "chunk", *NORMS_OF_THREE)
         return before if several else before[1:]
@@ -227,13 +223,13 @@ def _item_shape(call: Call, values: Values) -> Shape | None:
     return (*cut, *before[len(cut) :])
 
 
-@row("getitem", arguments=("input", "index"), shape=_item_shape, size=_item_size, keeps="first")
+@row("getitem", "input index", shape=_item_shape, size=_item_size, keeps="first")
 def _getitem(call: Call, values: Values) -> Step | None:
     index, source = call["index"], values.call(call["input"])
     if source is not None and source.name in ("split", "chunk") and isinstance(index, int):
-        return _part(source, values, index)
+        return _part(source, values, index) if values.varies(source.first) else None
     if source is not None and source.name in NORMS_OF_THREE and index == 0:
-        return norm(source, values)
+        return norm(source, values) if values.varies(source.first) else None
     shape = values.shape(call["input"])
     found = one_cut(index, None if shape is None else len(shape))
     return None if found is None else _selected(call, values, *found)
@@ -241,9 +237,8 @@ def _getitem(call: Call, values: Values) -> Step | None:
 
 def _part(parts: Call, values: Values, index: int) -> Step | None:
     """A part of a split or a chunk."""
-    x = parts["input"]
-    rank = from_last(parts.get("dim", 0), values.shape(x))
-    if rank is None or not values.varies(x):
+    rank = from_last(parts.get("dim", 0), values.shape(parts.first))
+    if rank is None:
         return None
 
     def rows(channels: int) -> list[int] | None:
@@ -253,4 +248,4 @@ def _part(parts: Call, values: Values, index: int) -> Step | None:
         start = sum(sizes[: index % len(sizes)])
         return list(range(start, start + sizes[index % len(sizes)]))
 
-    return Select(x, rows, rank)
+    return Select(parts.first, rows, rank)

@@ -19,7 +19,6 @@ from fxexpand.passes.operators.sizes import Shape, Size, one_per_dimension
 from fxexpand.passes.operators.table import Call, Values, Weight, row
 
 WEIGHT = (Weight("weight", always=True),)
-RANKS = (1, 2, 3)
 
 
 # Products with a weight ---------------------------------------------------------------------------
@@ -38,7 +37,7 @@ def _layer(call: Call, values: Values, matrix: bool, transposed: bool = False) -
     """
     x, weight, bias = call["input"], call.get("other" if transposed else "weight"), call.get("bias")
     constants = values.constants
-    if not values.varies(x) or weight is None or not _constant(values, weight, bias):
+    if weight is None or not _constant(values, weight, bias):
         return None
     shapes = [None if each is None else constants.shape(each) for each in (weight, bias)]
     if (matrix and len(shapes[0] or ()) != 2) or not constants.dtype(weight).is_floating_point:
@@ -67,15 +66,18 @@ def _layer(call: Call, values: Values, matrix: bool, transposed: bool = False) -
     return Affine(x, Map(shape.rank, shape.in_channels, shape.out_channels, leaf), True, computed)
 
 
-def _linear_shape(call: Call, values: Values) -> Shape | None:
-    before, weight = values.shape(call["input"]), values.shape(call.get("weight"))
-    return None if before is None or not weight else (*before[:-1], weight[0])
+def _linear_shape(call: Call, before: Shape, values: Values) -> Shape | None:
+    weight = values.shape(call.get("weight"))
+    return (*before[:-1], weight[0]) if weight else None
 
 
+_sizes_of_linear = {
+    nn.Linear: lambda module: {"weight": torch.Size((module.out_features, module.in_features))}
+}
 row(
     "linear",
-    arguments=("input", "weight", "bias"),
-    modules={nn.Linear: lambda module: {"weight": torch.Size((module.out_features, module.in_features))}},
+    "input weight bias",
+    modules=_sizes_of_linear,
     shape=_linear_shape,
     kind="linear",
     weights=WEIGHT,
@@ -83,22 +85,12 @@ row(
 )(partial(_layer, matrix=True))
 
 
-def _product_shape(call: Call, values: Values) -> Shape | None:
-    before, other = values.shape(call["input"]), values.shape(call.get("other"))
-    if before is None or other is None or min(len(before), len(other)) < 2:
-        return None
-    return (*before[:-1], other[-1])
+def _product_shape(call: Call, before: Shape, values: Values) -> Shape | None:
+    other = values.shape(call.get("other"))
+    return None if other is None or min(len(before), len(other)) < 2 else (*before[:-1], other[-1])
 
 
 FACTORS = (Weight("input"), Weight("other", transposed=True))
-row(
-    *("matmul", "mm"),
-    arguments=("input", "other"),
-    shape=_product_shape,
-    kind="matmul",
-    weights=FACTORS,
-    fresh=True,
-)(partial(_layer, matrix=True, transposed=True))
 ADDED = {
     "input": "bias",
     "self": "bias",
@@ -107,20 +99,22 @@ ADDED = {
     "batch2": "other",
     "mat": "input",
 }
+_product = partial(_layer, matrix=True, transposed=True)
+row("matmul mm", "input other", shape=_product_shape, kind="matmul", weights=FACTORS, fresh=True)(_product)
 row(
     "addmm",
-    arguments=("bias", "input", "other"),
+    "bias input other",
     keywords=ADDED,
     shape=_product_shape,
     kind="matmul",
     weights=FACTORS,
-)(partial(_layer, matrix=True, transposed=True))
+    fresh=True,
+)(_product)
 
 
-def _convolution_shape(call: Call, values: Values) -> Shape:
+def _convolution_shape(call: Call, before: Shape | None, values: Values) -> Shape:
     rank, transposed = int(call.name[-2]), "transpose" in call.name
-    before, weight = values.shape(call["input"]), values.shape(call.get("weight"))
-    groups = call.get("groups", 1)
+    weight, groups = values.shape(call.get("weight")), call.get("groups", 1)
     channels = weight[1] * Size(groups) if weight and transposed and isinstance(groups, int) else None
     channels = weight[0] if weight and not transposed else channels
     if before is not None and len(before) == rank + 1:  # without a batch
@@ -149,34 +143,29 @@ def _keeps_size(call: Call, weight: Shape | None, rank: int) -> bool:
 
 
 def _of_convolution(module: _ConvNd) -> dict[str, Any]:
-    names = ("stride", "padding", "dilation", "groups")
-    return {"weight": torch.Size(_weight_shape(module)), **{name: getattr(module, name) for name in names}}
-
-
-def _weight_shape(module: _ConvNd) -> tuple[int, ...]:
     channels = (module.out_channels, module.in_channels // module.groups)
     if module.transposed:
         channels = (module.in_channels, module.out_channels // module.groups)
-    return (*channels, *module.kernel_size)
+    names = ("stride", "padding", "dilation", "groups")
+    weight = torch.Size((*channels, *module.kernel_size))
+    return {"weight": weight, **{name: getattr(module, name) for name in names}}
 
 
-CONVOLUTIONS: tuple[Mapping[str, type[_ConvNd]], Mapping[str, type[_ConvNd]]] = (
-    {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d},
-    {
-        **{"conv_transpose1d": nn.ConvTranspose1d, "conv_transpose2d": nn.ConvTranspose2d},
-        "conv_transpose3d": nn.ConvTranspose3d,
-    },
-)
-for _kind, _named, _options in (
-    ("conv", CONVOLUTIONS[0], ("stride", "padding", "dilation", "groups")),
-    ("conv_transpose", CONVOLUTIONS[1], ("stride", "padding", "output_padding", "groups", "dilation")),
+for _kind, _options, _modules in (
+    ("conv", "stride padding dilation groups", (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    (
+        "conv_transpose",
+        "stride padding output_padding groups dilation",
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
 ):
-    for _name, _module in _named.items():
+    for _rank, _module in enumerate(_modules, start=1):
         row(
-            _name,
-            arguments=("input", "weight", "bias", *_options),
+            f"{_kind}{_rank}d",
+            f"input weight bias {_options}",
             modules={_module: _of_convolution},
             shape=_convolution_shape,
+            shape_without_first=True,
             kind=_kind,
             weights=WEIGHT,
             fresh=True,
@@ -192,94 +181,61 @@ def _specific(arguments: Mapping[str, Any]) -> str:
 
 row(
     "convolution",
-    arguments=(
-        *("input", "weight", "bias", "stride", "padding", "dilation"),
-        *("transposed", "output_padding", "groups"),
-    ),
+    "input weight bias stride padding dilation transposed output_padding groups",
     becomes=_specific,
 )
 
 # Linear maps that are read for their weights alone.
-for _name, _arguments in (
-    ("bmm", ("input", "other")),
-    ("grouped_mm", ("input", "other")),
-    ("transformers.grouped_mm_fallback", ("input", "other")),
-    ("baddbmm", ("bias", "input", "other")),
-    ("addbmm", ("bias", "input", "other")),
-):
-    _keywords = {**ADDED, "input": "input"} if _arguments[0] == "input" else ADDED
-    row(
-        _name,
-        arguments=_arguments,
-        keywords={**_keywords, "mat_a": "input", "mat_b": "other"},
-        open=True,
-        kind="matmul",
-        weights=FACTORS,
-    )
-row("inner", arguments=("input", "other"), kind="matmul", weights=(Weight("input"), Weight("other")))
-row("mv", arguments=("input", "vec"), kind="matmul", weights=(Weight("input"),))
-row("addmv", arguments=("bias", "input", "vec"), keywords=ADDED, kind="matmul", weights=(Weight("input"),))
+_products: dict[str, Any] = {"open": True, "kind": "matmul", "weights": FACTORS}
+row("bmm", "input other", **_products)
+row("grouped_mm", "input other", keywords={"mat_a": "input", "mat_b": "other"}, **_products)
+row("transformers.grouped_mm_fallback", "input other", **_products)
+row("baddbmm", "bias input other", keywords=ADDED, **_products)
+row("addbmm", "bias input other", keywords=ADDED, **_products)
+row("inner", "input other", kind="matmul", weights=(Weight("input"), Weight("other")))
+row("mv", "input vec", kind="matmul", weights=(Weight("input"),))
+row("addmv", "bias input vec", keywords=ADDED, kind="matmul", weights=(Weight("input"),))
 row(
     "tensordot",
-    arguments=("input", "other", "dims"),
+    "input other",
     keywords={"a": "input", "b": "other"},
     open=True,
     kind="tensordot",
     weights=FACTORS,
 )
-row(
-    "bilinear",
-    arguments=("input1", "input2", "weight", "bias"),
-    kind="bilinear",
-    weights=WEIGHT,
-)
+row("bilinear", "input1 input2 weight bias", kind="bilinear", weights=WEIGHT)
 TABLE = (Weight("weight", transposed=True, always=True),)
 for _name in ("embedding", "embedding_bag"):
-    row(_name, arguments=("input", "weight"), open=True, kind="embedding", weights=TABLE)
-    row(f"aten.{_name}", arguments=("weight", "input"), open=True, kind="embedding", weights=TABLE)
+    row(_name, "input weight", open=True, kind="embedding", weights=TABLE)
+    row(f"aten.{_name}", "weight input", open=True, kind="embedding", weights=TABLE)
+_projections = ("in_proj_weight", "out_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 row(
     "multi_head_attention_forward",
-    arguments=(
-        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias"),
-        *("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training"),
-        *("key_padding_mask", "need_weights", "attn_mask", "use_separate_proj_weight"),
-        *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
-    ),
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn "
+    "dropout_p out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask "
+    "use_separate_proj_weight q_proj_weight k_proj_weight v_proj_weight",
     open=True,
     kind="attention",
-    weights=tuple(
-        Weight(f"{name}_weight", always=True)
-        for name in ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj")
-    ),
+    weights=tuple(Weight(name, always=True) for name in _projections),
 )
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    row(
-        f"{_name}_cell",
-        arguments=("input", "hx", "w_ih", "w_hh"),
-        open=True,
-        kind="recurrent",
-        weights=(Weight("w_ih", always=True), Weight("w_hh", always=True)),
-    )
+    _weights = (Weight("w_ih", always=True), Weight("w_hh", always=True))
+    row(f"{_name}_cell", "input hx w_ih w_hh", open=True, kind="recurrent", weights=_weights)
     # The list of weights comes third, or fourth where the sequences are packed.
-    row(
-        _name,
-        arguments=("input", "hx", "params", "packed"),
-        open=True,
-        kind="recurrent",
-        weights=(Weight("params", always=True), Weight("packed", always=True)),
-    )
-for _name in ("einsum", "einops.einsum"):
-    row(_name, arguments=("pattern",), open=True, kind="einsum")
+    _weights = (Weight("params", always=True), Weight("packed", always=True))
+    row(_name, "input hx params packed", open=True, kind="recurrent", weights=_weights)
+row("einsum", "pattern", open=True, kind="einsum")
+row("einops.einsum", "pattern", open=True, kind="einsum")
 
 
-def _attention_shape(call: Call, values: Values) -> Shape | None:
-    query, value = values.shape(call["input"]), values.shape(call.get("value"))
-    return None if query is None or not value else (*query[:-1], value[-1])
+def _attention_shape(call: Call, before: Shape, values: Values) -> Shape | None:
+    value = values.shape(call.get("value"))
+    return (*before[:-1], value[-1]) if value else None
 
 
 row(
     "scaled_dot_product_attention",
-    arguments=("input", "key", "value"),
+    "input key value",
     keywords={"query": "input"},
     open=True,
     shape=_attention_shape,
@@ -300,7 +256,7 @@ def norm(call: Call, values: Values) -> Step | None:
         )
     x, shape = call["input"], values.shape(call["input"])
     names = [call.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
-    if shape is None or not values.varies(x) or None in names[:2] or not _constant(values, *names):
+    if shape is None or None in names[:2] or not _constant(values, *names):
         return None
     constants, eps, rank = values.constants, call.get("eps", 1e-5), len(shape) - 2
     channels = constants.shape(names[0])[0]
@@ -318,43 +274,28 @@ def norm(call: Call, values: Values) -> Step | None:
     return Affine(x, Map(rank, channels, channels, leaf))
 
 
-def _norm_shape(call: Call, values: Values) -> Shape | None:
-    before = values.shape(call["input"])
+def _norm_shape(call: Call, before: Shape | None, values: Values) -> Shape | None:
     return values.fresh(call, call["ndim"]) if before is None and "ndim" in call.arguments else before
 
 
-STATISTICS = ("running_mean", "running_var")
-AFFINE = ("weight", "bias")
+def _several(call: Call, values: Values) -> Step:
+    return MultiOutput()
+
+
+_ranks = {nn.BatchNorm2d: lambda module: {"ndim": 4}}
+_kinds: tuple[Any, ...] = (nn.modules.batchnorm._NormBase, "FrozenBatchNorm2d")
+_rest: dict[str, Any] = {"shape": _norm_shape, "shape_without_first": True, "keeps": "first", "fresh": True}
 row(
     "batch_norm",
-    arguments=("input", *STATISTICS, *AFFINE, "training", "momentum", "eps"),
-    modules={
-        nn.BatchNorm2d: lambda module: {"ndim": 4},
-        **dict.fromkeys((nn.modules.batchnorm._NormBase, "FrozenBatchNorm2d"), lambda module: {}),
-    },
+    "input running_mean running_var weight bias training momentum eps",
+    modules={**_ranks, **dict.fromkeys(_kinds, lambda module: {})},
     subclasses=True,
-    shape=_norm_shape,
-    keeps="first",
-    fresh=True,
+    **_rest,
 )(norm)
-row(  # torch.batch_norm, and with it ATen, has another order than torch.nn.functional.batch_norm
-    "aten.batch_norm",
-    arguments=("input", *AFFINE, *STATISTICS, "training", "momentum", "eps", "cudnn_enabled"),
-    shape=_norm_shape,
-    keeps="first",
-    fresh=True,
-)(norm)
+# torch.batch_norm, and with it ATen, has another order than torch.nn.functional.batch_norm.
+_order = "input weight bias running_mean running_var"
+row("aten.batch_norm", f"{_order} training momentum eps cudnn_enabled", **_rest)(norm)
 # ATen's BatchNorm gives the result and two tensors of statistics, empty in evaluation mode.
 NORMS_OF_THREE = ("_native_batch_norm_legit_no_training", "native_batch_norm")
-
-
-def _norm_of_three(call: Call, values: Values) -> Step | None:
-    return MultiOutput() if values.varies(call["input"]) else None
-
-
-for _name, _flag in zip(NORMS_OF_THREE, ((), ("training",)), strict=True):
-    row(
-        _name,
-        arguments=("input", *AFFINE, *STATISTICS, *_flag, "momentum", "eps"),
-        shape=_norm_shape,
-    )(_norm_of_three)
+row(NORMS_OF_THREE[0], f"{_order} momentum eps", shape=_norm_shape)(_several)
+row(NORMS_OF_THREE[1], f"{_order} training momentum eps", shape=_norm_shape)(_several)

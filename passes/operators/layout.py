@@ -27,9 +27,8 @@ from fxexpand.passes.operators.table import Call, OrderRule, ShapeRule, Values, 
 
 def _moved(call: Call, values: Values, place: Callable[[int], int | None], keeps_order: bool) -> Step | None:
     """The same numbers at other positions; ``place`` says where a dimension goes."""
-    x, like = call["input"], call.get("other")
-    before, after = values.shape(x), values.shape(call.node)
-    if before is None or after is None or not values.varies(x):
+    before, after, like = values.shape(call["input"]), values.shape(call.node), call.get("other")
+    if before is None or after is None:
         return None
     ends = len(before), len(after)
 
@@ -37,26 +36,28 @@ def _moved(call: Call, values: Values, place: Callable[[int], int | None], keeps
         at = None if rank >= ends[0] else place(ends[0] - 1 - rank)
         return None if at is None else ends[1] - 1 - at
 
-    return Layout(x, moves, keeps_order=keeps_order, like=like if isinstance(like, fx.Node) else None)
+    source = like if isinstance(like, fx.Node) else None
+    return Layout(call["input"], moves, keeps_order=keeps_order, like=source)
 
 
-def _ordered_shape(call: Call, values: Values) -> Shape | None:
-    before = values.shape(call["input"])
-    order = None if before is None or call.operator.order is None else call.operator.order(call, len(before))
-    return None if before is None or order is None else tuple(before[dim] for dim in order)
+def _order(call: Call, before: Shape | None) -> Sequence[int] | None:
+    rule = call.operator.order
+    return None if before is None or rule is None else rule(call, len(before))
+
+
+def _ordered_shape(call: Call, before: Shape, values: Values) -> Shape | None:
+    order = _order(call, before)
+    return None if order is None else tuple(before[dim] for dim in order)
 
 
 def _ordered(call: Call, values: Values) -> Step | None:
-    before = values.shape(call["input"])
-    order = None if before is None or call.operator.order is None else call.operator.order(call, len(before))
+    order = _order(call, values.shape(call["input"]))
     return None if order is None else _moved(call, values, list(order).index, keeps_order=False)
 
 
-def reorders(*spellings: str, order: OrderRule, **fields: Any) -> None:
-    """A row of an operator that exchanges dimensions: its result's dimensions, as dimensions of the
-    argument.
-    """
-    row(*spellings, order=order, shape=_ordered_shape, keeps="first", **fields)(_ordered)
+def reorders(spellings: str, arguments: str = "input", *, order: OrderRule, **fields: Any) -> None:
+    """Put in a row of an operator that exchanges dimensions; see ``Operator.order``."""
+    row(spellings, arguments, order=order, shape=_ordered_shape, keeps="first", **fields)(_ordered)
 
 
 def _reshaped(call: Call, values: Values) -> Step | None:
@@ -66,9 +67,9 @@ def _reshaped(call: Call, values: Values) -> Step | None:
     return _moved(call, values, partial(dim_after_reshape, before, after), keeps_order=True)
 
 
-def reshapes(*spellings: str, shape: ShapeRule, **fields: Any) -> None:
-    """A row of an operator that keeps the order of the numbers, by the shape that it gives."""
-    row(*spellings, shape=shape, keeps="first", **fields)(_reshaped)
+def reshapes(spellings: str, arguments: str = "input", *, shape: ShapeRule, **fields: Any) -> None:
+    """Put in a row of an operator that keeps the order of the numbers, by the shape that it gives."""
+    row(spellings, arguments, shape=shape, keeps="first", **fields)(_reshaped)
 
 
 # Exchanges of dimensions --------------------------------------------------------------------------
@@ -110,24 +111,20 @@ def _moved_dims(call: Call, ndim: int) -> Sequence[int] | None:
     return [to[at] if at in to else next(rest) for at in range(ndim)]
 
 
-reorders("permute", arguments=("input", "dims"), variadic=True, order=_permuted)
-reorders(
-    *("transpose", "swapaxes", "swapdims"),
-    arguments=("input", "dim0", "dim1"),
-    keywords={"axis0": "dim0", "axis1": "dim1"},
-    order=_transposed,
-)
-reorders("movedim", "moveaxis", arguments=("input", "source", "destination"), order=_moved_dims)
-reorders("mT", "mH", "adjoint", order=_last_two)
-reorders("t", "T", "H", order=_all)
+_axes = {"axis0": "dim0", "axis1": "dim1"}
+reorders("permute", "input dims", variadic=True, order=_permuted)
+reorders("transpose swapaxes swapdims", "input dim0 dim1", keywords=_axes, order=_transposed)
+reorders("movedim moveaxis", "input source destination", order=_moved_dims)
+reorders("mT mH adjoint", order=_last_two)
+reorders("t T H", order=_all)
 
 
 # Reshapes -----------------------------------------------------------------------------------------
 
 
-def _as_wanted(call: Call, values: Values) -> Shape | None:
-    before, wanted = values.shape(call["input"]), call.get("shape")
-    if before is None or not isinstance(wanted, list | tuple):
+def _as_wanted(call: Call, before: Shape, values: Values) -> Shape | None:
+    wanted = call.get("shape")
+    if not isinstance(wanted, list | tuple):
         return None
     fresh = values.fresh(call, len(wanted))
     sizes = [values.size(each) or fresh[i] for i, each in enumerate(wanted)]
@@ -139,44 +136,43 @@ def _as_wanted(call: Call, values: Values) -> Shape | None:
     return tuple(sizes)
 
 
-def _flattened(call: Call, values: Values) -> Shape | None:
-    before, ends = values.shape(call["input"]), (call.get("start_dim", 0), call.get("end_dim", -1))
+def _like_other(call: Call, before: Shape, values: Values) -> Shape | None:
+    return values.shape(call["other"])
+
+
+def _flattened(call: Call, before: Shape | None, values: Values) -> Shape | None:
+    ends = (call.get("start_dim", 0), call.get("end_dim", -1))
     if before is None:
         return values.fresh(call, 2) if ends == (1, -1) else None
     return flattened(before, *ends)
 
 
-def _unsqueezed(call: Call, values: Values) -> Shape | None:
-    before, dim = values.shape(call["input"]), call.get("dim")
-    if before is None or not isinstance(dim, int):
+def _unsqueezed(call: Call, before: Shape, values: Values) -> Shape | None:
+    dim = call.get("dim")
+    if not isinstance(dim, int):
         return None
     dim %= len(before) + 1
     return (*before[:dim], ONE, *before[dim:])
 
 
+_whole: dict[str, Any] = {"modules": (nn.Flatten,), "shape_without_first": True}
 reshapes(
-    *("reshape", "view", "_unsafe_view"),
-    arguments=("input", "shape"),
-    keywords={"size": "shape"},
-    variadic=True,
-    shape=_as_wanted,
+    "reshape view _unsafe_view", "input shape", keywords={"size": "shape"}, variadic=True, shape=_as_wanted
 )
-reshapes(
-    *("reshape_as", "view_as"),
-    arguments=("input", "other"),
-    shape=lambda call, values: values.shape(call["other"]),
-)
-reshapes(
-    "flatten",
-    arguments=("input", "start_dim", "end_dim"),
-    modules={nn.Flatten: lambda module: {"start_dim": module.start_dim, "end_dim": module.end_dim}},
-    shape=_flattened,
-)
-reshapes("unsqueeze", arguments=("input", "dim"), shape=_unsqueezed)
-for _name in (
-    *("unflatten", "squeeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile"),
-    *("einops.rearrange", "einops.repeat"),
-):
+reshapes("reshape_as view_as", "input other", shape=_like_other)
+reshapes("flatten", "input start_dim end_dim", shape=_flattened, **_whole)
+reshapes("unsqueeze", "input dim", shape=_unsqueezed)
+for _name in [
+    "unflatten",
+    "squeeze",
+    "expand",
+    "expand_as",
+    "repeat",
+    "repeat_interleave",
+    "tile",
+    "einops.rearrange",
+    "einops.repeat",
+]:
     row(_name, open=True, keeps="first")
 
 
@@ -188,21 +184,24 @@ def _size(call: Call, values: Values) -> Size | None:
     return shape[dim] if shape is not None and isinstance(dim, int) else None
 
 
-row("size", "sym_size", arguments=("input", "dim"), size=_size, keeps="nothing")
-for _name in (
-    *(
-        "shape",
-        "dim",
-        "ndim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "len",
-        "dtype",
-        "device",
-        "layout",
-    ),
-    *("is_contiguous", "is_floating_point", "is_cuda", "is_meta", "requires_grad", "grad"),
-):
+row("size sym_size", "input dim", size=_size, keeps="nothing")
+for _name in [
+    "shape",
+    "dim",
+    "ndim",
+    "ndimension",
+    "numel",
+    "nelement",
+    "stride",
+    "len",
+    "dtype",
+    "device",
+    "layout",
+    "is_contiguous",
+    "is_floating_point",
+    "is_cuda",
+    "is_meta",
+    "requires_grad",
+    "grad",
+]:
     row(_name, open=True, keeps="nothing")

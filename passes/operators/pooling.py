@@ -17,9 +17,8 @@ from fxexpand.passes.operators.sizes import Shape, Size, one_per_dimension
 from fxexpand.passes.operators.table import Call, Values, row
 
 
-def _window_shape(call: Call, values: Values) -> Shape | None:
-    before = values.shape(call["input"])
-    return None if before is None else (*before[:2], *values.fresh(call, len(before))[2:])
+def _window_shape(call: Call, before: Shape, values: Values) -> Shape:
+    return (*before[:2], *values.fresh(call, len(before))[2:])
 
 
 def _averaged(call: Call, note: str | None = None) -> Layout:
@@ -35,8 +34,6 @@ def _pool(call: Call, values: Values) -> Step | None:
     stride = one_per_dimension(call.get("stride") or call["kernel_size"], rank)
     around = one_per_dimension(call.get("padding", 0), rank)
     if size is None or stride is None or around is None or call.get("divisor_override") is not None:
-        return None
-    if not values.varies(x):
         return None
     counted = call.get("count_include_pad", True) is True or not any(around)
     if call.get("ceil_mode", False) or not counted:
@@ -57,10 +54,7 @@ def _pool(call: Call, values: Values) -> Step | None:
     return Affine(x, Map(rank, None, None, leaf), averages=not any(around))
 
 
-def _global_shape(call: Call, values: Values) -> Shape | None:
-    before = values.shape(call["input"])
-    if before is None:
-        return None
+def _global_shape(call: Call, before: Shape, values: Values) -> Shape:
     wanted, fresh = (
         one_per_dimension(call["output_size"], len(before) - 2),
         values.fresh(call, len(before))[2:],
@@ -68,48 +62,32 @@ def _global_shape(call: Call, values: Values) -> Shape | None:
     return (*before[:2], *(fresh if wanted is None else map(Size, wanted)))
 
 
-def _global(call: Call, values: Values) -> Step | None:
-    return _averaged(call) if values.varies(call["input"]) else None
+def _global(call: Call, values: Values) -> Step:
+    return _averaged(call)
 
 
-_pooling = nn.modules.pooling
 for _rank, _average, _max, _adaptive in (
     (1, nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d),
     (2, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
     (3, nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d),
 ):
-    row(
-        f"avg_pool{_rank}d",
-        arguments=(
-            *("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
-            *(("divisor_override",) if _rank > 1 else ()),
-        ),
-        modules=(_average,),
-        shape=_window_shape,
-        fresh=True,
-    )(_pool)
+    _options = "input kernel_size stride padding ceil_mode count_include_pad"
+    _options += " divisor_override" if _rank > 1 else ""
+    row(f"avg_pool{_rank}d", _options, modules=(_average,), shape=_window_shape, fresh=True)(_pool)
     row(f"max_pool{_rank}d", open=True, modules=(_max,), shape=_window_shape)
-    row(
-        f"adaptive_avg_pool{_rank}d",
-        arguments=("input", "output_size"),
-        modules=(_adaptive,),
-        shape=_global_shape,
-    )(_global)
+    row(f"adaptive_avg_pool{_rank}d", "input output_size", modules=(_adaptive,), shape=_global_shape)(_global)
 
 
-def _padded_shape(call: Call, values: Values) -> Shape | None:
-    before = values.shape(call["input"])
-    return None if before is None else values.fresh(call, len(before))
+def _padded_shape(call: Call, before: Shape, values: Values) -> Shape:
+    return values.fresh(call, len(before))
 
 
 def _padded(call: Call, values: Values) -> Step | None:
     """Zeros around the last dimensions; torch counts from the last one."""
-    x, sides = call["input"], call["pad"]
+    sides = call["pad"]
     if call.get("mode", "constant") != "constant" or call.get("value") not in (None, 0, 0.0):
         return None
-    if not values.varies(x) or not isinstance(sides, list | tuple):
-        return None
-    if not all(isinstance(side, int) for side in sides):
+    if not isinstance(sides, list | tuple) or not all(isinstance(side, int) for side in sides):
         return None
     pairs = [(sides[i], sides[i + 1]) for i in range(0, len(sides), 2)][::-1]
 
@@ -119,7 +97,7 @@ def _padded(call: Call, values: Values) -> Step | None:
         around = ((0, 0),) * (place.rank - len(pairs)) + tuple(pairs[max(0, len(pairs) - place.rank) :])
         return replace(identity().at(place), padding=around)
 
-    return Affine(x, Map(None, None, None, leaf))
+    return Affine(call["input"], Map(None, None, None, leaf))
 
 
 def _of_padding(module: Any) -> dict[str, Any]:
@@ -127,11 +105,6 @@ def _of_padding(module: Any) -> dict[str, Any]:
 
 
 _paddings = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
-row(
-    "pad",
-    arguments=("input", "pad", "mode", "value"),
-    modules=dict.fromkeys(_paddings, _of_padding),
-    shape=_padded_shape,
-    keeps="first",
-)(_padded)
-row("constant_pad_nd", arguments=("input", "pad", "value"), shape=_padded_shape, keeps="first")(_padded)
+_modules = dict.fromkeys(_paddings, _of_padding)
+row("pad", "input pad mode value", modules=_modules, shape=_padded_shape, keeps="first")(_padded)
+row("constant_pad_nd", "input pad value", shape=_padded_shape, keeps="first")(_padded)

@@ -88,7 +88,7 @@ class Values(Protocol):
         """The shape of a value in the example; None without one."""
 
 
-ShapeRule: TypeAlias = "Callable[[Call, Values], Shape | None]"
+ShapeRule: TypeAlias = "Callable[[Call, Any, Values], Shape | None]"
 SizeRule: TypeAlias = "Callable[[Call, Values], Size | None]"
 StepRule: TypeAlias = "Callable[[Call, Values], Step | None]"
 OrderRule: TypeAlias = "Callable[[Call, int], Sequence[int] | None]"
@@ -101,16 +101,20 @@ class Operator:
 
     Attributes:
         name: of the operator, for messages.
-        arguments: the names of its arguments in order, the first being what it works on.
+        arguments: the names of its arguments in order; it works on ``input``, or on the first if there is
+        none.
         keywords: further keywords of the arguments, beside those in ``KEYWORDS``.
         variadic: the second argument may be given as several integers.
         open: it has further arguments, which no rule reads.
         becomes: the operator that a call really is, by its arguments.
-        shape: the shape of the result, or of each part where there are several.
+        shape: the shape of the result, or of each part where there are several, for the shape of the first
+        argument.
+        shape_without_first: it is also asked where the shape of the first argument is not known (None).
         size: the integer that it gives, where it reads or computes sizes.
         order: the dimensions of the result as dimensions of the argument, for the number of these; None
             where it is not known. A row with an order needs neither shape nor step.
-        step: the affine step; None of a call that is none.
+        step: the affine step; None of a call that is none. It is asked where the first argument depends on
+            the inputs, or where others of its arguments may (``keeps`` is ``"larger"`` or ``"parts"``).
 
             Raises: InexactError: it is an affine operator that cannot be folded, and why.
         kind, weights: the linear map, and the arguments that can be its weight.
@@ -127,6 +131,7 @@ class Operator:
     open: bool = False
     becomes: Callable[[Mapping[str, Any]], str] | None = None
     shape: ShapeRule | None = None
+    shape_without_first: bool = False
     size: SizeRule | None = None
     order: OrderRule | None = None
     step: StepRule | None = None
@@ -134,6 +139,11 @@ class Operator:
     weights: tuple[Weight, ...] = ()
     keeps: Literal["first", "parts", "larger", "nothing"] | None = None
     fresh: bool = False
+
+    @property
+    def first(self) -> str:
+        """The name of the argument that it works on."""
+        return "input" if "input" in self.arguments else self.arguments[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +167,11 @@ class Call:
     def name(self) -> str:
         """The operator's."""
         return self.operator.name
+
+    @property
+    def first(self) -> Any:
+        """The argument that the operator works on."""
+        return self.arguments.get(self.operator.first)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -186,29 +201,30 @@ _MODULES: dict[type[nn.Module] | str, tuple[Operator, ModuleRule | None, bool]] 
 
 
 def row(
-    *spellings: object,
-    arguments: Sequence[str] = ("input",),
-    modules: Mapping[type[nn.Module] | str, ModuleRule | None] | Sequence[type[nn.Module] | str] = (),
+    spellings: str | Callable[..., Any],
+    arguments: str = "input",
+    modules: Mapping[Any, ModuleRule | None] | Sequence[type[nn.Module] | str] = (),
     subclasses: bool = False,
     **fields: Any,
 ) -> Callable[[StepRule], StepRule]:
     """Put a row into the table; as a decorator, the function is its affine step.
 
     Args:
-        spellings: names of functions, methods and ATen operators, the first being that of the operator; or
-            functions of other libraries themselves.
+        spellings: names of functions, methods and ATen operators, with spaces between them, the first being
+            that of the operator; or the function of another library itself.
+        arguments: their names in order, with spaces between them.
         modules: the modules that call it in their forward, by type, or by the name of the type for
             libraries that may not be installed. Their attributes have the names of the arguments, unless a
             function gives the arguments of a module.
         subclasses: every subclass of the modules does the same to a shape, whatever its forward.
         fields: of ``Operator``.
     """
-    first = spellings[0]
-    name = first if isinstance(first, str) else getattr(first, "__name__", str(first))
-    made = Operator(name.removeprefix("aten."), tuple(arguments), **fields)
+    named: list[Any] = spellings.split() if isinstance(spellings, str) else [spellings]
+    name = named[0].removeprefix("aten.") if isinstance(spellings, str) else spellings.__name__
+    made = Operator(name, tuple(arguments.split()), **fields)
 
     def enter(entry: Operator) -> None:
-        _ROWS.update(dict.fromkeys(spellings, entry))
+        _ROWS.update(dict.fromkeys(named, entry))
         rules = modules if isinstance(modules, Mapping) else dict.fromkeys(modules)
         _MODULES.update({kind: (entry, rule, subclasses) for kind, rule in rules.items()})
         spelling_of.cache_clear()
@@ -307,7 +323,7 @@ def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | 
         name = entry.keywords.get(key, KEYWORDS.get(key, key))
         known = known and (name in names or value is None) and name not in arguments
         arguments.setdefault(name, value)
-    known = (known or entry.open) and names[0] in arguments
+    known = (known or entry.open) and entry.first in arguments
     if entry.becomes is not None:
         entry = _ROWS[entry.becomes(arguments)]
     return Call(entry, arguments, known=known, inplace=spelling.inplace)
@@ -344,7 +360,7 @@ def call_of_module(module: nn.Module, x: Any) -> Call | None:
             return None
         held: Any = module
         if rule is not None:
-            return Call(entry, {entry.arguments[0]: x, **rule(held)})
-        named = {name: getattr(held, name) for name in entry.arguments[1:] if hasattr(held, name)}
-        return Call(entry, {entry.arguments[0]: x, **named})
+            return Call(entry, {entry.first: x, **rule(held)})
+        named = {name: getattr(held, name) for name in entry.arguments if hasattr(held, name)}
+        return Call(entry, {**named, entry.first: x})
     return None

@@ -16,7 +16,7 @@ from fxexpand.passes.affine.maps import after, scaling, shifting
 from fxexpand.passes.affine.steps import Affine, Identity, Layout, Step, Sum
 from fxexpand.passes.operators.channels import stacked_terms
 from fxexpand.passes.operators.sizes import ONE, Shape, Size, broadcast, listed, reduced
-from fxexpand.passes.operators.table import Call, Constants, Values, row
+from fxexpand.passes.operators.table import Call, Constants, Values, row, rows
 
 # The numbers that a value is scaled with or shifted by, one in all or one per channel; how many channels,
 # and how many dimensions come after these.
@@ -230,46 +230,16 @@ _activations = [
     if kind not in (nn.MultiheadAttention, nn.GLU)
 ]
 row("activation", modules=_activations, shape=same)
-for _name in [
-    "relu",
-    "relu6",
-    "gelu",
-    "silu",
-    "sigmoid",
-    "tanh",
-    "hardswish",
-    "hardsigmoid",
-    "leaky_relu",
-    "elu",
-    "softmax",
-    "log_softmax",
-    "softplus",
-    "mish",
-    "exp",
-    "hardtanh",
-    "clamp",
-    "sqrt",
-    "rsqrt",
-]:
-    row(_name, open=True, shape=same)
+rows(
+    "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu softmax log_softmax softplus mish exp "
+    "hardtanh clamp sqrt rsqrt",
+    shape=same,
+)
 # The parameter that goes in, cast, turned round or normalised.
-for _name in [
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "data",
-    "real",
-    "flip",
-    "roll",
-    "normalize",
-    "group_norm",
-    "instance_norm",
-    "rms_norm",
-]:
-    row(_name, open=True, shape=same, keeps="first")
+rows(
+    "to type type_as float double half bfloat16 data real flip roll normalize group_norm instance_norm rms_norm",
+    shape=same,
+    keeps="first",
+)
 _norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 row("layer_norm", open=True, modules=_norms, subclasses=True, shape=same, keeps="first")

@@ -10,7 +10,7 @@ from torch import fx
 from fxexpand.passes.affine.steps import Concat, MultiOutput, Select, Step
 from fxexpand.passes.operators.layers import NORMS_OF_THREE, norm
 from fxexpand.passes.operators.sizes import ONE, Shape, Size, listed, sliced
-from fxexpand.passes.operators.table import Call, Values, row
+from fxexpand.passes.operators.table import Call, Values, row, rows
 
 
 def from_last(dim: Any, shape: Shape | None) -> int | None:
@@ -126,8 +126,7 @@ def _stack(call: Call, values: Values) -> Step | None:
     return MultiOutput() if call.node is not None and stacked_terms(call.node, values) else None
 
 
-for _name in ("hstack", "vstack", "dstack", "column_stack", "row_stack"):
-    row(_name, "tensors", keeps="parts", fresh=True)
+rows("hstack vstack dstack column_stack row_stack", arguments="tensors", keeps="parts", fresh=True)
 
 
 # One value as several -----------------------------------------------------------------------------
@@ -146,8 +145,7 @@ row(
     shape=_resized,
     keeps="first",
 )(_parts)
-row("tensor_split", open=True, keeps="first")
-row("select", open=True, keeps="first")
+rows("tensor_split select", keeps="first")
 
 
 def _unbound_shape(call: Call, before: Shape, values: Values) -> Shape | None:

@@ -22,7 +22,7 @@ from fxexpand.passes.operators.sizes import (
     listed,
     product,
 )
-from fxexpand.passes.operators.table import Call, OrderRule, ShapeRule, Values, row
+from fxexpand.passes.operators.table import Call, OrderRule, ShapeRule, Values, row, rows
 
 
 def _moved(call: Call, values: Values, place: Callable[[int], int | None], keeps_order: bool) -> Step | None:
@@ -122,18 +122,21 @@ reorders("t T H", order=_all)
 # Reshapes -----------------------------------------------------------------------------------------
 
 
-def _as_wanted(call: Call, before: Shape, values: Values) -> Shape | None:
-    wanted = call.get("shape")
+def _filled(wanted: Any, total: Size, call: Call, values: Values) -> Shape | None:
+    """The sizes that a view asks for, of ``total`` numbers; at most one is -1, for all that is left."""
     if not isinstance(wanted, list | tuple):
         return None
     fresh = values.fresh(call, len(wanted))
     sizes = [values.size(each) or fresh[i] for i, each in enumerate(wanted)]
-    if -1 not in wanted:
-        return tuple(sizes)
-    at = list(wanted).index(-1)
-    rest = product(before).over(product([size for i, size in enumerate(sizes) if i != at]))
-    sizes[at] = fresh[at] if rest is None else rest
+    if -1 in wanted:
+        at = list(wanted).index(-1)
+        rest = total.over(product([size for i, size in enumerate(sizes) if i != at]))
+        sizes[at] = fresh[at] if rest is None else rest
     return tuple(sizes)
+
+
+def _as_wanted(call: Call, before: Shape, values: Values) -> Shape | None:
+    return _filled(call.get("shape"), product(before), call, values)
 
 
 def _like_other(call: Call, before: Shape, values: Values) -> Shape | None:
@@ -162,18 +165,7 @@ reshapes(
 reshapes("reshape_as view_as", "input other", shape=_like_other)
 reshapes("flatten", "input start_dim end_dim", shape=_flattened, **_whole)
 reshapes("unsqueeze", "input dim", shape=_unsqueezed)
-for _name in [
-    "unflatten",
-    "squeeze",
-    "expand",
-    "expand_as",
-    "repeat",
-    "repeat_interleave",
-    "tile",
-    "einops.rearrange",
-    "einops.repeat",
-]:
-    row(_name, open=True, keeps="first")
+rows("squeeze expand expand_as repeat repeat_interleave tile einops.rearrange einops.repeat", keeps="first")
 
 
 # Reads of sizes, which do not use the values ------------------------------------------------------
@@ -185,23 +177,8 @@ def _size(call: Call, values: Values) -> Size | None:
 
 
 row("size sym_size", "input dim", size=_size, keeps="nothing")
-for _name in [
-    "shape",
-    "dim",
-    "ndim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "stride",
-    "len",
-    "dtype",
-    "device",
-    "layout",
-    "is_contiguous",
-    "is_floating_point",
-    "is_cuda",
-    "is_meta",
-    "requires_grad",
-    "grad",
-]:
-    row(_name, open=True, keeps="nothing")
+rows(
+    "shape dim ndim ndimension numel nelement stride len dtype device layout is_contiguous is_floating_point is_cuda "
+    "is_meta requires_grad grad",
+    keeps="nothing",
+)

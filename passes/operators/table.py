@@ -237,6 +237,12 @@ def row(
     return decorated
 
 
+def rows(names: str, **fields: Any) -> None:
+    """Put in a row for each of several operators, which no rule tells from one another but by the name."""
+    for name in names.split():
+        row(name, open=True, **fields)
+
+
 class Synonyms(MutableMapping[str, str]):
     """Every spelling with the name of its operator; a new one joins the row of the operator that it names."""
 

@@ -231,8 +231,8 @@ _activations = [
 ]
 row("activation", modules=_activations, shape=same)
 rows(
-    "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu softmax log_softmax softplus mish exp "
-    "hardtanh clamp sqrt rsqrt",
+    "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu softmax log_softmax softplus mish "
+    "exp hardtanh clamp sqrt rsqrt",
     shape=same,
 )
 # The parameter that goes in, cast, turned round or normalised.

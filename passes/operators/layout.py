@@ -178,7 +178,7 @@ def _size(call: Call, values: Values) -> Size | None:
 
 row("size sym_size", "input dim", size=_size, keeps="nothing")
 rows(
-    "shape dim ndim ndimension numel nelement stride len dtype device layout is_contiguous is_floating_point is_cuda "
-    "is_meta requires_grad grad",
+    "shape dim ndim ndimension numel nelement stride len dtype device layout is_contiguous is_floating_point "
+    "is_cuda is_meta requires_grad grad",
     keeps="nothing",
 )

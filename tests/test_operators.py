@@ -83,6 +83,7 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
     "view": lambda x: x.view(x.size(0), x.size(1), x.shape[2] * x.shape[3]),
     "view_as": lambda x: x.flatten(2).view_as(x),
     "flatten": lambda x: x.flatten(1),
+    "unflatten": lambda x: x.unflatten(1, (2, -1)),
     "unsqueeze": lambda x: x.unsqueeze(1),
     "item size": lambda x: x.flatten(2).reshape(x.shape[0], x.shape[1] // 2, -1),
 }

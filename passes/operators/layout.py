@@ -150,6 +150,12 @@ def _flattened(call: Call, before: Shape | None, values: Values) -> Shape | None
     return flattened(before, *ends)
 
 
+def _unflattened(call: Call, before: Shape, values: Values) -> Shape | None:
+    dim = call["dim"] % len(before)
+    sizes = _filled(call.get("sizes"), before[dim], call, values)
+    return None if sizes is None else (*before[:dim], *sizes, *before[dim + 1 :])
+
+
 def _unsqueezed(call: Call, before: Shape, values: Values) -> Shape | None:
     dim = call.get("dim")
     if not isinstance(dim, int):
@@ -164,6 +170,8 @@ reshapes(
 )
 reshapes("reshape_as view_as", "input other", shape=_like_other)
 reshapes("flatten", "input start_dim end_dim", shape=_flattened, **_whole)
+_parts = {nn.Unflatten: lambda module: {"dim": module.dim, "sizes": module.unflattened_size}}
+reshapes("unflatten", "input dim sizes", shape=_unflattened, modules=_parts)
 reshapes("unsqueeze", "input dim", shape=_unsqueezed)
 rows("squeeze expand expand_as repeat repeat_interleave tile einops.rearrange einops.repeat", keeps="first")
 

@@ -231,13 +231,14 @@ _activations = [
 ]
 row("activation", modules=_activations, shape=same)
 rows(
-    "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu softmax log_softmax softplus mish "
-    "exp hardtanh clamp sqrt rsqrt",
+    "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu softmax log_softmax softplus "
+    "mish exp hardtanh clamp sqrt rsqrt",
     shape=same,
 )
 # The parameter that goes in, cast, turned round or normalised.
 rows(
-    "to type type_as float double half bfloat16 data real flip roll normalize group_norm instance_norm rms_norm",
+    "to type type_as float double half bfloat16 data real flip roll normalize group_norm instance_norm "
+    "rms_norm",
     shape=same,
     keeps="first",
 )

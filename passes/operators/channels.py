@@ -187,16 +187,21 @@ def _index_select(call: Call, values: Values) -> Step | None:
     return _selected(call, values, call.get("dim", 0), cut)
 
 
-def reads_whole_shape(call: Call | None) -> bool:
-    """Whether a call gives the shape of its argument."""
-    return call is not None and call.name in ("size", "shape") and call.get("dim") is None
+def _read_shape(value: object, values: Values) -> Shape | None:
+    """The sizes in a value that is the shape of another, or a slice of it."""
+    call = values.call(value)
+    if call is None or call.name not in ("size", "shape", "getitem") or call.get("dim") is not None:
+        return None
+    if call.name != "getitem":
+        return values.shape(call.first)
+    sizes = _read_shape(call.first, values) if isinstance(call["index"], slice) else None
+    return None if sizes is None else sizes[call["index"]]
 
 
 def _item_size(call: Call, values: Values) -> Size | None:
     """An entry of a shape."""
-    index, source = call["index"], values.call(call["input"])
-    shape = values.shape(source.first) if source is not None and reads_whole_shape(source) else None
-    return shape[index] if shape is not None and isinstance(index, int) else None
+    sizes = _read_shape(call["input"], values) if isinstance(call["index"], int) else None
+    return None if sizes is None else sizes[call["index"]]
 
 
 def _item_shape(call: Call, before: Shape, values: Values) -> Shape | None:

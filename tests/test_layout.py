@@ -1,4 +1,4 @@
-"""The shape of the repository: the passes symlink, the packaging list, file names and file lengths."""
+"""The shape of the repository: the passes symlink, the packaging list, and file names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tests.test_layering import ORDER
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("fxexpand", "passes", "tests", "benchmarks")
 SHIPPED = ("fxexpand", "passes")
-LONGEST = 470
 VAGUE_NAMES = {"utils", "util", "misc", "common", "base", "helpers"}
 
 
@@ -69,13 +68,6 @@ def test_every_package_is_shipped() -> None:
         found.add(".".join(("fxexpand", *start.parent.relative_to(ROOT).parts)))
     assert set(settings["packages"]) == found
     assert settings["package-dir"]["fxexpand.passes"] == "passes"
-
-
-def test_files_stay_short() -> None:
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
-    assert lengths
-    long = {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n >= LONGEST}
-    assert not long, f"split these by concept: {long}"
 
 
 def test_files_are_named_after_what_they_hold() -> None:

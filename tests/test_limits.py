@@ -37,7 +37,6 @@ PENDING: dict[str, set[str]] = {
         "fxexpand/surgery/placement.py:_conflicts",
         "fxexpand/surgery/sites.py:_verdict",
         "fxexpand/surgery/uses.py:_Flow._kept",
-        "passes/operators/channels.py:_item_shape",
         "passes/operators/table.py:spelling_of",
     },
     "high complexity": {
@@ -49,6 +48,7 @@ PENDING: dict[str, set[str]] = {
         "fxexpand/surgery/sites.py:_without_parameter",
         "fxexpand/surgery/uses.py:_Flow.step",
         "fxexpand/surgery/uses.py:_Flow._einsum",
+        "passes/operators/channels.py:_item_shape",
         "passes/operators/layers.py:_layer",
         "passes/operators/table.py:bind",
     },

@@ -10,9 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import RefusedError, SelectionError
 from fxexpand.kernel.modules import describe
-from fxexpand.lowrank.costs import Target, unfit
+from fxexpand.lowrank.costs import Target, totals, unfit
 from fxexpand.lowrank.criteria import TRP_THRESHOLD, Approach, Criterion
-from fxexpand.lowrank.decisions import Decision, decide, totals
+from fxexpand.lowrank.decisions import Decision, decide
 from fxexpand.lowrank.factored import FACTORIZED, factors
 from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
 from fxexpand.lowrank.options import FactorizeOptions

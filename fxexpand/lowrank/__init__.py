@@ -1,12 +1,12 @@
-"""Rank: how many directions weights and features use, and layers factored into two of low rank.
+"""Rank: the number of directions that weights and features use, and layers factored into two of low rank.
 
-Measures: ``measures`` of one matrix, ``sketch`` of a big one within bounds, ``features`` of what layers give;
-``model_ranks`` measures a whole model, ``rank_plots`` draws it, ``tracker`` follows it over training.
-Factors: ``cuts`` says where a kernel is cut, ``projection`` and ``lp`` find the factors there, in l_2 and in
-l_p, ``factored`` has the layers that run them. What to factor: ``criteria`` is what a user asks for,
-``calibration`` and ``costs`` measure what layers see and cost, ``allocation`` spreads a budget, ``decisions``
-decides before anything is changed, ``factorize_report`` says what. ``trp`` trains towards low rank.
-``options`` has the options of ``factorize``.
+Measures: ``measures`` of one matrix, ``sketch`` of a big one within bounds, ``features`` of the outputs of
+layers; ``model_ranks`` measures a whole model, ``rank_plots`` draws it, ``tracker`` records it in training.
+Factors: ``cuts`` has the ways to cut a kernel, ``projection`` and ``lp`` compute the factors, in l_2 and in
+l_p, ``factored`` has the layers that run them. Choice of layers and ranks: ``options`` and ``criteria`` are
+those of a user, ``calibration`` and ``costs`` measure inputs and costs of layers, ``allocation`` spreads a
+budget, ``decisions`` decides before anything is changed, ``factorize_report`` reports it. ``trp`` trains
+towards low rank.
 """
 
 import importlib

@@ -1,10 +1,10 @@
-"""How much of a budget each layer gets: the ranks that make the total error small at a given total cost.
+"""Allocation of a budget to layers: the ranks of small total error for a given total cost.
 
-Each layer has options, a cost and an error each, of which exactly one is taken: a multiple-choice knapsack.
-On the lower convex hull of a layer's options the error falls ever more slowly with the cost, so taking the
-steepest step of all layers again and again is optimal for every budget that it meets exactly (it solves the
-linear relaxation). For a budget in between, its error exceeds the optimum by less than the error of the one
-step that did not fit; what is left of the budget is then spent on single layers, off the hull too.
+Each layer has options with a cost and an error, and exactly one is taken: a multiple-choice knapsack. On the
+lower convex hull of the options of a layer, error falls ever more slowly with cost. Taking the steepest step
+of all layers, again and again, solves the linear relaxation: it is optimal for every budget that it meets
+exactly. For a budget in between, its error exceeds the optimum by less than the error of the one step that
+did not fit; the rest of the budget is then spent on single layers, off the hull too.
 
 Source: Sinha and Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27, 1979.
 """
@@ -20,7 +20,7 @@ from fxexpand.errors import SelectionError
 
 @dataclass(frozen=True)
 class Option:
-    """What one choice for a layer costs (any unit) and which error it leaves (additive over layers)."""
+    """The cost (in any unit) and the error (additive over layers) of one choice for a layer."""
 
     cost: float
     error: float
@@ -28,7 +28,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One option per layer, by index; ``gap`` bounds how far ``error`` is above the optimum."""
+    """One option per layer, by index; ``gap`` bounds the difference of ``error`` and the optimum."""
 
     chosen: tuple[int, ...]
     cost: float
@@ -50,7 +50,7 @@ def allocate(layers: Sequence[Sequence[Option]], budget: float) -> Allocation:
     steps = [(-_slope(layers[i], hull, 0), i) for i, hull in enumerate(hulls) if len(hull) > 1]
     heapq.heapify(steps)
     error = sum(layers[i][hull[0]].error for i, hull in enumerate(hulls))
-    bound: float | None = None  # what the linear relaxation reaches
+    bound: float | None = None  # the error of the linear relaxation
     while steps:
         negative, i = heapq.heappop(steps)
         now, then = (layers[i][hulls[i][at[i] + k]] for k in (0, 1))
@@ -71,7 +71,7 @@ def allocate(layers: Sequence[Sequence[Option]], budget: float) -> Allocation:
 def _spend(
     layers: Sequence[Sequence[Option]], chosen: list[int], cost: float, budget: float
 ) -> tuple[list[int], float]:
-    """Take single better options that still fit, largest gain first, until none does."""
+    """Take single better options that fit the budget, largest gain first, until none does."""
     while True:
         best: tuple[float, int, int] | None = None
         for i, options in enumerate(layers):
@@ -93,7 +93,7 @@ def _hull(options: Sequence[Option]) -> list[int]:
     for k in sorted(range(len(options)), key=lambda k: (options[k].cost, options[k].error)):
         new = options[k]
         if hull and new.error >= options[hull[-1]].error:
-            continue  # dearer and no better
+            continue  # costs more, with no less error
         if hull and new.cost == options[hull[-1]].cost:
             hull.pop()
         while len(hull) > 1:
@@ -107,6 +107,6 @@ def _hull(options: Sequence[Option]) -> list[int]:
 
 
 def _slope(options: Sequence[Option], hull: Sequence[int], at: int) -> float:
-    """Error saved per cost by the next step on the hull."""
+    """The error saved per cost by the next step on the hull."""
     now, then = options[hull[at]], options[hull[at + 1]]
     return (now.error - then.error) / (then.cost - now.cost)

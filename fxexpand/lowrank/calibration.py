@@ -1,4 +1,4 @@
-"""What layers see while a model runs: sizes, for costs, and second moments, for approximations by data."""
+"""Observations of layers while a model runs: sizes, for costs, and second moments, for fits to data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxexpand.errors import SelectionError
 from fxexpand.kernel.algebra import Kernel, apply
 from fxexpand.lowrank.cuts import Extent, Scheme, factors_of, matrix_of
-from fxexpand.lowrank.factored import FACTS
+from fxexpand.lowrank.factored import METADATA
 from fxexpand.lowrank.projection import moment_side
 from fxexpand.recipes.factors import gram
 from fxexpand.running.evaluation import evaluating
@@ -27,8 +27,8 @@ Hook = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a layer was called with: positions of all calls, and of the first, with the shape of its input."""
+class CallSizes:
+    """Positions of all calls of a layer in one run, and of the first call, with the shape of its input."""
 
     extent: Extent
     first: Extent
@@ -36,58 +36,58 @@ class Seen:
 
     @property
     def calls(self) -> float:
-        """How many calls of the size of the first they were."""
+        """All calls as a number of calls of the size of the first."""
         return self.extent.outputs / self.first.outputs if self.first.outputs else 1.0
 
 
-class Reads(TorchFunctionMode):
-    """Notes which weights are read outside of the calls of the layers that hold them, but for their facts.
+class OutsideReads(TorchFunctionMode):
+    """Records the weights that are read outside of calls of their layers, by more than ``METADATA``.
 
     Attributes:
-        found: the ids of these weights.
+        weights: the ids of these weights.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.found: set[int] = set()
+        self.weights: set[int] = set()
         self._inside: dict[int, int] = {id(layer.weight): 0 for layer in layers}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function; a weight among its arguments is read."""
         kwargs = kwargs or {}
-        if func not in FACTS:
+        if func not in METADATA:
             given = {id(leaf) for leaf in tree_leaves((args, kwargs))}
-            self.found |= {weight for weight in given & self._inside.keys() if not self._inside[weight]}
+            self.weights |= {weight for weight in given & self._inside.keys() if not self._inside[weight]}
         return func(*args, **kwargs)
 
     def entered(self, layer: nn.Module, *_: Any) -> None:
-        """A hook before the forward of a layer."""
+        """The hook before the forward of a layer."""
         self._inside[id(layer.weight)] += 1
 
     def left(self, layer: nn.Module, *_: Any) -> None:
-        """A hook after it."""
+        """The hook after the forward of a layer."""
         self._inside[id(layer.weight)] -= 1
 
 
-def sizes(
+def observe_calls(
     model: nn.Module, layers: Sequence[nn.Module], example_inputs: ExampleInputs
-) -> tuple[dict[nn.Module, Seen], set[int]]:
-    """What each of ``layers`` is called with in one run, and the ids of weights that are read otherwise, too.
+) -> tuple[dict[nn.Module, CallSizes], set[int]]:
+    """The sizes of the calls of ``layers`` in one run, and the ids of the weights that others read too.
 
-    Layers that are not called are missing. The run is in evaluation mode and leaves no trace.
+    Layers that are not called are missing. The run is in evaluation mode and changes nothing.
     """
-    seen: dict[nn.Module, Seen] = {}
-    reads = Reads(layers)
+    calls: dict[nn.Module, CallSizes] = {}
+    reads = OutsideReads(layers)
 
     def note(layer: nn.Module, x: Tensor, y: Tensor) -> None:
         extent = _extent(layer, x, y)
-        before = seen.get(layer)
+        before = calls.get(layer)
         if before is None:
-            seen[layer] = Seen(extent, extent, tuple(x.shape))
+            calls[layer] = CallSizes(extent, extent, tuple(x.shape))
         else:
             both = (before.extent, extent)
             total = Extent(sum(e.outputs for e in both), sum(e.between for e in both))
-            seen[layer] = replace(before, extent=total)
+            calls[layer] = replace(before, extent=total)
 
     around = [layer.register_forward_pre_hook(reads.entered) for layer in layers]
     around += [layer.register_forward_hook(reads.left, prepend=True) for layer in layers]
@@ -97,7 +97,7 @@ def sizes(
     finally:
         for handle in around:
             handle.remove()
-    return seen, reads.found
+    return calls, reads.weights
 
 
 @dataclass(eq=False)
@@ -105,10 +105,9 @@ class Moment:
     """A second moment that grows with every call of a layer, for one scheme of its kernel.
 
     Attributes:
-        sum: of ``u u^T`` over positions, in float64, per group: of the layer's inputs u as the first factor
-            reads them, or of the matrix times them; ``lowrank.projection.moment_side`` says which. Of an
-            Embedding the sum over tokens of their rows, with a row for each token that was not seen.
-        count: of positions.
+        sum: ``u u^T`` summed over positions, in float64, per group. ``u`` is the input as the first factor
+            reads it, or the matrix times this input: see ``lowrank.projection.moment_side``.
+        count: number of positions.
     """
 
     kernel: Kernel
@@ -133,7 +132,7 @@ class Moment:
         """Take in the inputs of one call."""
         reads, groups = self._reads, self.kernel.groups
         if not x.numel():
-            return  # an empty batch says nothing
+            return  # an empty batch has no positions
         y = apply(reads, x.to(reads.weight.dtype))
         channels = -1 if self.kernel.rank == 0 else y.ndim - 1 - self.kernel.rank
         rows = y.movedim(channels, 0).reshape(groups, -1, y.numel() // y.shape[channels])
@@ -144,13 +143,13 @@ class Moment:
 
     @property
     def mean(self) -> Tensor | None:
-        """The second moment itself; None where no position was seen."""
+        """The second moment; None if there was no position."""
         return self.sum / self.count if self.count else None
 
 
 @dataclass(eq=False)
 class Tokens:
-    """How often each row of an Embedding was read; one time more, so that no row is forgotten."""
+    """How often each row of an Embedding was read, plus one, so that every row has some weight."""
 
     count: Tensor
 
@@ -159,16 +158,15 @@ class Tokens:
         self.count += torch.bincount(x.flatten().long(), minlength=len(self.count)).to(self.count)
 
 
-def watch_moments(
+def observe_moments(
     model: nn.Module,
-    takers: dict[nn.Module, list[Moment] | list[Tokens]],
+    observers: Mapping[nn.Module, Sequence[Moment | Tokens]],
     calibration: Iterable[ExampleInputs],
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
-    """Run ``model`` on every batch of ``calibration``; each layer's moments take in its inputs.
+    """Run ``model`` on every batch of ``calibration``; the observers of each layer take in its inputs.
 
-    Raises: SelectionError: it is one batch and no list of them, there is none (an iterator that was used up),
-        or a layer's inputs hold NaN or Inf.
+    Raises: SelectionError: ``calibration`` is a batch instead of a list, or has no batches (an iterator that
+        was used up), or the inputs of a layer hold NaN or Inf.
     """
     if isinstance(calibration, Tensor | Mapping):
         raise SelectionError(
@@ -176,12 +174,12 @@ def watch_moments(
         )
 
     def take(layer: nn.Module, x: Tensor, _: Tensor) -> None:
-        for taker in takers[layer]:
-            taker.add(x)
+        for observer in observers[layer]:
+            observer.add(x)
 
-    with evaluating(model), _watched(takers, take):
+    with evaluating(model), _watched(observers, take):
         batches = 0
-        for example_inputs in progress(calibration):
+        for example_inputs in calibration:
             try:
                 as_call(example_inputs)
             except SelectionError as error:
@@ -194,8 +192,8 @@ def watch_moments(
             "calibration: no batches. Give a list of them, or leave it out to go by weights."
         )
     for name, module in model.named_modules():
-        for taker in takers.get(module, ()):
-            if isinstance(taker, Moment) and not bool(torch.isfinite(taker.sum).all()):
+        for observer in observers.get(module, ()):
+            if isinstance(observer, Moment) and not bool(torch.isfinite(observer.sum).all()):
                 raise SelectionError(
                     f"calibration: the inputs of {name or type(module).__name__} hold NaN or Inf. Leave the "
                     "batches that make them out."
@@ -209,7 +207,7 @@ def _watched(layers: Iterable[nn.Module], note: Hook) -> Iterator[None]:
         if isinstance(x, Tensor) and isinstance(output, Tensor):
             note(layer, x, output)
 
-    # First of all hooks: what the layer itself gives, before others pool or wrap it.
+    # Before all other hooks: they may pool or wrap the output of the layer.
     handles = [layer.register_forward_hook(hook, with_kwargs=True, prepend=True) for layer in layers]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a weight costs, whole and cut in two: FLOPs, parameters, seconds."""
+"""Costs of a weight, whole and cut in two: FLOPs, parameters, seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fxexpand.kernel.algebra import FLOATING
 from fxexpand.layers.rewritten import kernel_like
-from fxexpand.lowrank.calibration import Seen
+from fxexpand.lowrank.calibration import CallSizes
 from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
 from fxexpand.lowrank.factored import FACTORIZED, factors
 from fxexpand.lowrank.projection import Spectrum, rank_of_share
@@ -20,15 +20,15 @@ from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call
 from fxexpand.running.inputs import copy as copy_inputs
 
-TIMED_RANKS = 6  # per scheme and layer, for a budget of latency
+TIMED_RANKS = 6  # number of ranks that are timed per scheme and layer, for a budget of latency
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A weight that can be factored: all the modules that hold it, the layers among them first.
+    """A weight that can be factored, with all modules that hold it: layers first, then embeddings.
 
     Attributes:
-        paths: of these modules; a mapping of ranks may have any of them in place of ``name``.
+        paths: paths of these modules; a mapping of ranks may have any of them in place of ``name``.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Target:
 
     @property
     def table(self) -> bool:
-        """Whether it is read by look-ups alone, which cost no FLOPs."""
+        """Whether only look-ups read it, which cost no FLOPs."""
         return all(isinstance(module, nn.Embedding) for module in self.modules)
 
 
@@ -67,13 +67,13 @@ class Costs:
     """FLOPs and parameters of a target, whole and cut.
 
     Args:
-        measured: by the sizes in ``seen``; else per position of the output.
+        measured: FLOPs are those of ``calls``; else those of one position of the output.
     """
 
-    def __init__(self, target: Target, seen: Mapping[nn.Module, Seen], measured: bool) -> None:
+    def __init__(self, target: Target, calls: Mapping[nn.Module, CallSizes], measured: bool) -> None:
         self._target, self._measured = target, measured
         self._kernels = [kernel_like(module, target.weight.detach()) for module in target.modules]
-        self._extents = [self._extent(i, seen, measured) for i in range(len(target.modules))]
+        self._extents = [self._extent(i, calls, measured) for i in range(len(target.modules))]
         self.params = target.weight.numel()
         self.flops = sum(self._whole(i) for i in range(len(self._kernels)))
 
@@ -86,21 +86,21 @@ class Costs:
         return sum(self._cut(i, cut) for i in range(len(self._kernels)))
 
     def saves(self, cut: Cut) -> bool:
-        """Whether a cut costs less: fewer FLOPs; of a table, which costs none, fewer parameters."""
+        """Whether a cut has fewer FLOPs; for a target without FLOPs, such as a table, fewer parameters."""
         if self._target.table or self.flops == 0:
             return self.params_of(cut) < self.params
         return self.flops_of(cut) < self.flops
 
-    def guessed(self, cut: Cut) -> bool:
-        """Whether it depends on sizes, which are not known, if the cut saves FLOPs."""
+    def estimated(self, cut: Cut) -> bool:
+        """Whether the FLOPs that the cut saves depend on sizes that are not known."""
         tables = sum(isinstance(module, nn.Embedding) for module in self._target.modules)
         return not self._measured and (cut.scheme == "spatial" or 0 < tables < len(self._target.modules))
 
-    def _extent(self, i: int, seen: Mapping[nn.Module, Seen], measured: bool) -> Extent:
+    def _extent(self, i: int, calls: Mapping[nn.Module, CallSizes], measured: bool) -> Extent:
         module = self._target.modules[i]
         if not measured:
             return unit_extent(self._kernels[i].geometry)
-        return seen[module].extent if module in seen else Extent(0.0, 0.0)
+        return calls[module].extent if module in calls else Extent(0.0, 0.0)
 
     def _whole(self, i: int) -> float:
         if isinstance(self._target.modules[i], nn.Embedding):
@@ -110,49 +110,53 @@ class Costs:
     def _cut(self, i: int, cut: Cut) -> float:
         kernel, extent = self._kernels[i], self._extents[i]
         if isinstance(self._target.modules[i], nn.Embedding):
-            return 2.0 * cut.rank * kernel.in_channels * extent.outputs  # what follows the look-up
+            return 2.0 * cut.rank * kernel.in_channels * extent.outputs  # the second factor
         return 2.0 * macs_of(kernel.geometry, cut, extent)
+
+
+def totals(model: nn.Module) -> int:
+    """The number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
 
 
 def whole_cost(
     model: nn.Module, name: str, example_inputs: ExampleInputs | None, total: float | None
 ) -> float:
-    """What the whole model costs, in the units of a budget."""
+    """The cost of the whole model, in the unit of a budget."""
     if name == "params":
-        known = (p for p in model.parameters() if not is_lazy(p))
-        return float(sum({id(p): p.numel() for p in known}.values()))
+        return float(totals(model))
     if name == "flops":
         assert total is not None
         return total
     assert example_inputs is not None
-    given = copy_inputs(example_inputs)  # once: a copy in each call would be timed
+    given = copy_inputs(example_inputs)  # before the timer runs, which would time a copy in each call
     with evaluating(model):
         return _seconds(lambda: call(model, given))
 
 
 def timed_cuts(
-    target: Target, found: Mapping[Scheme, Spectrum], seen: Mapping[nn.Module, Seen]
+    target: Target, spectra: Mapping[Scheme, Spectrum], calls: Mapping[nn.Module, CallSizes]
 ) -> tuple[float, list[tuple[Cut, float]]]:
-    """Seconds of a target as it is, and at some ranks of each scheme, on the inputs that it sees."""
+    """Seconds of a target as it is, and at some ranks of each scheme, for the sizes of its calls."""
     [module] = target.modules
-    weight, calls = target.weight, seen[module].calls
-    with evaluating(module):  # which restores the random state, too
-        x = torch.randn(seen[module].shape, dtype=weight.dtype, device=weight.device)
-        before = calls * _seconds(lambda: type(module).forward(module, x))
+    weight, count = target.weight, calls[module].calls
+    with evaluating(module):  # restores the random state too
+        x = torch.randn(calls[module].shape, dtype=weight.dtype, device=weight.device)
+        before = count * _seconds(lambda: type(module).forward(module, x))
     timed: list[tuple[Cut, float]] = []
-    for scheme, each in found.items():
-        some = sorted({rank_of_share(share / TIMED_RANKS, each.full) for share in range(1, TIMED_RANKS + 1)})
-        for rank in some:
+    for scheme, each in spectra.items():
+        ranks = sorted({rank_of_share(share / TIMED_RANKS, each.full) for share in range(1, TIMED_RANKS + 1)})
+        for rank in ranks:
             cut = Cut(scheme, rank)
             first, second = factors(module, cut, *each.factors(rank))
             with evaluating(first), evaluating(second):
                 time = _seconds(lambda f=first, s=second: s(f(x)))  # type: ignore[misc]
-                timed.append((cut, calls * time))
+                timed.append((cut, count * time))
     return before, timed
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """The shortest time of a call: what else runs on the machine only ever adds to it."""
+    """The shortest time of a call: other work on the machine can only add to it."""
     from torch.utils.benchmark import Timer  # at import it looks for a CUDA compiler, and may complain
 
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""What a user asks of a factorisation: how ranks are chosen, and how weights are approximated."""
+"""Criteria of a factorisation: how ranks are chosen, and how weights are approximated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Method: TypeAlias = Literal["svd", "lp", "trp"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Ranks: TypeAlias = "int | float | Literal['effective'] | Mapping[str, int | Cut | tuple[Scheme, int]]"
 BUDGETS = ("flops", "params", "latency")
-TRP_THRESHOLD = 5e-2  # singular values that the released code of TRP drops in its final decomposition
+TRP_THRESHOLD = 5e-2  # the released code of TRP drops singular values below it at the end
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Criterion:
             raise SelectionError(f"factorize: give exactly one of {names}; got {', '.join(given) or 'none'}.")
         name, value = given[0], getattr(self, given[0])
         if _whole(value):
-            value = int(value)  # of numpy too: what is no int would be taken as a share
+            value = int(value)  # of numpy too: any other type is a share
             object.__setattr__(self, name, value)
         if name == "rank":
             self._require_ranks(value)
@@ -49,7 +49,7 @@ class Criterion:
             _require(value >= 0.0, name, value)
         elif name == "latency":
             _require(0.0 < value < 1.0, name, value)
-        else:  # a float is a share: half of a count of FLOPs, written as a float, would cut nothing
+        else:  # a float is a share: a number of FLOPs written as a float would be no limit
             _require(value > 0 and (isinstance(value, int) or value <= 1), name, value)
 
     @staticmethod
@@ -94,12 +94,12 @@ class Approach:
 
 
 def _whole(value: object) -> bool:
-    """Whether it is an int, numpy's too; True is none."""
+    """Whether a value is an int, numpy's included and bool excluded."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def cut_of(layer: str, value: Any) -> int | Cut:
-    """What a mapping of ranks says of one layer: a rank, or a cut.
+    """The value of a mapping of ranks for one layer: a rank, or a cut.
 
     Raises: SelectionError: it is neither, or the rank is below 1.
     """

@@ -1,10 +1,10 @@
-"""Where a kernel is cut in two: the matrix that is factored, and the two kernels that its factors are.
+"""Cuts of a kernel in two: the matrix that is factored, and the kernels of its two factors.
 
-The weight ``(out, in/g, *k)`` of a convolution has its taps on two sides: those of ``first`` axes belong to
-the first factor, the others to the second. Per group the matrix is ``(out/g K2, in/g K1)``, with K1 and K2
-the taps of either side; a factorisation of rank r is a kernel ``in -> g r`` of size k1 and one ``g r -> out``
-of size k2. The cut is exact for every stride, dilation, padding and padding mode: the first factor has no
-bias, so that what it gives in the zero padding of the second is zero, and other paddings copy whole rows.
+A cut gives the taps of the first axes of a weight ``(out, in/g, *k)`` to the first factor, and those of the
+other axes to the second. Per group the matrix is ``(out/g K2, in/g K1)``, with K1 and K2 taps in the two
+factors; a factorisation of rank r is a kernel ``in -> g r`` of size k1 and one ``g r -> out`` of size k2. The
+cut is exact for every stride, dilation, padding and padding mode: the first factor has no bias, so its output
+for zeros is zero, as in the zero padding of the second; other paddings copy whole rows.
 
 Source: Xu et al., TRP (arXiv 2004.14566), channel-wise and spatial-wise; Jaderberg et al. (arXiv 1405.3866).
 """
@@ -39,11 +39,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Extent:
-    """How many positions a layer computes in one forward pass, over the batch and over all its calls.
+    """The number of positions of a layer in one forward pass, over the batch and over all its calls.
 
     Attributes:
         outputs: positions of the result.
-        between: of what a spatial cut has between its factors: output lengths along the first axis, input
+        between: positions between the factors of a spatial cut: output lengths along the first axis, input
             lengths along the others.
     """
 
@@ -52,7 +52,7 @@ class Extent:
 
 
 def schemes_of(kernel: Kernel) -> tuple[Scheme, ...]:
-    """The cuts that differ for this kernel.
+    """The schemes that give different cuts of this kernel.
 
     Raises: InexactError: it is transposed.
     """
@@ -126,12 +126,12 @@ def macs_of(geometry: Geometry, cut: Cut, extent: Extent) -> float:
 
 
 def unit_extent(geometry: Geometry) -> Extent:
-    """One position of the result: what stands for sizes that are not known."""
+    """One position of the result, for sizes that are not known."""
     return Extent(1.0, float(prod(geometry.stride[1:])))
 
 
 def _per_rank(geometry: Geometry, scheme: Scheme) -> tuple[int, int]:
-    """Elements of the first and of the second factor for each unit of rank."""
+    """Elements of the first and of the second factor for rank 1."""
     spatial = len(geometry.kernel_size)
     at = spatial if scheme == "channel" else 1
     first, second = prod(geometry.kernel_size[:at]), prod(geometry.kernel_size[at:])
@@ -139,5 +139,5 @@ def _per_rank(geometry: Geometry, scheme: Scheme) -> tuple[int, int]:
 
 
 def _first_axes(kernel: Kernel, scheme: Scheme) -> int:
-    """How many axes have their taps in the first factor."""
+    """The number of axes with their taps in the first factor."""
     return kernel.rank if scheme == "channel" else 1

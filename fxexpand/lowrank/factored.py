@@ -24,10 +24,10 @@ from fxexpand.lowrank.projection import spectrum
 
 
 class Rows(nn.Module):
-    """``x @ weight`` for a weight ``(in, out)``: a Linear stored transposed, to share its tensor.
+    """``x @ weight`` for a weight ``(in, out)``: a Linear stored transposed.
 
-    The second factor of an Embedding whose table is also the weight of a Linear: what the table's factors
-    give on the right, the Linear's give on the left.
+    It is the second factor of an Embedding whose table is also the weight of a Linear: with ``table = A B``,
+    ``A (tokens, r)`` and ``B (r, d)``, the Embedding has the factors A and Rows(B), and the Linear B and A.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -39,15 +39,15 @@ class Rows(nn.Module):
         return x @ self.weight
 
     def extra_repr(self) -> str:
-        """The sizes, as a Linear shows them."""
+        """The sizes, in the words of a Linear."""
         return f"in_features={self.weight.shape[0]}, out_features={self.weight.shape[1]}"
 
 
 class Product(Tensor):
-    """An effective weight that is multiplied out anew by every operator that takes it.
+    """An effective weight whose product is computed by each operator that reads its values.
 
-    Asking for its dtype, device or shape costs nothing, as transformers' T5 and CLIP do in each forward. Its
-    own arithmetic keeps torch's TransformerEncoderLayer from the kernel that would read it whole.
+    Its dtype, device and shape, which transformers' T5 and CLIP read in each forward, cost no product. As it
+    is a subclass, torch's TransformerEncoderLayer does not take its fast path, which would read the values.
     """
 
     _value: Callable[[], Tensor]
@@ -62,8 +62,8 @@ class Product(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Facts are its own; whatever else is asked, is asked of the product."""
-        if func in FACTS:
+        """Metadata comes from this tensor; any other function runs on the product."""
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs or {})
         return cls.__torch_dispatch__(func, types, args, kwargs)
@@ -72,12 +72,12 @@ class Product(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """What gets past the former, as a compiled function does."""
+        """For operators that ``__torch_function__`` does not see, as those of a compiled function."""
         args, kwargs = tree_map_only(Product, lambda product: product._value(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-FACTS: set[Any] = {
+METADATA: set[Any] = {  # functions that read no values
     getattr(Tensor, name).__get__
     for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex}
@@ -103,14 +103,14 @@ class Factorized(Rewritten):
     cut: Cut
 
     def forward(self, input: Tensor) -> Tensor:
-        """The second factor of the first."""
+        """Runs the first factor, then the second."""
         output: Tensor = self.get_submodule("1")(self.get_submodule("0")(input))
         return output
 
     def _effective_weight(self) -> Tensor:
         one, two = (self.get_submodule(name)._parameters.get("weight") for name in "01")
         if torch.compiler.is_compiling() or type(one) is not nn.Parameter or type(two) is not nn.Parameter:
-            return self._multiplied()  # what a compiler drops by itself; shards, and factors without a weight
+            return self._multiplied()  # under a compiler, for shards, and for factors that compute a weight
         out = two.shape[1 if isinstance(self._modules["1"], Rows) else 0]
         shape = (out, one.shape[1], *getattr(self, "kernel_size", ()))
         if isinstance(self, nn.Embedding):
@@ -143,7 +143,7 @@ class Factorized(Rewritten):
         return {"0.weight": one, "1.weight": two.mT if isinstance(second, Rows) else two}
 
     def reset_parameters(self) -> None:
-        """Random factors, as torch draws them for layers of their sizes."""
+        """Draw the factors as torch does for layers of their sizes."""
         for part in self._modules.values():
             if isinstance(part, Rows):
                 nn.init.kaiming_uniform_(part.weight.mT, a=5**0.5)
@@ -151,7 +151,7 @@ class Factorized(Rewritten):
                 part.reset_parameters()  # type: ignore[operator]
 
     def extra_repr(self) -> str:
-        """The original's sizes, and the cut."""
+        """The sizes that the original layer shows, and the cut."""
         return f"{super().extra_repr()}, cut={self.cut.scheme}:{self.cut.rank}".removeprefix(", ")
 
 
@@ -181,7 +181,7 @@ FACTORIZED = by_original(
 
 
 def _kernel_of(factor: nn.Module) -> Kernel:
-    """That of a factor; its weight may be computed, by an expansion or a parametrization."""
+    """The kernel of a factor; an expansion or a parametrization may compute its weight."""
     weight = factor.weight if isinstance(getattr(type(factor), "weight", None), property) else None
     return kernel_like(factor, weight) if isinstance(weight, Tensor) else kernel_of(factor)
 
@@ -189,7 +189,7 @@ def _kernel_of(factor: nn.Module) -> Kernel:
 def factor_weights(
     module: nn.Module, kernel: Kernel, cut: Cut, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weights of both factors, as the layers that ``factors`` makes store them, in the kernel's dtype."""
+    """The weights of both factors, in the layout of the layers from ``factors`` and the kernel's dtype."""
     dtype = kernel.weight.dtype
     if isinstance(module, nn.Embedding):
         return left[0].to(dtype), right[0].mT.to(dtype).contiguous()
@@ -198,9 +198,9 @@ def factor_weights(
 
 
 def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Two stock layers that compute ``left @ right`` in place of the weight of ``module``.
+    """Two stock layers whose product ``left @ right`` replaces the weight of ``module``.
 
-    The second takes over the very bias parameter of the layer.
+    The second one has the bias parameter of the layer itself.
 
     Args:
         module: a Linear, ConvNd or Embedding of an exact type.
@@ -214,7 +214,7 @@ def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[n
     if isinstance(module, nn.Embedding):
         padding, grows = module.padding_idx, module.scale_grad_by_freq
         if padding is not None:
-            one[padding] = 0.0  # what is zero up to rounding only would grow a gradient-free row
+            one[padding] = 0.0  # rounding must not leave values in a row that gets no gradient
         first: nn.Module = nn.Embedding(
             one.shape[0], one.shape[1], padding, scale_grad_by_freq=grows, _weight=one
         )
@@ -236,16 +236,15 @@ def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[n
 def tied_factors(
     module: nn.Module, cut: Cut, left: Tensor, right: Tensor, like: tuple[nn.Module, nn.Module]
 ) -> tuple[nn.Module, nn.Module]:
-    """``factors`` for another owner of the same weight, with the parameters of the first owner's."""
+    """``factors`` for another owner of a shared weight, with the parameters of the first owner's factors."""
     first, second = factors(module, cut, left, right)
     table = isinstance(like[0], nn.Embedding)
     if isinstance(module, nn.Embedding) == table:
         first._parameters["weight"] = like[0]._parameters["weight"]
         second._parameters["weight"] = like[1]._parameters["weight"]
-    elif table:  # Linear (in, out) = (d, tokens): the table's rows are its second factor
+    elif table:
         raise AssertionError("the Linear of a tied group comes first")
-    else:
-        # stored (r, d), what the Linear's first factor is
+    else:  # the Embedding of a table that is the weight of a Linear: see ``Rows``
         first._parameters["weight"] = like[1]._parameters["weight"]
         shared = like[0]._parameters["weight"]
         assert isinstance(shared, nn.Parameter)

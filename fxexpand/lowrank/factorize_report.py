@@ -1,4 +1,4 @@
-"""The report of a factorisation: its rows, and what they add up to."""
+"""The report of a factorisation: its rows and totals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fxexpand.reporting.table import short
 
 @dataclass(frozen=True)
 class FactorRow(Row):
-    """One site, and what factoring it does; figures of one forward pass on the example inputs.
+    """One site, with figures of one forward pass on the example inputs.
 
     Attributes:
-        cut: scheme and rank; None where it was not factored.
-        full_rank: the largest rank the cut could have.
-        flops_before, flops_after: without example inputs, of one position of the output.
+        cut: scheme and rank; None if the site was not factored.
+        full_rank: the largest rank of such a cut.
+        flops_before, flops_after: without example inputs, for one position of the output.
         data_error: relative error of the layer's outputs on the calibration inputs, as predicted by the
             dropped part of their second moment; None without these.
     """
@@ -31,11 +31,11 @@ class FactorRow(Row):
 
 @dataclass(frozen=True)
 class FactorizeReport(Report):
-    """The rows, and what they add up to.
+    """The rows and totals.
 
     Attributes:
         params_before, params_after: of the whole model, shared ones once.
-        flops_before, flops_after: of the whole model, as predicted; None without example inputs.
+        flops_before, flops_after: of the whole model, predicted; None without example inputs.
         error: ``sqrt(sum |W - W'|^2 / sum |W|^2)`` over the factored weights.
         output_error: relative error of the model's outputs, measured; None without example inputs.
     """

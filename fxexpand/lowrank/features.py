@@ -1,7 +1,7 @@
-"""The rank of features: how many directions the embeddings of a set of inputs use.
+"""The rank of features: the number of directions that the embeddings of a set of inputs use.
 
 Source: M. Huh et al., "The Low-Rank Simplicity Bias in Deep Networks", TMLR 2023. Their text calls the kernel
-a Gram matrix; the values of their later figures are those of the cosine distance.
+a Gram matrix; their later figures show values of the cosine distance.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def kernel_rank(
     measure: Kind = "roy",
     batched: bool = False,
 ) -> Tensor:
-    """The rank of the kernel matrix of ``n`` points, in float64; gradients flow through.
+    """The rank of the kernel matrix of ``n`` points, in float64; differentiable.
 
     With rows ``f_i``, ``c_ij = <f_i, f_j> / (|f_i| |f_j|)`` and ``H = I - 11ᵀ/n``:
 
     ``"gram"`` is ``K_ij = <f_i, f_j>``, ``"cosine"`` is ``c_ij`` and ``"cosine_distance"`` is ``1 - c_ij``;
-    ``centered`` takes ``H K H``, which for the Gram matrix subtracts the mean from the features, and in which
-    the two cosine kernels differ by their sign alone.
+    ``centered`` takes ``H K H``: for the Gram matrix, this subtracts the mean from the features; the two
+    cosine kernels then differ by their sign alone.
 
     Args:
-        features: ``(n, ...)``; what follows the points is flattened. A zero row has cosine 0 with all rows.
-        measure: ``"roy"``, ``"entropy"`` or ``"stable"``, see ``effective_rank``; of the singular values of
-            K, which for the Gram matrix are the squares of those of the features.
+        features: ``(n, ...)``; each point is flattened. A zero row has cosine 0 with all rows.
+        measure: ``"roy"``, ``"entropy"`` or ``"stable"``, see ``effective_rank``. It is computed from the
+            singular values of K; for the Gram matrix, these are the squares of those of the features.
         batched: take ``features`` as ``(batch, n, dimensions)``; the result has shape ``(batch,)``.
 
     Raises:
@@ -54,7 +54,7 @@ def kernel_spectrum(
 ) -> Tensor:
     """The singular values that ``kernel_rank`` measures, up to a factor: ``(k,)`` or ``(batch, k)``.
 
-    Raises: as ``kernel_rank``.
+    Raises: see ``kernel_rank``.
     """
     if kind not in get_args(FeatureKernel):
         raise SelectionError(f"kind={kind!r}: choose from {', '.join(get_args(FeatureKernel))}.")
@@ -71,7 +71,7 @@ def kernel_spectrum(
 
 
 def _scaled(points: Tensor) -> Tensor:
-    """Free of the unit, so that no square overflows."""
+    """The points divided by their largest entry, so that no square overflows."""
     largest = points.detach().abs().amax((-2, -1), keepdim=True)
     return points / torch.where(largest > 0, largest, torch.ones_like(largest))
 
@@ -80,20 +80,20 @@ def _spectrum(points: Tensor, kind: FeatureKernel, centered: bool) -> Tensor:
     """The singular values of the kernels of ``(batch, n, dimensions)``."""
     if kind != "gram":
         length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
-        # A second division: the norm of a row of tiny entries is a denormal number, or 0.
+        # After the division by the largest entry, as the norm of a row of tiny entries is denormal, or 0.
         points = points / torch.where(length > 0, length, torch.ones_like(length))
     if kind != "cosine_distance" or centered:
         if centered:
             points = points - points.mean(-2, keepdim=True)
-        # The smaller of the matrices that share these eigenvalues: a fraction of the time of an SVD.
+        # The smaller of the two matrices with these eigenvalues takes a fraction of the time of an SVD.
         small = points @ points.mH if points.shape[-2] <= points.shape[-1] else points.mH @ points
         values: Tensor = torch.linalg.eigvalsh(small)
         return values.abs()
     n, dimensions = points.shape[-2:]
     ones = points.new_ones((*points.shape[:-1], 1))
     if dimensions + 1 < n and not points.requires_grad:
-        # 11ᵀ - F Fᴴ = M J Mᴴ with M = [1 F] = Q R: the eigenvalues other than 0 are those of R J Rᴴ, whose
-        # side is that of the dimensions. (The gradient of QR needs full rank: not there.)
+        # 11ᵀ - F Fᴴ = M J Mᴴ with M = [1 F] = Q R: its eigenvalues other than 0 are those of R J Rᴴ, a matrix
+        # of side dimensions + 1. (The gradient of QR needs full rank, so this is without gradients only.)
         triangle = torch.linalg.qr(torch.cat([ones, points], -1), mode="r").R
         sign = torch.cat([points.new_ones(1), -points.new_ones(dimensions)])
         kernel = (triangle * sign) @ triangle.mH

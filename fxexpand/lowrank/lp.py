@@ -5,9 +5,9 @@ For a matrix ``A (n, d)``, n >= d, the norm ``x -> |Ax|_p`` is replaced by an el
 ``U = A (D V^T)^-1`` that is ``A_k = U D_k V^T = A V_k V_k^T``: a projection of the rows. For p = 2 the
 ellipsoid is exact, c = 1, and ``A_k`` is the truncated SVD.
 
-Two ellipsoids are on offer. That of the Lewis weights has ``c = d^(1/p - 1/2)``, the best that is possible in
-general, and takes a few products of the size of A. The Löwner ellipsoid is of least volume around the body
-``{x: |Ax|_p <= 1}``, c <= sqrt(d); it is found by cutting and is for small d.
+There are two ellipsoids. That of the Lewis weights has ``c = d^(1/p - 1/2)``, which is optimal in general,
+and takes a few products of the size of A. The Löwner ellipsoid has the least volume around the body
+``{x: |Ax|_p <= 1}``, c <= sqrt(d); it is computed by cuts, for small d.
 
 Source: Tukan, Maalouf, Weksler and Feldman, "No Fine-Tuning, No Cry" (Sensors 21(16):5599, 2021; arXiv
 2009.05647). Lewis weights: Cohen and Peng (arXiv 1412.0588); Löwner by cuts through the centre's
@@ -26,19 +26,19 @@ from fxexpand.lowrank.projection import COLUMNS, Spectrum
 
 Body: TypeAlias = Literal["lewis", "lowner"]
 BODIES: tuple[Body, ...] = get_args(Body)
-LEWIS_ROUNDS = 50  # at most; the error of the logarithms falls by the factor 1 - p/2 in each
-LEWIS_SETTLED = 1e-4  # change of the logarithm of a weight; the bounds hold to as much
-SINGULAR = 1e-6  # of the largest entry of a Cholesky factor
-LOWNER_SLACK = 0.05  # of the factor sqrt(d); each cut takes off a share of the volume that depends on it
-LOWNER_UP_TO = 64  # columns; beyond it the cuts take minutes
+LEWIS_ROUNDS = 50  # at most; each multiplies the error of the logarithms by 1 - p/2
+LEWIS_SETTLED = 1e-4  # change of the logarithm of a weight; it is also the relative error of the bounds
+SINGULAR = 1e-6  # smallest diagonal entry of a Cholesky factor, relative to the largest
+LOWNER_SLACK = 0.05  # relative excess over the factor sqrt(d); the volume that a cut removes depends on it
+LOWNER_UP_TO = 64  # number of columns; beyond it the cuts take minutes
 
 
 def lp_spectrum(matrix: Tensor, p: float = 1.0, body: Body = "lewis") -> Spectrum:
-    """The directions that approximate ``matrix (1, m, n)`` in l_p, of its longer side as rows.
+    """The directions that approximate ``matrix (1, m, n)`` in l_p, with its longer side as rows.
 
-    ``squares`` are those of D: the norm in its own ellipsoid. Ranks by energy are by these.
+    ``squares`` are those of D, the norm in the ellipsoid; ranks by energy refer to them.
 
-    Raises: SelectionError: p is not in [1, 2], an unknown body, or one that is not for this size.
+    Raises: SelectionError: p is not in [1, 2], an unknown body, or a matrix too large for the body.
     """
     if not 1.0 <= p <= 2.0:
         raise SelectionError(f"p={p}: choose a norm from p=1 to p=2 (the SVD).")
@@ -65,8 +65,8 @@ def lewis_form(tall: Tensor, p: float, unit: float = 1.0) -> Tensor:
     """``M (d, d)`` with ``|M^1/2 x|_2 <= |Ax / unit|_p <= d^(1/p - 1/2) |M^1/2 x|_2``, in float64.
 
     ``M = A^T diag(w^(1 - 2/p)) A`` for the weights ``w_i = (a_i^T M^-1 a_i)^(p/2)``, by iteration. Rows of
-    zeros, and directions in which A is zero, stay out. Of rank-deficient A the weights are those within its
-    row space.
+    zeros, and directions in which A is zero, are left out. For rank-deficient A the weights are those within
+    its row space.
     """
     weights = tall.new_ones(len(tall), dtype=torch.float64)
     exponent = 1.0 - 2.0 / p
@@ -89,10 +89,11 @@ def lewis_form(tall: Tensor, p: float, unit: float = 1.0) -> Tensor:
 def lowner_form(tall: Tensor, p: float, unit: float = 1.0) -> Tensor:
     """``M (d, d)`` with ``|M^1/2 x|_2 <= |Ax / unit|_p <= (1 + slack) sqrt(d) |M^1/2 x|_2``, in float64.
 
-    Starts from ``|Ax|_2 <= |Ax|_p`` and cuts. Where a point x of the ellipsoid has ``|Ax|_p`` above the
-    bound, the slab ``|g^T x| <= 1`` of a sub-gradient g holds the body, and the ellipsoid of least volume
-    around its part of the old one replaces it. The points are local maxima of ``|Ax|_p`` on the ellipsoid,
-    climbed to from its axes; the upper inequality is proved at these points, the lower one everywhere.
+    The first ellipsoid is ``|Ax|_2 <= 1``, as ``|Ax|_2 <= |Ax|_p``. If a point x of the ellipsoid has
+    ``|Ax|_p`` above the bound, the slab ``|g^T x| <= 1`` of a sub-gradient g contains the body, and the
+    ellipsoid of least volume around the part in the slab is the next one. The points are local maxima of
+    ``|Ax|_p`` on the ellipsoid, reached from its axes; the upper inequality is proved at these points, the
+    lower one everywhere.
     """
     wide = tall.to(torch.float64) / unit
     values, basis = torch.linalg.eigh(wide.mT @ wide)
@@ -128,7 +129,7 @@ def lp_error(matrix: Tensor, approximation: Tensor, p: float) -> float:
 
 
 def _steepest(inside: Tensor, p: float, shape: Tensor) -> tuple[float, Tensor | None]:
-    """The largest ``sqrt(g^T G g)`` found over sub-gradients g of the norm on the ellipsoid, with its g."""
+    """The largest ``sqrt(g^T G g)`` over the sub-gradients g of the norm at local maxima, with its g."""
     values, vectors = torch.linalg.eigh(shape)
     points = vectors * values.clamp(min=0.0).sqrt()
     for _ in range(5):  # x <- G g / sqrt(g^T G g) never lowers a convex function

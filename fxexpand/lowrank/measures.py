@@ -4,9 +4,9 @@ With singular values ``s_i`` and ``p_i = s_i / sum(s)``, the spectral entropy is
 and the effective rank its exponential: ``r`` equal singular values have effective rank ``r``.
 
 Every measure takes a matrix ``(out, in)``, a kernel ``(out, in/groups, *k)``, or with ``batched=True`` a
-batch ``(*batch, out, in)``; it computes in float64 on the tensor's own device and lets gradients through. The
-gradient of a singular value is ``u vᵀ``: it needs no differences of singular values, so it is finite where
-they repeat or vanish (there it is one of the sub-gradients).
+batch ``(*batch, out, in)``; it computes in float64 on the device of the tensor and is differentiable. The
+gradient of a singular value is ``u vᵀ``: it has no differences of singular values, so it is finite where they
+repeat or vanish (there it is one of the sub-gradients).
 
 Source: O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 M. Huh et al., "The Low-Rank Simplicity Bias in Deep Networks", TMLR 2023, plot the entropy itself.
@@ -35,17 +35,18 @@ def effective_rank(
     batched: bool = False,
     unfolding: Unfolding = "channel",
 ) -> Tensor:
-    """The effective rank of a matrix or kernel, as a float64 scalar that gradients flow through.
+    """The effective rank of a matrix or kernel, as a differentiable float64 scalar.
 
     Args:
         matrix: ``(out, in)``, or a kernel ``(out, in/groups, *k)``.
         kind: ``"roy"`` (exponential of the spectral entropy), ``"entropy"`` (in nats) or ``"stable"``
             (``||W||_F^2 / ||W||_2^2``).
-        groups: of a grouped kernel. Its map is block-diagonal: its singular values are those of all blocks.
+        groups: of a grouped kernel. Its map is block-diagonal, with the singular values of all blocks.
         batched: take ``matrix`` as a batch ``(*batch, out, in)``; the result has shape ``(*batch,)``.
         unfolding: how a kernel becomes a matrix, see ``unfold``.
 
-    A zero matrix has rank 0 of either kind and entropy 0. The scale of the matrix does not matter.
+    A zero matrix has rank 0 of either kind and entropy 0. The result does not depend on the scale of the
+    matrix.
 
     Raises:
         UnusableWeightError: for NaN, Inf, or a tensor without values (meta device).
@@ -71,7 +72,7 @@ def spectral_entropy(
 def stable_rank(
     matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
 ) -> Tensor:
-    """``||W||_F^2 / ||W||_2^2``, blind to small singular values; see ``effective_rank``."""
+    """``||W||_F^2 / ||W||_2^2``, insensitive to small singular values; see ``effective_rank``."""
     return effective_rank(matrix, "stable", groups=groups, batched=batched, unfolding=unfolding)
 
 
@@ -94,10 +95,10 @@ def numerical_rank(
     """How many singular values exceed ``tolerance`` times the largest, as int64 (no gradient).
 
     Args:
-        tolerance: by default ``max(rows, columns)`` times the rounding unit of the matrix's own dtype: what
-            rounding its entries can make of a zero singular value. Of a half-precision dtype one unit: that
-            bound would exceed the largest singular value of a wide layer, and rounding errors that are
-            independent make at most 0.6 units of a zero, whatever the shape.
+        tolerance: by default ``max(rows, columns)`` times the rounding unit of the matrix's own dtype: a
+            bound of a zero singular value after its entries are rounded. For a half-precision dtype, one
+            unit: the bound would exceed the largest singular value of a wide layer, and independent rounding
+            errors turn a zero into at most 0.6 units, for any shape.
 
     Source: G. Golub and C. Van Loan, "Matrix Computations", section 5.4.1.
     """
@@ -132,7 +133,7 @@ def energy_rank(
 def singular_values(
     matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
 ) -> Tensor:
-    """The singular values in float64, ``(*batch, n)``, largest first; of all blocks for a grouped kernel."""
+    """The singular values in float64, ``(*batch, n)``, largest first; for a grouped kernel, of all blocks."""
     spectrum, scale = scaled_spectrum(matrix, groups=groups, batched=batched, unfolding=unfolding)
     return spectrum * scale.unsqueeze(-1)
 
@@ -164,9 +165,9 @@ def scaled_spectrum(
     """``(s, scale)``, float64 ``(*batch, n)`` and ``(*batch,)``: the singular values are ``s * scale``.
 
     ``scale`` is the largest absolute entry (1 for a zero matrix), a constant to autograd: neither squares nor
-    sums of ``s`` overflow or vanish, whatever the unit of the matrix. ``s`` is largest first.
+    sums of ``s`` overflow or vanish for any unit of the matrix. ``s`` is sorted, largest first.
 
-    Raises: as ``effective_rank``.
+    Raises: see ``effective_rank``.
     """
     if batched and groups != 1:
         raise SelectionError("effective rank: groups are for a single kernel, batched is for plain matrices.")
@@ -183,7 +184,7 @@ def scaled_spectrum(
         raise UnusableWeightError("holds NaN or Inf. Load a sound checkpoint, or exclude it.")
     wide = blocks if matrix.device.type != "mps" else blocks.cpu()  # MPS has no float64
     wide = wide.to(torch.complex128 if matrix.is_complex() else torch.float64)
-    # A view of pairs has no `abs` that overflows: |a + ib| does where a and b are near the largest number.
+    # On a view of pairs, as |a + ib| overflows where a and b are near the largest number.
     plain = torch.view_as_real(wide.detach()).flatten(-2) if wide.is_complex() else wide.detach()
     scale = plain.abs().amax((-2, -1)) if batched else plain.abs().amax()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -198,7 +199,7 @@ def entropy_of(spectrum: Tensor) -> Tensor:
     """The entropy in nats of singular values ``(*batch, n)``."""
     total = spectrum.sum(-1, keepdim=True)
     share = spectrum / torch.where(total > 0, total, torch.ones_like(total))
-    # 0 ln 0 = 0, in the gradient too: a 1 in the place of the 0 has no entropy.
+    # 0 ln 0 = 0, in the gradient too: a 1 in place of the 0 has no entropy.
     return -(share * torch.where(share > 0, share, torch.ones_like(share)).log()).sum(-1)
 
 
@@ -222,7 +223,7 @@ def energy_of(spectrum: Tensor, energy: float) -> Tensor:
     """The fewest singular values, largest first, whose squares sum to ``energy`` of all squares."""
     squares = spectrum.square()
     total = squares.sum(-1, keepdim=True)
-    # Half a unit of the last place of the sum: energy=1 must not ask for more than rounding leaves.
+    # Less by the rounding of the sum, so that energy=1 can be reached.
     wanted = energy * total * (1 - spectrum.shape[-1] * torch.finfo(spectrum.dtype).eps)
     count = (squares.cumsum(-1) < wanted).sum(-1) + 1
     return torch.where(total.squeeze(-1) > 0, count.clamp(max=spectrum.shape[-1]), 0)

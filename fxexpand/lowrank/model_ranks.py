@@ -1,9 +1,9 @@
-"""The ranks of a whole model: of every weight, and of the features its layers make of given inputs."""
+"""The ranks of a whole model: of every weight, and of the features of every layer for given inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxexpand.errors import SelectionError, UnusableWeightError
+from fxexpand.kernel.algebra import exchanged
 from fxexpand.lowrank.features import kernel_rank, kernel_spectrum
 from fxexpand.lowrank.measures import (
     Unfolding,
@@ -34,7 +35,7 @@ from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.outputs import tensors_of
 
 CELL = ("weight_ih", "weight_hh")
-ENERGY = 0.99  # of the squares of the singular values, for the energy rank of a report
+ENERGY = 0.99  # the share of the squared singular values that the energy rank of a report keeps
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class WeightRank:
     """The ranks of one weight; ``shape`` is in the order ``(out, in/groups, *k)``.
 
     Attributes:
-        numerical_rank: singular values that are more than rounding in the weight's own dtype.
-        energy_rank: singular values that hold 99 % of the energy.
+        numerical_rank: number of singular values above the rounding of the weight's own dtype.
+        energy_rank: number of singular values that hold 99 % of the energy.
         before: the effective rank in the model that was given as ``before``.
-        bounds: where the weight was sketched, the interval of the effective rank; the measures of such a row
-            are those of the largest singular values alone.
+        bounds: the interval of the effective rank, if the weight was sketched; the measures of such a row are
+            those of the largest singular values alone.
     """
 
     name: str
@@ -98,51 +99,8 @@ class RankReport:
     compared: bool = False
 
     def __str__(self) -> str:
-        head = [
-            "weight",
-            "kind",
-            "shape",
-            "full",
-            "effective",
-            "share",
-            "entropy",
-            "stable",
-            "energy",
-            "numerical",
-        ]
-        rows = [
-            [
-                row.name,
-                row.kind,
-                "x".join(map(str, row.shape)),
-                str(row.full_rank),
-                f"{row.effective_rank:.2f}" if row.bounds is None else _interval(row.bounds),
-                f"{row.effective_rank / row.full_rank:.1%}",
-                f"{row.entropy:.3f}",
-                f"{row.stable_rank:.2f}",
-                str(row.energy_rank),
-                str(row.numerical_rank),
-            ]
-            for row in self.rows
-        ]
-        text = table(*self._with_before(head, rows, self.rows), left=(0, 1))
-        if not self.features:
-            return text
-        head = ["features of", "kind", "points", "dimensions", "effective", "entropy", "stable", "distance"]
-        rows = [
-            [
-                feature.name,
-                feature.kind,
-                str(feature.points),
-                str(feature.dimensions),
-                f"{feature.effective_rank:.2f}",
-                f"{feature.entropy:.3f}",
-                f"{feature.stable_rank:.2f}",
-                f"{feature.cosine_distance:.2f}",
-            ]
-            for feature in self.features
-        ]
-        return f"{text}\n\n{table(*self._with_before(head, rows, self.features), left=(0, 1))}"
+        text = self._table(WEIGHT_COLUMNS, self.rows)
+        return f"{text}\n\n{self._table(FEATURE_COLUMNS, self.features)}" if self.features else text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -153,15 +111,46 @@ class RankReport:
             "features": [asdict(row) for row in self.features],
         }
 
-    def _with_before(
-        self, head: list[str], rows: list[list[str]], found: Sequence[WeightRank | FeatureRank]
-    ) -> tuple[list[str], list[list[str]]]:
-        if not self.compared:
-            return head, rows
-        place = head.index("effective")
-        for cells, row in zip(rows, found, strict=True):
-            cells.insert(place, "-" if row.before is None else f"{row.before:.2f}")
-        return [*head[:place], "before", *head[place:]], rows
+    def _table(self, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[object]) -> str:
+        shown = {head: cell for head, cell in columns.items() if self.compared or head != "before"}
+        return table(list(shown), [[cell(row) for cell in shown.values()] for row in rows], left=(0, 1))
+
+
+def _interval(row: WeightRank) -> str:
+    if row.bounds is None:
+        return f"{row.effective_rank:.2f}"
+    low, high = row.bounds
+    return f"{low:.2f}..{high:.2f}" if math.isfinite(high) else f">= {low:.2f}"
+
+
+def _before(row: WeightRank | FeatureRank) -> str:
+    return "-" if row.before is None else f"{row.before:.2f}"
+
+
+WEIGHT_COLUMNS: dict[str, Callable[[WeightRank], str]] = {
+    "weight": lambda row: row.name,
+    "kind": lambda row: row.kind,
+    "shape": lambda row: "x".join(map(str, row.shape)),
+    "full": lambda row: str(row.full_rank),
+    "before": _before,
+    "effective": _interval,
+    "share": lambda row: f"{row.effective_rank / row.full_rank:.1%}",
+    "entropy": lambda row: f"{row.entropy:.3f}",
+    "stable": lambda row: f"{row.stable_rank:.2f}",
+    "energy": lambda row: str(row.energy_rank),
+    "numerical": lambda row: str(row.numerical_rank),
+}
+FEATURE_COLUMNS: dict[str, Callable[[FeatureRank], str]] = {
+    "features of": lambda row: row.name,
+    "kind": lambda row: row.kind,
+    "points": lambda row: str(row.points),
+    "dimensions": lambda row: str(row.dimensions),
+    "before": _before,
+    "effective": lambda row: f"{row.effective_rank:.2f}",
+    "entropy": lambda row: f"{row.entropy:.3f}",
+    "stable": lambda row: f"{row.stable_rank:.2f}",
+    "distance": lambda row: f"{row.cosine_distance:.2f}",
+}
 
 
 def rank_report(
@@ -179,15 +168,16 @@ def rank_report(
     effective weight, one row under the layer's own name. A packed attention projection is three rows.
 
     Args:
-        inputs: two inputs or more; each layer's outputs for them, in evaluation mode, are measured too. The
-            first dimension of an output must be that of the inputs; of a layer called several times it is
-            the first call. Only one output is held at a time.
+        inputs: two inputs or more; the outputs of each layer for them, in evaluation mode, are measured too.
+            The first dimension of an output must be that of the inputs. A layer that is called several times
+            is measured at its first call. Only one output is in memory at a time.
         before: a model with the same names, for a column to compare with: the model before training, or
-            before its expansion. If its dtype is another one, it gets the inputs in that.
+            before its expansion. It gets the inputs in its own dtype.
         unfolding: how a kernel becomes a matrix, see ``fxexpand.rank.spectra.unfold``.
         centered: subtract the mean of the features (double-centre the kernel).
-        sketched: measure weights whose smaller side is more than twice this by that many singular values,
-            at a fraction of the time, with bounds; see ``fxexpand.rank.sketch``. By default all are exact.
+        sketched: a number of singular values by which larger weights (smaller side more than twice this) are
+            measured, at a fraction of the time, with bounds; see ``fxexpand.rank.sketch``. By default all
+            measures are exact.
 
     Raises:
         UnusableWeightError: a weight or an output with NaN or Inf; the message names it.
@@ -201,9 +191,8 @@ def rank_report(
         past = {row.name: row.effective_rank for row in _weight_rows(before, unfolding, sketched)}
         rows = tuple(replace(row, before=past.get(row.name)) for row in rows)
         if inputs is not None:
-            given = (
-                arguments.move(inputs, dtype=_dtype(before)) if _dtype(before) != _dtype(model) else inputs
-            )
+            same = _dtype(before) == _dtype(model)
+            given = inputs if same else arguments.move(inputs, dtype=_dtype(before))
             past = {row.name: row.effective_rank for row in _feature_rows(before, given, centered)}
             features = tuple(replace(row, before=past.get(row.name)) for row in features)
     return RankReport(rows, features, unfolding, centered, before is not None)
@@ -218,7 +207,7 @@ def _weight_rows(model: nn.Module, unfolding: Unfolding, sketched: int | None) -
         for name, kind, weight, groups in layer_weights(model):
             try:
                 yield _weight_row(name, kind, weight, groups, unfolding, sketched)
-            except (UnusableWeightError, SelectionError) as error:  # the latter for a layer without a number
+            except (UnusableWeightError, SelectionError) as error:  # the latter for an empty weight
                 raise type(error)(f"{name} ({kind}): {error}") from None
 
 
@@ -229,7 +218,7 @@ def _weight_row(
     matrices = unfold(weight, unfolding, groups=groups)
     full = groups * min(matrices.shape[1:])
     if sketched is not None and groups == 1 and full > 2 * sketched:
-        directions = torch.Generator(weight.device).manual_seed(0)  # the user's random state is not ours
+        directions = torch.Generator(weight.device).manual_seed(0)  # leaves the user's random state alone
         found = sketch(matrices[0], sketched, generator=directions)
         spectrum = torch.tensor(found.values, dtype=torch.float64, device="cpu")
         scale = torch.tensor(found.scale, dtype=torch.float64, device="cpu")
@@ -305,13 +294,8 @@ def _feature_row(name: str, kind: str, values: Tensor, centered: bool) -> Featur
     )
 
 
-def _interval(bounds: tuple[float, float]) -> str:
-    low, high = bounds
-    return f"{low:.2f}..{high:.2f}" if math.isfinite(high) else f">= {low:.2f}"
-
-
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose weights are reported, by path; not the factors inside them."""
+    """The modules whose weights are reported, by path, without the factors inside them."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if inside and path.startswith(inside):
@@ -324,10 +308,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
-    """(name, kind, weight (out, in/groups, *k), groups) of each weight; factors of a weight are left out.
+    """(name, kind, weight (out, in/groups, *k), groups) of each weight, without the factors of a weight.
 
-    To be read while ``evaluating``: in training mode reading is a step of a power iteration (spectral norm),
-    and an expansion with a BatchNorm has no single weight.
+    Call it while ``evaluating``: in training mode reading a weight is a step of a power iteration (spectral
+    norm), and an expansion with a BatchNorm has no single weight.
 
     Raises: UnusableWeightError: a lazy layer that has not run.
     """
@@ -335,38 +319,46 @@ def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
         kind = type(module).__name__.removeprefix("Parametrized")
         prefix = f"{path}." if path else ""
         if isinstance(module, nn.MultiheadAttention):
-            packed: Tensor | None = module.in_proj_weight
-            if packed is not None:
-                for part, weight in zip("qkv", packed.chunk(3), strict=True):
-                    yield f"{prefix}in_proj_weight[{part}]", kind, weight, 1
-            else:
-                for part in "qkv":
-                    yield f"{prefix}{part}_proj_weight", kind, getattr(module, f"{part}_proj_weight"), 1
+            weights: Iterable[tuple[str, Tensor]] = _attention_weights(module)
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
             layers = module._all_weights if isinstance(module, nn.RNNBase) else [CELL]
-            for name in (n for names in layers for n in names if n.startswith("weight")):
-                yield f"{prefix}{name}", kind, getattr(module, name), 1
+            names = (name for names in layers for name in names if name.startswith("weight"))
+            weights = ((name, getattr(module, name)) for name in names)
         else:
-            whole = module.weight
-            assert isinstance(whole, Tensor)
-            if is_lazy(whole):
-                raise UnusableWeightError(
-                    f"{prefix}weight ({kind}): is not initialised yet (lazy). Run the model once first."
-                )
-            weight = whole.detach()  # one tensor, where the weight is a product that is made at each use
-            groups = getattr(module, "groups", 1)
-            groups = groups if isinstance(groups, int) else 1
-            if isinstance(module, _ConvTransposeNd):
-                blocks = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, in/groups, out/groups, *k)
-                weight = blocks.transpose(1, 2).flatten(0, 1)
+            weight, groups = _layer_weight(module, f"{prefix}weight ({kind})")
             yield f"{prefix}weight", kind, weight, groups
+            continue
+        for name, weight in weights:
+            yield f"{prefix}{name}", kind, weight, 1
+
+
+def _attention_weights(module: nn.MultiheadAttention) -> Iterator[tuple[str, Tensor]]:
+    packed: Tensor | None = module.in_proj_weight
+    if packed is None:
+        for part in "qkv":
+            yield f"{part}_proj_weight", getattr(module, f"{part}_proj_weight")
+    else:
+        for part, weight in zip("qkv", packed.chunk(3), strict=True):
+            yield f"in_proj_weight[{part}]", weight
+
+
+def _layer_weight(module: nn.Module, name: str) -> tuple[Tensor, int]:
+    """The weight ``(out, in/groups, *k)`` of a layer, and its groups."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if is_lazy(weight):
+        raise UnusableWeightError(f"{name}: is not initialised yet (lazy). Run the model once first.")
+    weight = weight.detach()  # a weight that is computed from factors is computed once here
+    groups = getattr(module, "groups", 1)
+    groups = groups if isinstance(groups, int) else 1
+    return exchanged(weight, groups) if isinstance(module, _ConvTransposeNd) else weight, groups
 
 
 def _has_one_weight(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear | _ConvNd | nn.Embedding | nn.EmbeddingBag):
         return True
-    # An expanded layer need not be a subclass of the layer it replaces: its weight is computed by a property.
-    # So is a parametrized one, of a layer that is not reported as it is.
+    # A property computes the weight of a rewritten layer. It does so for a parametrized module too, which is
+    # not reported unless its class is one of those above.
     if is_parametrized(module) or not isinstance(getattr(type(module), "weight", None), property):
         return False
     weight = module.weight

@@ -5,8 +5,8 @@ With left singular vectors ``U`` of ``M``, the best rank-r approximation in the 
 of second moment ``S = E[u u^T]`` are what matters, ``E|Mu - M'u|^2`` is smallest for the eigenvectors U of
 ``M S M^T``, with the sum of the dropped eigenvalues as error: the whitened SVD, without an inverse.
 
-So the eigenvectors of a small symmetric matrix, formed in float64, are all that is needed: a third of the
-time of an SVD of a large matrix. It knows singular values below 1e-8 of the largest as zero.
+The eigenvectors of a small symmetric matrix, computed in float64, are therefore enough, at a third of the
+time of an SVD of a large matrix. Singular values below 1e-8 of the largest count as zero.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from fxexpand.errors import SelectionError
 from fxexpand.recipes.factors import gram
 
-COLUMNS = 4096  # of a matrix that are held in float64 at a time
-ROUNDING = 1e-12  # of an energy, which is a sum of as many terms as there are singular values
+COLUMNS = 4096  # number of columns that are in float64 at a time
+ROUNDING = 1e-12  # bound of the error of an energy, a sum over all singular values
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,13 @@ class Spectrum:
     """A matrix ``(g, m, n)``, one per group, and the directions that approximate it best.
 
     Attributes:
-        matrix: what is approximated.
-        squares: ``(g, k)``, float64, decreasing: what each direction adds to the squared norm, relative to
-            the norm of all groups together; they sum to 1, or to 0 for a zero matrix.
+        matrix: the matrix to approximate.
+        squares: ``(g, k)``, float64, decreasing: the shares of the directions in the squared norm of all
+            groups together; they sum to 1, or to 0 for a zero matrix.
         basis: ``(g, m or n, k)``, orthonormal columns, float64.
-        side: whether the basis is of the columns of the matrix (``"left"``) or of its rows (``"right"``).
-        scale: the norm in whose units ``squares`` are given.
-        by_data: the norm is that of outputs on given inputs, not of the weight.
+        side: ``"left"`` if the basis is that of the columns of the matrix, ``"right"`` if of its rows.
+        scale: the norm; ``squares`` are relative to its square.
+        by_data: the norm is that of outputs on given inputs, not that of the weight.
     """
 
     matrix: Tensor
@@ -53,7 +53,7 @@ class Spectrum:
 
     @property
     def errors(self) -> Tensor:
-        """``(full + 1,)``: relative squared error of each rank from 0 on; never increasing."""
+        """``(full + 1,)``: relative squared error at each rank from 0 on; never increasing."""
         kept = self.squares.sum(0)
         tails = kept.flip(0).cumsum(0).flip(0)
         zero = tails.new_zeros(1)
@@ -69,7 +69,7 @@ class Spectrum:
         return self.squares.clamp(min=0.0).sqrt() * self.scale
 
     def effective_rank(self) -> float:
-        """As ``fxexpand.effective_rank`` of the matrix, from the singular values that are known already."""
+        """``fxexpand.effective_rank`` of the matrix, from the singular values at hand."""
         values = self.singular_values().flatten()
         share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
         return float(torch.special.entr(share).sum().exp()) / len(self.squares)
@@ -87,20 +87,20 @@ class Spectrum:
         return left / norms.unsqueeze(-2), right * norms.unsqueeze(-1)
 
     def _balance(self, factor: Tensor, dim: int) -> Tensor:
-        """Square roots of the norms along ``dim``, 1 for zeros; in units in which squares do not overflow."""
+        """Square roots of the norms along ``dim``, 1 for zeros; computed in a unit without overflow."""
         unit = self.scale or 1.0
         norms = (factor / unit).norm(dim=dim)
         roots: Tensor = torch.where(norms > 0, norms.sqrt(), torch.ones_like(norms)) * unit**0.5
         return roots
 
     def projected(self, rank: int) -> Tensor:
-        """The approximation itself, in float64."""
+        """The approximation, in float64."""
         left, right = self.factors(rank)
         return left @ right
 
 
 def spectrum(matrix: Tensor, moment: Tensor | None = None) -> Spectrum:
-    """The best directions for ``matrix (g, m, n)`` in the Frobenius norm, or for its inputs.
+    """The best directions for ``matrix (g, m, n)`` in the Frobenius norm, or for given inputs.
 
     Args:
         moment: second moment of the inputs ``(g, n, n)`` or, where m <= n, of the outputs ``(g, m, m)``, in
@@ -116,17 +116,17 @@ def spectrum(matrix: Tensor, moment: Tensor | None = None) -> Spectrum:
         return _decomposed(matrix, moment, side, unit)
     if moment_side(matrix) == "outputs":
         return replace(_decomposed(matrix, moment / unit**2, "left", unit), by_data=True)
-    # U = M S^1/2 v / s, which needs no (m, m) matrix where m > n.
+    # U = M S^1/2 v / s: for m > n, no (m, m) matrix is needed.
     values, vectors = torch.linalg.eigh(moment)
     root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2) @ vectors.mT
-    seen = _product(root, matrix.mT / unit).mT  # (g, m, n): outputs for whitened inputs
-    found = _decomposed(matrix, gram(seen.mT), "right", unit)
-    basis = torch.linalg.qr(seen @ found.basis).Q  # columns in the order of the eigenvalues
-    return Spectrum(matrix, found.squares, basis, "left", found.scale, by_data=True)
+    outputs = _product(root, matrix.mT / unit).mT  # (g, m, n), for whitened inputs
+    right = _decomposed(matrix, gram(outputs.mT), "right", unit)
+    basis = torch.linalg.qr(outputs @ right.basis).Q  # columns in the order of the eigenvalues
+    return Spectrum(matrix, right.squares, basis, "left", right.scale, by_data=True)
 
 
-def of_tokens(matrix: Tensor, counts: Tensor) -> Spectrum:
-    """The best directions for the rows of a table ``(1, tokens, d)``, each as often as it is read."""
+def table_spectrum(matrix: Tensor, counts: Tensor) -> Spectrum:
+    """The best directions for the rows of a table ``(1, tokens, d)``, weighted by ``counts (tokens,)``."""
     unit = float(matrix.abs().max()) or 1.0
     rows = matrix[0].to(torch.float64) / unit
     moment = (rows * (counts / counts.sum()).unsqueeze(1)).mT @ rows
@@ -134,7 +134,7 @@ def of_tokens(matrix: Tensor, counts: Tensor) -> Spectrum:
 
 
 def moment_side(matrix: Tensor) -> Literal["inputs", "outputs"]:
-    """Which second moment ``spectrum`` takes for this matrix: the smaller one."""
+    """The second moment that ``spectrum`` takes for this matrix: the smaller one."""
     return "outputs" if matrix.shape[-2] <= matrix.shape[-1] else "inputs"
 
 
@@ -160,7 +160,7 @@ def _decomposed(matrix: Tensor, moment: Tensor, side: Literal["left", "right"], 
 
 
 def _second_moment(matrix: Tensor, unit: float) -> Tensor:
-    """``M M^T`` over ``unit**2``, in float64: huge and tiny values neither overflow nor vanish."""
+    """``M M^T / unit**2`` in float64; huge and tiny values neither overflow nor vanish."""
     result = matrix.new_zeros((*matrix.shape[:-1], matrix.shape[-2]), dtype=torch.float64)
     for block in torch.split(matrix, COLUMNS, -1):
         wide = block.to(torch.float64) / unit

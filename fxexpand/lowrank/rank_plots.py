@@ -1,4 +1,4 @@
-"""Plots of ranks: a report's bars, ranks and spectra over training; SVG, PNG or PDF by the file's name."""
+"""Plots of ranks: bars of a report, ranks and spectra over training; SVG, PNG or PDF by the file's name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.lowrank.model_ranks import RankReport
@@ -27,12 +27,13 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
 }
+Bars: TypeAlias = tuple[str, float, float | None, float]  # name, effective rank, that before, full rank
 BLUE, ORANGE, GREY = "#4c6a92", "#d9722e", "#9ca3af"
 
 
 @contextmanager
 def in_style() -> Iterator[None]:
-    """The look of every plot of ranks, for what is drawn inside; a decorator too.
+    """The style of every plot of ranks, as a context and as a decorator.
 
     Raises: FxExpandError: matplotlib is not installed.
     """
@@ -80,38 +81,37 @@ def plot_report(report: RankReport, path: str | Path) -> Path:
 
     Raises: SelectionError: the report is empty, or the file's suffix is unknown.
     """
-    groups: list[tuple[str, list[tuple[str, float, float | None, float]]]] = [
-        ("weights", [(r.name, r.effective_rank, r.before, r.full_rank) for r in report.rows]),
-        (
-            "features",
-            [
-                (r.name or "(model)", r.effective_rank, r.before, min(r.points, r.dimensions))
-                for r in report.features
-            ],
-        ),
+    weights: list[Bars] = [(r.name, r.effective_rank, r.before, r.full_rank) for r in report.rows]
+    features: list[Bars] = [
+        (r.name or "(model)", r.effective_rank, r.before, min(r.points, r.dimensions))
+        for r in report.features
     ]
-    groups = [(title, rows) for title, rows in groups if rows]
+    groups = {title: rows for title, rows in (("weights", weights), ("features", features)) if rows}
     if not groups:
         raise SelectionError("rank report: it has no rows to plot.")
-    longest = max(len(rows) for _, rows in groups)
+    longest = max(map(len, groups.values()))
     figure, axes = new_figure(1, len(groups), width=5.2, height=max(1.8, 0.22 * longest + 0.9))
-    for axis, (title, rows) in zip(axes, groups, strict=True):
-        places = range(len(rows))
-        axis.barh(places, [row[3] for row in rows], 0.8, color="#eef0f3", label="full rank")
-        after = [row[1] for row in rows]
-        if any(row[2] is not None for row in rows):
-            axis.barh([p + 0.18 for p in places], after, 0.34, color=ORANGE, label="now")
-            past = [row[2] or 0.0 for row in rows]
-            axis.barh([p - 0.18 for p in places], past, 0.34, color=BLUE, label="before")
-        else:
-            axis.barh(places, after, 0.6, color=BLUE, label="effective rank")
-        axis.set_yticks(places, [row[0].removesuffix(".weight") for row in rows], fontsize=7)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.grid(visible=False, axis="y")
-        axis.set_xscale("log" if max(row[3] for row in rows) > 40 * min(row[3] for row in rows) else "linear")
-        axis.set_title(f"effective rank of {title}", loc="left")
+    for axis, (title, rows) in zip(axes, groups.items(), strict=True):
+        _plot_bars(axis, title, rows)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return write_figure(figure, Path(path))
+
+
+def _plot_bars(axis: Any, title: str, rows: Sequence[Bars]) -> None:
+    names, now, before, full = zip(*rows, strict=True)
+    places = range(len(rows))
+    axis.barh(places, full, 0.8, color="#eef0f3", label="full rank")
+    if any(rank is not None for rank in before):
+        axis.barh([p + 0.18 for p in places], now, 0.34, color=ORANGE, label="now")
+        past = [rank or 0.0 for rank in before]
+        axis.barh([p - 0.18 for p in places], past, 0.34, color=BLUE, label="before")
+    else:
+        axis.barh(places, now, 0.6, color=BLUE, label="effective rank")
+    axis.set_yticks(places, [name.removesuffix(".weight") for name in names], fontsize=7)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(visible=False, axis="y")
+    axis.set_xscale("log" if max(full) > 40 * min(full) else "linear")
+    axis.set_title(f"effective rank of {title}", loc="left")
 
 
 @in_style()

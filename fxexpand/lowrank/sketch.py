@@ -1,14 +1,14 @@
-"""Rank measures of matrices too big for a full decomposition, each as an interval that holds the truth.
+"""Rank measures of matrices too big for a full decomposition, each as an interval with the exact value.
 
-``Q`` has orthonormal columns that span the range of ``A Ω`` for a random ``Ω``, and ``B = Qᴴ A``. Whatever
-``Ω`` was, ``Aᴴ A = Bᴴ B + Rᴴ R`` with the residual ``R = A - Q B``, so with ``t_i`` the singular values of B
+``Q`` has orthonormal columns that span the range of ``A Ω`` for a random ``Ω``, and ``B = Qᴴ A``. For any
+``Ω``, ``Aᴴ A = Bᴴ B + Rᴴ R`` with the residual ``R = A - Q B``, so with ``t_i`` the singular values of B
 
     ``t_i² <= s_i²``  and  ``sum(s_i² - t_i²) = ||R||_F²``.
 
-The norm of ``R`` is measured, so the intervals follow from what was computed, for certain, and not from an
-assumption on the spectrum or the luck of ``Ω``. They are narrow where few directions hold nearly all of the
-matrix, and wide where many do. (Bounding ``||R||_2`` by random probes, as is usual, would not sharpen them: a
-probe has the length ``||R||_F`` on average, which is known here.)
+The norm of ``R`` is measured, so the intervals hold for certain, without an assumption on the spectrum or on
+``Ω``. They are narrow if few directions hold nearly all of the norm of the matrix, and wide if many do.
+(Bounding ``||R||_2`` by random probes, as is usual, would not sharpen them: a probe has the length
+``||R||_F`` on average, which is known here.)
 
 Source: N. Halko, P.-G. Martinsson, J. Tropp, "Finding structure with randomness", SIAM Review 2011, algorithm
 4.4.
@@ -28,24 +28,24 @@ from fxexpand.errors import SelectionError, UnusableWeightError
 
 @dataclass(frozen=True)
 class Interval:
-    """A measure lies between ``low`` and ``high``."""
+    """Bounds of a measure."""
 
     low: float
     high: float
 
     @property
     def width(self) -> float:
-        """How much is not known."""
+        """``high - low``."""
         return self.high - self.low
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """The largest singular values of a matrix, and what is known about the others.
+    """The largest singular values of a matrix, and a bound of the others.
 
     Attributes:
         values: ``t_i``, lower bounds of the largest singular values, largest first, divided by ``scale``.
-        full_rank: the smaller side of the matrix: how many singular values there are.
+        full_rank: the number of singular values: the smaller side of the matrix.
         residual: ``||R||_F`` divided by ``scale``.
         scale: the largest absolute entry of the matrix.
     """
@@ -56,19 +56,19 @@ class Sketch:
     scale: float
 
     def singular_values(self) -> list[Interval]:
-        """All of them, largest first; those beyond the sketch are only known to be small."""
+        """Bounds of all singular values, largest first; those beyond the sketch have the lower bound 0."""
         low = [*self.values, *[0.0] * (self.full_rank - len(self.values))]
         return [
             Interval(t * self.scale, self.scale * math.hypot(t, self._excess(i))) for i, t in enumerate(low)
         ]
 
     def nuclear_norm(self) -> Interval:
-        """In the unit of the matrix."""
+        """The sum of the singular values, in the unit of the matrix."""
         known = sum(self.values)
         return Interval(known * self.scale, (known + self._missing()) * self.scale)
 
     def stable_rank(self) -> Interval:
-        """The squared Frobenius norm, known exactly, over the squared largest singular value."""
+        """The squared Frobenius norm, which is exact, over the squared largest singular value."""
         total, largest = self._energy(), self.values[0] ** 2
         if total == 0.0:
             return Interval(0.0, 0.0)
@@ -76,10 +76,11 @@ class Sketch:
         return Interval(max(1.0, total / (largest + self.residual**2)), min(high, float(self.full_rank)))
 
     def entropy(self) -> Interval:
-        """In nats. The singular values beyond the sketch move the distribution by at most its share of them.
+        """The spectral entropy in nats.
 
-        With ``T`` the total variation between two distributions over ``n`` values, their entropies differ by
-        at most ``T ln(n - 1) + h(T)``, ``h`` the entropy of a coin.
+        The total variation by which the singular values beyond the sketch can change the distribution is at
+        most their share in its sum. With ``T`` the total variation between two distributions over ``n``
+        values, their entropies differ by at most ``T ln(n - 1) + h(T)``, ``h`` the entropy of a coin.
 
         Source: K. Audenaert, "A sharp continuity estimate for the von Neumann entropy", J. Phys. A 2007.
         """
@@ -115,7 +116,7 @@ class Sketch:
         if not 0.0 < energy <= 1.0:
             raise SelectionError(f"energy rank: energy={energy}: choose a share above 0 and up to 1.")
         n = self.full_rank
-        wanted = energy * self._energy() * (1.0 - n * sys.float_info.epsilon)  # as ``spectra.energy_rank``
+        wanted = energy * self._energy() * (1.0 - n * sys.float_info.epsilon)  # as in ``measures.energy_of``
         if wanted == 0.0:
             return Interval(0.0, 0.0)
         ends = []
@@ -133,15 +134,15 @@ class Sketch:
         return sum(t**2 for t in self.values) + self.residual**2
 
     def _excess(self, index: int) -> float:
-        """The largest root of ``s_i² - t_i²``: the first i + 1 of them share the energy of the residual.
+        """A bound of ``sqrt(s_i² - t_i²)``: the first i + 1 of them share the energy of the residual.
 
-        Beyond the sketch the singular values are sorted, so that each is at most the mean of those before it.
+        Beyond the sketch the singular values are sorted, so each is at most the mean of those before it.
         """
         beyond = index - len(self.values) + 1
         return self.residual / math.sqrt(max(beyond, 1))
 
     def _missing(self) -> float:
-        """The largest possible ``sum(s_i - t_i)``, by ``s - t <= sqrt(s² - t²)`` and Cauchy and Schwarz."""
+        """A bound of ``sum(s_i - t_i)``, by ``s - t <= sqrt(s² - t²)`` and Cauchy and Schwarz."""
         return math.sqrt(self.full_rank) * self.residual
 
 
@@ -158,9 +159,9 @@ def sketch(
     Args:
         matrix: ``(rows, columns)``; computed in float64 on its own device.
         count: of singular values; all of them where the matrix has no more.
-        oversampling: further random directions, which make the last values sharper.
-        iterations: of the power method; each sharpens the range by a product with the matrix and its adjoint.
-        generator: of the random directions, on the matrix's device.
+        oversampling: number of further random directions; they sharpen the last values.
+        iterations: of the power method; each multiplies by the matrix and its adjoint, to sharpen the range.
+        generator: of the random directions, on the device of the matrix.
 
     Raises:
         SelectionError: not a matrix, or a count below 1.
@@ -191,7 +192,7 @@ def sketch(
             basis, _ = torch.linalg.qr(wide @ other)
         inner = basis.mH @ wide
         values = torch.linalg.svdvals(inner)
-        # From the residual itself: the difference of the two squared norms would lose half of the digits.
+        # The norm of the residual: the difference of the two squared norms would lose half of the digits.
         pieces = [
             float(torch.linalg.vector_norm(rows - left @ inner))
             for rows, left in ((wide[i : i + 4096], basis[i : i + 4096]) for i in range(0, len(wide), 4096))

@@ -19,7 +19,7 @@ from fxexpand.lowrank.rank_plots import plot_ranks, plot_spectra
 from fxexpand.reporting.files import write_whole
 from fxexpand.running.evaluation import evaluating
 
-SHOWN = 6  # recorded steps in the plot of spectra
+SHOWN = 6  # number of recorded steps in the plot of spectra
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class RankTracker:
 
     Memory stays below ``max_records * layers * max_values`` numbers: when the records are full, every second
     one is dropped and ``every`` doubles. A weight with more singular values than ``max_values`` keeps those
-    at evenly spread indices, the first and the last among them; its ranks are computed from all. The model is
-    read without a trace: no gradients, no mode and no random state are touched.
+    at evenly spread indices, the first and the last among them; its ranks are computed from all. The model
+    does not change: gradients, modes and random state stay as they are.
 
     Args:
         model: plain, expanded or parametrized; weights are named and read as by ``rank_report``.
@@ -79,13 +79,13 @@ class RankTracker:
             raise SelectionError("RankTracker: the model has no selected weight.")
 
     def __call__(self, step: int | None = None) -> None:
-        """One training step is done, or ``step`` of them in all; records when it is time."""
+        """Count one training step, or set their number to ``step``; records after ``every`` steps."""
         self.step = self.step + 1 if step is None else step
         if self.step - self.records[-1][0] >= self.every:
             self.record()
 
     def record(self) -> None:
-        """Record now, unless this step has been recorded.
+        """Record now, unless this step is recorded already.
 
         Raises:
             UnusableWeightError: a weight holds NaN or Inf; the message names the weight and the step.
@@ -108,7 +108,7 @@ class RankTracker:
                 "Make a new tracker when layers are taken out."
             )
         self.records.append((self.step, found))
-        # Of an odd number, every second one includes the last: the weights when training ended.
+        # Every second one of an odd number includes the last: the weights at the end of training.
         if len(self.records) > self.max_records - self.max_records % 2:
             self.records = self.records[::2]
             self.every *= 2
@@ -139,7 +139,7 @@ class RankTracker:
         }
 
     def write(self, folder: str | Path) -> list[Path]:
-        """``ranks.json``, ``ranks.svg`` and ``spectra.svg`` in ``folder``, which is made if need be.
+        """Write ``ranks.json``, ``ranks.svg`` and ``spectra.svg`` in ``folder``, which is made if need be.
 
         Raises: FxExpandError: matplotlib is not installed.
         """

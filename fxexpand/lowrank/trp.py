@@ -1,8 +1,8 @@
-"""Trained Rank Pruning: projections to low rank during training, so that a decomposition costs little after.
+"""Trained Rank Pruning: projections to low rank during training, so that factoring later costs little.
 
 Every few steps the weight of each layer is replaced by its truncated SVD, which keeps a share of its squared
 norm; the gradient is taken there, and ``lam U V^T`` is added to it, the sub-gradient of the nuclear norm over
-the directions that were kept. In between, training goes on as it likes.
+the directions that were kept. Steps in between are those of plain training.
 
 Source: Xu et al., "TRP: Trained Rank Pruning for Efficient Deep Neural Networks" (arXiv 2004.14566), as in
 the released code: period 5, energy 0.9, lam 3e-4; the sub-gradient acts on the projection steps alone.
@@ -32,7 +32,7 @@ EXCLUDED: tuple[Excluded, ...] = get_args(Excluded)
 
 @dataclass(frozen=True)
 class Projected:
-    """What one projection did to a layer: its rank after it, and the share of the squared norm it lost."""
+    """A projection of one layer: the rank after it, and the share of the squared norm that it removed."""
 
     layer: str
     rank: int
@@ -52,18 +52,18 @@ class TrainedRankPruning:
         small = fxexpand.factorize(model, energy=0.999, scheme=trp.scheme, select=trp.names)
 
     The weights are projected before the first step and after every ``every``-th one, so that the next
-    forward sees the projected weight. Where torch.distributed runs, each layer is projected by one process
-    and sent to the others, so that all hold the same bits.
+    forward has the projected weight. Where torch.distributed runs, each layer is projected by one process
+    and sent to the others, so that all have the same bits.
 
     Args:
-        model: its Linear layers and convolutions are looked at; frozen, expanded or factored ones are not,
-            nor those whose weight is no parameter (``weight_norm``, ``prune``), and of several that share a
-            weight only the first.
+        model: its Linear layers and convolutions are projected, except frozen, expanded and factored ones and
+            those whose weight is no parameter (``weight_norm``, ``prune``). Among layers that share a weight,
+            only the first is.
         every: steps from one projection to the next.
         energy: the share of the squared norm that a projection keeps.
         nuclear: lam, the weight of the nuclear norm; 0 leaves it out.
-        everywhere: add the sub-gradient on every step, of the weight as it is then, as in the released
-            script for the nuclear norm alone.
+        everywhere: add the sub-gradient at the current weight on every step, as in the released script for
+            the nuclear norm alone.
         scheme: how convolutions are read as matrices; layers without a spatial cut are read channel-wise.
         exclude: ``"first"`` and ``"last"`` layer, ``"pointwise"`` and ``"strided"`` convolutions.
         select: which layers; see ``fxexpand.selection.Selection``.
@@ -92,7 +92,7 @@ class TrainedRankPruning:
         if scheme not in SCHEMES or not set(given) <= set(EXCLUDED):
             raise SelectionError(
                 f"TRP: scheme={scheme!r}, exclude={given!r}: schemes are {', '.join(SCHEMES)}, "
-                f"and what can be excluded is {', '.join(EXCLUDED)}."
+                f"layers to exclude are {', '.join(EXCLUDED)}."
             )
         self.every, self.energy, self.nuclear, self.everywhere = every, energy, nuclear, everywhere
         self.scheme: Scheme = scheme
@@ -106,11 +106,11 @@ class TrainedRankPruning:
 
     @property
     def names(self) -> list[str]:
-        """The layers that are projected."""
+        """The names of the projected layers."""
         return list(self.layers)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> TrainedRankPruning:
-        """Project now, and from now on with the optimizer's steps.
+        """Project now, and from now on with the steps of the optimizer.
 
         Raises: SelectionError: it is attached already.
         """
@@ -120,12 +120,12 @@ class TrainedRankPruning:
         def before(stepping: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[1] if len(args) > 1 else kwargs.get("closure")
             if given is None:
-                # A fused optimizer divides the gradients by the scale of AMP itself, in its step.
+                # A fused optimizer divides the gradients by the scale of AMP in its own step.
                 self.add_subgradients(getattr(stepping, "grad_scale", None))
                 return None
             kept = self._subgradients
 
-            def closure() -> Any:  # which makes the gradients only now, as Lightning's do; LBFGS asks often
+            def closure() -> Any:  # computes the gradients; Lightning gives one, and LBFGS calls it often
                 loss = given()
                 self._subgradients = kept
                 self.add_subgradients()
@@ -149,7 +149,7 @@ class TrainedRankPruning:
         return self
 
     def finish(self) -> tuple[Projected, ...]:
-        """Project for the last time and let go of the optimizer; what was done to each layer."""
+        """Project for the last time and detach from the optimizer; returns the projections."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -161,7 +161,7 @@ class TrainedRankPruning:
     def project(self) -> None:
         """Replace each weight by its truncated SVD, in place, and keep the sub-gradient for the next step.
 
-        Raises: UnusableWeightError: a weight holds NaN or Inf; none is changed.
+        Raises: UnusableWeightError: a weight holds NaN or Inf; no weight is changed.
         """
         for name, module in self.layers.items():
             self._require_finite(name, module.get_parameter("weight"))
@@ -169,27 +169,27 @@ class TrainedRankPruning:
         for i, (name, module) in enumerate(self.layers.items()):
             weight = module.get_parameter("weight")
             subgradient = torch.empty_like(weight)
-            facts = torch.zeros(2, dtype=torch.float64, device=weight.device)  # rank, lost
-            if i % _world() == _rank():
+            figures = torch.zeros(2, dtype=torch.float64, device=weight.device)  # rank, lost
+            if i % _processes() == _process():
                 new, slope, rank, lost = self._truncated(module, weight)
                 weight.copy_(new)
                 subgradient.copy_(slope)
-                facts[0], facts[1] = rank, lost
-            if _world() > 1:
-                for tensor in (weight, subgradient, facts):
-                    torch.distributed.broadcast(tensor.data, src=i % _world())
+                figures[0], figures[1] = rank, lost
+            if _processes() > 1:
+                for tensor in (weight, subgradient, figures):
+                    torch.distributed.broadcast(tensor.data, src=i % _processes())
             if self.nuclear:
                 self._subgradients[name] = subgradient
             full = min(matrix_of(kernel_like(module, weight), self._scheme(module)).shape[-2:])
-            done.append(Projected(name, int(facts[0]), full, float(facts[1])))
+            done.append(Projected(name, int(figures[0]), full, float(figures[1])))
         self.last = tuple(done)
 
     @torch.no_grad()
     def add_subgradients(self, scale: Tensor | None = None) -> None:
-        """Add ``lam U V^T`` to the gradients: of the last projection, once; or of the weights as they are.
+        """Add ``lam U V^T`` to the gradients: that of the last projection, once; or of the current weights.
 
         Args:
-            scale: what the gradients are multiplied by at this time.
+            scale: the factor by which the gradients are scaled at this time.
         """
         if self.everywhere and self.nuclear:
             for name, module in self.layers.items():
@@ -208,26 +208,30 @@ class TrainedRankPruning:
             raise UnusableWeightError(f"TRP: {name}.weight holds NaN or Inf after {self.steps} steps.")
 
     def _scheme(self, module: nn.Module) -> Scheme:
-        some = schemes_of(kernel_like(module, module.get_parameter("weight")))
-        return self.scheme if self.scheme in some else some[0]
+        possible = schemes_of(kernel_like(module, module.get_parameter("weight")))
+        return self.scheme if self.scheme in possible else possible[0]
 
     def _truncated(
         self, module: nn.Module, weight: Tensor, energy: float | None = None
     ) -> tuple[Tensor, Tensor, int, float]:
-        """The projected weight, ``U V^T`` over the directions kept, their number, and what was lost."""
+        """The projected weight, ``U V^T`` over the kept directions, their number, and the lost energy."""
         kernel, scheme = kernel_like(module, weight), self._scheme(module)
-        found = spectrum(matrix_of(kernel, scheme))
-        rank = found.rank_for(self.energy if energy is None else energy)
-        left, right = found.factors(rank)
-        # U = left / |left|, V = right / |right|, column by column: both factors carry sqrt(s).
+        singular = spectrum(matrix_of(kernel, scheme))
+        rank = singular.rank_for(self.energy if energy is None else energy)
+        left, right = singular.factors(rank)
+        # U = left / |left|, V = right / |right|, column by column: both factors contain sqrt(s).
         columns, rows = left.norm(dim=-2, keepdim=True), right.norm(dim=-1, keepdim=True)
-        kept = (columns.squeeze(-2) * rows.squeeze(-1)).unsqueeze(-2) > 1e-12 * (found.scale or 1.0)
+        kept = (columns.squeeze(-2) * rows.squeeze(-1)).unsqueeze(-2) > 1e-12 * (singular.scale or 1.0)
         sign = torch.where(kept, left / columns.clamp(min=1e-300), 0.0) @ (right / rows.clamp(min=1e-300))
-        lost = float(found.errors[rank])
+        lost = float(singular.errors[rank])
         return weight_of(kernel, scheme, left @ right), weight_of(kernel, scheme, sign), rank, lost
 
 
 def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> dict[str, nn.Module]:
+    """The layers to project, by name.
+
+    Raises: SelectionError: a pattern of ``select`` matches no layer.
+    """
     selection = Selection(select, Chain())
     matrices = [
         (name, module)
@@ -240,27 +244,27 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
     taken: set[int] = set()
     for i, (name, module) in enumerate(matrices):
         parameter = module._parameters.get("weight")
-        if parameter is None:
-            continue  # computed by a hook before each forward
-        convolution = isinstance(module, nn.modules.conv._ConvNd)
-        kernel = kernel_like(module, parameter.detach())
-        tests: dict[Excluded, bool] = {
-            "first": i == 0,
-            "last": i == len(matrices) - 1,
-            "pointwise": convolution and all(k == 1 for k in kernel.kernel_size),
-            "strided": convolution and any(s > 1 for s in kernel.stride),
-        }
-        free = parameter.requires_grad and id(parameter) not in taken
-        if selected[name] and free and not any(tests[x] for x in exclude):
+        if parameter is None or not parameter.requires_grad or id(parameter) in taken:
+            continue  # a hook computes it before each forward, or it is frozen, or shared
+        if selected[name] and not _kinds(module, i == 0, i == len(matrices) - 1) & set(exclude):
             layers[name] = module
             taken.add(id(parameter))
     return layers
 
 
-def _world() -> int:
+def _kinds(module: nn.Module, first: bool, last: bool) -> set[Excluded]:
+    """The kinds of layers that can be excluded, to which a layer belongs."""
+    kinds: dict[Excluded, bool] = {"first": first, "last": last}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        kinds["pointwise"] = set(module.kernel_size) == {1}
+        kinds["strided"] = set(module.stride) != {1}
+    return {kind for kind, holds in kinds.items() if holds}
+
+
+def _processes() -> int:
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if running else 1
 
 
-def _rank() -> int:
-    return torch.distributed.get_rank() if _world() > 1 else 0
+def _process() -> int:
+    return torch.distributed.get_rank() if _processes() > 1 else 0

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.lowrank.costs import Target, unfit
+from fxexpand.lowrank.costs import Target, totals, unfit
 from fxexpand.lowrank.criteria import Method, Ranks
 from fxexpand.lowrank.cuts import Cut, Scheme
-from fxexpand.lowrank.decisions import Decision, decide, totals
+from fxexpand.lowrank.decisions import Decision, decide
 from fxexpand.lowrank.factored import FACTORIZED, Factorized, factorize_layer, factors, tied_factors
 from fxexpand.lowrank.factorize_report import FactorRow
 from fxexpand.lowrank.lp import Body

@@ -25,7 +25,6 @@ from fxexpand.passes.operators.arithmetic import same
 from fxexpand.passes.operators.layout import reorders
 from fxexpand.passes.operators.table import HOMES, Values, call_of_module
 from fxexpand.surgery.uses import Use, parameter_uses
-from fxexpand.tracing import trace
 from tests.compare import assert_same
 from tests.networks import perturb
 
@@ -352,7 +351,6 @@ def test_a_weight_is_seen_as_transposed(turned: Callable[[Tensor], Tensor], tran
 # Rows of users ------------------------------------------------------------------------------------
 
 
-@fx.wrap
 def twice(x: Tensor) -> Tensor:
     """An operator of somebody else: not torch's, and a leaf of every trace."""
     doubled: Tensor = torch.stack([x, x]).sum(0)
@@ -381,8 +379,6 @@ class Doubled(nn.Module):
 def test_a_user_registers_an_operator_of_their_own() -> None:
     model = perturb(Doubled().double().eval())
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
-    traced = trace(model, leaf=lambda name, module: isinstance(module, Twice), example_inputs=x)
-    assert any(node.target is twice for node in traced.graph.nodes)
 
     @row(twice, shape=same, fresh=True)
     def step(call: Call, values: Values) -> Step:
@@ -392,7 +388,7 @@ def test_a_user_registers_an_operator_of_their_own() -> None:
     def tripled(call: Call, values: Values) -> Step:
         return Affine(call["input"], scaling(call["factor"], None, None))
 
-    fused = fxexpand.fuse(traced, x)
+    fused = fxexpand.fuse(model, x)
     assert [type(module) for module in fused.modules() if not list(module.children())] == [nn.Conv2d]
     assert_same(fused(x), model(x), EXACT)
 
@@ -403,9 +399,8 @@ def test_a_wrong_row_is_caught_by_the_comparison() -> None:
         return Affine(call["input"], scaling(2.5, None, None))
 
     model = perturb(Doubled().double().eval())
-    traced = trace(model, leaf=lambda name, module: isinstance(module, Twice))
     with pytest.raises(fxexpand.VerificationError):
-        fxexpand.fuse(traced)
+        fxexpand.fuse(model)
 
 
 def test_a_row_refuses_with_its_reason() -> None:
@@ -414,8 +409,7 @@ def test_a_row_refuses_with_its_reason() -> None:
         raise InexactError("it is refused for a test.")
 
     model = perturb(Doubled().double().eval())
-    traced = trace(model, leaf=lambda name, module: isinstance(module, Twice))
-    report = fxexpand.report(fxexpand.fuse(traced))
+    report = fxexpand.report(fxexpand.fuse(model))
     assert any("refused for a test" in refusal.reason for refusal in report.refusals)
 
 

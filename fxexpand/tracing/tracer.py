@@ -88,6 +88,11 @@ def calls_more(module: nn.Module) -> bool:
     return call is not nn.Module.__call__ and not harmless
 
 
+# Layers and functions of users that every trace keeps whole: the operator table says how they fold.
+LEAF_TYPES: set[type[nn.Module]] = set()
+LEAF_FUNCTIONS: set[Callable[..., Any]] = set()
+
+
 class RegionTracer(fx.Tracer):
     """The tracer of fx with the leaves of ``trace``; reads of buffers are nodes.
 
@@ -301,11 +306,11 @@ def _open_autocasts() -> int:
 
 
 def _library_leaves() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:
-    """(module types, functions, modules of functions) to keep whole, of the libraries that are imported."""
+    """(module types, functions, modules of functions) to keep whole: users' and imported libraries'."""
     timm, ops = sys.modules.get("timm.models._features_fx"), sys.modules.get("torchvision.ops")
     types = () if timm is None else tuple(timm.get_notrace_modules())
     functions = () if timm is None else tuple(filter(callable, timm.get_notrace_functions()))
-    return types, functions, (math,) if ops is None else (math, ops)
+    return (*types, *LEAF_TYPES), (*functions, *LEAF_FUNCTIONS), (math,) if ops is None else (math, ops)
 
 
 def _reads_only_its_mode(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from fxexpand.passes.affine.steps import Step
 from fxexpand.passes.operators.sizes import Shape, Size
+from fxexpand.tracing.tracer import LEAF_FUNCTIONS, LEAF_TYPES
 
 Kind: TypeAlias = Literal[
     "linear",
@@ -209,6 +210,8 @@ def row(
 ) -> Callable[[StepRule], StepRule]:
     """Put a row into the table; as a decorator, the function is its affine step.
 
+    A trace keeps functions and modules of other libraries whole, as nodes that the row is for.
+
     Args:
         spellings: names of functions, methods and ATen operators, with spaces between them, the first being
             that of the operator; or the function of another library itself.
@@ -226,6 +229,9 @@ def row(
     def enter(entry: Operator) -> None:
         _ROWS.update(dict.fromkeys(named, entry))
         rules = modules if isinstance(modules, Mapping) else dict.fromkeys(modules)
+        own = [kind for kind in rules if isinstance(kind, type) and not kind.__module__.startswith("torch.")]
+        LEAF_TYPES.update(own)
+        LEAF_FUNCTIONS.update(spelling for spelling in named if callable(spelling))
         _MODULES.update({kind: (entry, rule, subclasses) for kind, rule in rules.items()})
         spelling_of.cache_clear()
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.kernel.algebra import exchanged
+from fxexpand.kernel.taps import exchanged
 from fxexpand.lowrank.features import kernel_rank, kernel_spectrum
 from fxexpand.lowrank.measures import (
     Unfolding,

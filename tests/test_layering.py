@@ -32,7 +32,7 @@ ORDER = [
 ]
 
 INSIDE = {
-    "reporting": ["closest", "options", "files", "table", "rows", "progress", "html", "figures"],
+    "reporting": ["closest", "options", "plain", "files", "table", "rows", "progress", "html", "figures"],
     "kernel": ["geometry", "alignment", "taps", "algebra", "library_layers", "modules", "lower"],
     "recipes": [
         *("recipe", "fixed", "structure", "factors", "parts"),
@@ -77,7 +77,7 @@ INSIDE = {
         *("latency.measure", "latency.plots", "latency.page", "latency"),
     ],
     "training": [
-        *("options", "data", "loop", "distributed", "checkpoint", "runs", "train"),
+        *("options", "data", "loop", "average", "distributed", "checkpoint", "runs", "state", "train"),
         *("demo.network", "demo.findings", "demo.plots", "demo.page", "demo.experiment", "demo"),
     ],
     "cli": [

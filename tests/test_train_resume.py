@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,14 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import Dataset, TensorDataset
 
 from fxexpand.recipes import Chain
 from fxexpand.training import checkpoint, runs
 from fxexpand.training import train as job
+from fxexpand.training.average import Average
 from fxexpand.training.data import Data
+from fxexpand.training.distributed import Processes
+from fxexpand.training.loop import Loop
 from fxexpand.training.options import Settings
 from fxexpand.training.runs import CHECKPOINTS, LOG, WEIGHTS
+from fxexpand.training.state import State
+from tests.compare import assert_same
 from tests.processes import ProcessExitedException, started
 
 STEPS, EPOCHS = 6, 3
@@ -179,6 +186,42 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     for key, tensor in tensors.items():
         assert torch.equal(tensor, expected[key]), key
     assert [path.name for path in (folder / CHECKPOINTS).iterdir()] == ["step-000000018"]
+
+
+def test_a_run_of_an_earlier_version_goes_on(whole: dict[str, Path], tmp_path: Path) -> None:
+    """From the checkpoint of step 6 that a kill left under version 0.1.0, before its state was one object."""
+    folder = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "saved" / "run", folder)
+    run(0, folder, FIRST, None, True)
+    (tensors, values, log), (expected, other, wanted) = kept(folder), kept(whole[FIRST])
+    assert values.keys() == other.keys() and [line["step"] for line in log] == [0, 6, 12, 18]
+    assert tensors.keys() == expected.keys() and len(log) == len(wanted)
+    for key, tensor in tensors.items():
+        if not key.startswith("random."):
+            assert_same(tensor.double(), expected[key].double(), 1e-4)
+
+
+def test_the_state_is_stateful(tmp_path: Path) -> None:
+    """Two states of one protocol: what one gives, the other takes, and gives again."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Network()
+        optimizer = torch.optim.AdamW(model.parameters())
+        loop = Loop(model, optimizer, lambda step: 0.1, average=Average(model, 0.5))
+        images = torch.randn(2, 1, 5, 5)
+        [(loss, count)] = loop.steps([[(images, torch.tensor([0, 1]))]])
+        states.append(State(loop, Processes(0, 1, torch.device("cpu")), seed))
+        states[-1].total += loss
+        assert isinstance(states[-1], Stateful) and count == 2 and loop.step == 1
+    one, two = states
+    assert not torch.equal(one.total, two.total)
+    saved = {name: copy.deepcopy(value) for name, value in one.state_dict().items()}
+    two.load_state_dict(saved)
+    again = two.state_dict()
+    assert list(again) == list(saved) and saved["step"] == 1
+    for name, value in saved.items():
+        assert torch.equal(value, again[name]) if isinstance(value, Tensor) else value == again[name], name
 
 
 def test_the_comparison_can_fail(whole: dict[str, Path], tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from fxexpand.deploy.onnx_files import (
 )
 from fxexpand.deploy.sessions import feeds, open_session, required
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
+from fxexpand.reporting.plain import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating, undisturbed
 from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, call, move, resize_batch, tensors
@@ -110,20 +111,8 @@ class OnnxReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "path": str(self.path),
-            "files": [str(file) for file in self.files],
-            "size": self.size,
-            "opset": self.opset,
-            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
-            "outputs": {name: list(shape) for name, shape in self.outputs.items()},
-            "operators": dict(self.operators),
-            "operators_before": None if self.operators_before is None else dict(self.operators_before),
-            "batch_sizes": list(self.batch_sizes),
-            "error": self.error,
-            "tolerance": self.tolerance,
-            "metadata": dict(self.metadata),
-        }
+        found: dict[str, Any] = plain(self)
+        return found
 
 
 def export_onnx(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +108,13 @@ def wrapped(model: nn.Module, group: Processes, *, shard: bool = False) -> nn.Mo
         return model
     devices: Any = [group.device] if group.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def reducing(network: Any, last: bool) -> AbstractContextManager[Any]:
+    """Around a backward pass of a ``wrapped`` network; the last one sums the gradients of all processes."""
+    if hasattr(network, "set_requires_gradient_sync"):  # sharded
+        network.set_requires_gradient_sync(last)
+    elif not last and hasattr(network, "no_sync"):
+        held: AbstractContextManager[Any] = network.no_sync()
+        return held
+    return nullcontext()

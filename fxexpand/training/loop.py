@@ -1,23 +1,109 @@
-"""A short training loop that watches the effective rank of every layer."""
+"""The training loop of ``fxexpand train`` and of the demo, which watches ranks in a short one."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 
 from fxexpand.errors import FxExpandError
+from fxexpand.layers.accumulation import accumulate
 from fxexpand.lowrank import rank_report
+from fxexpand.reporting.plain import plain
 from fxexpand.running.evaluation import evaluating
 from fxexpand.training.data import Batches
-from fxexpand.training.options import Schedule
+from fxexpand.training.options import Precision, Schedule, cosine
+
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Batch: TypeAlias = tuple[Tensor, Tensor]  # images and labels
+
+
+class Loop:
+    """Steps of an optimizer on the mean cross-entropy of batches, each in one micro-batch or several.
+
+    Attributes:
+        model: the network that is trained; ``network`` runs it, as it is, compiled or in several processes.
+        step: the number of steps taken.
+        average: of the weights, brought up to date after each step.
+        scaler: of the loss, where ``amp`` is fp16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rate: Callable[[int], float],
+        *,
+        network: Any = None,
+        average: AveragedModel | None = None,
+        amp: Precision = "off",
+        clip: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            rate: the learning rate of a step, by the number of steps before it.
+            clip: largest norm of all gradients together; 0 for any.
+        """
+        self.model, self.optimizer, self.rate = model, optimizer, rate
+        self.network = model if network is None else network
+        self.average, self.amp, self.clip = average, amp, clip
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.step = 0
+
+    def steps(
+        self,
+        batches: Iterable[Sequence[Batch]],
+        *,
+        reducing: Callable[[bool], AbstractContextManager[Any]] = lambda last: nullcontext(),
+        check: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
+        shares: bool = True,
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Take a step on each batch, a list of micro-batches; after each, its mean loss and its images.
+
+        Args:
+            reducing: around the backward pass of a micro-batch, told whether it is the last one.
+            check: of the logits of a micro-batch; raises where they do not fit the labels.
+            shares: form each product of factors once for all micro-batches.
+        """
+        self.model.train()
+        for micro_batches in batches:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(self.step)
+            losses, count = [], len(micro_batches)
+            with accumulate(self.network, count) if shares and count > 1 else nullcontext():
+                for i, (images, labels) in enumerate(micro_batches):
+                    with reducing(i == count - 1):
+                        with self.autocast():
+                            logits = self.network(images)
+                            check(logits, labels)
+                            loss = cross_entropy(logits, labels) / count
+                        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                    losses.append(loss.detach())
+            if self.clip:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+            self.step += 1
+            yield torch.stack(losses).sum(), sum(len(labels) for _, labels in micro_batches)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which the network runs."""
+        dtype = PRECISION.get(self.amp)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @dataclass(frozen=True)
@@ -40,15 +126,8 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "epoch_steps": list(self.epoch_steps),
-            "loss": list(self.loss),
-            "test_accuracy": list(self.test_accuracy),
-            "train_accuracy": self.train_accuracy,
-            "rank_steps": list(self.rank_steps),
-            "ranks": {name: list(values) for name, values in self.ranks.items()},
-            "step_ms": self.step_ms,
-        }
+        found: dict[str, Any] = plain(self)
+        return found
 
 
 def fit(
@@ -66,61 +145,53 @@ def fit(
 
     Raises: FxExpandError: the loss became NaN or Inf.
     """
-    device = next(model.parameters()).device
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], schedule.lr)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs * len(train))
-    step = 0
-    times: list[float] = []
-    epoch_steps: list[int] = []
-    losses: list[float] = []
-    accuracies: list[float] = []
-    rank_steps: list[int] = []
-    ranks: dict[str, list[float]] = {}
+    last = schedule.epochs * len(train)
+    loop = Loop(model, optimizer, lambda step: schedule.lr * cosine(step / last))
+    begin, times = 0.0, list[float]()
+    epochs: list[tuple[int, float, float]] = []
+    ranks: dict[int, dict[str, float]] = {0: effective_ranks(model)}
 
-    def measure_ranks() -> None:
-        if rank_steps[-1:] != [step]:
-            rank_steps.append(step)
-            for row in rank_report(model).rows:
-                ranks.setdefault(row.name.removesuffix(".weight"), []).append(row.effective_rank)
-
-    measure_ranks()
-    for _ in range(schedule.epochs):
-        model.train()
-        total, count = torch.zeros((), device=device), 0
+    def batches() -> Iterator[list[Batch]]:
+        nonlocal begin
         for images, labels in train:
             begin = time.perf_counter()
-            images, labels = images.to(device), labels.to(device)
-            loss = cross_entropy(model(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            decay.step()
-            total += loss.detach() * len(labels)
-            count += len(labels)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+            yield [(images.to(loop.device), labels.to(loop.device))]
+
+    for _ in range(schedule.epochs):
+        total, count = torch.zeros((), device=loop.device), 0
+        for loss, images in loop.steps(batches()):
+            total += loss * images
+            count += images
+            if loop.device.type != "cpu":
+                torch.accelerator.synchronize(loop.device)
             times.append(1e3 * (time.perf_counter() - begin))
-            step += 1
             on_step()
-            if step % schedule.rank_every == 0:
-                measure_ranks()
-        losses.append(float(total) / count)
-        if not math.isfinite(losses[-1]):
+            if loop.step % schedule.rank_every == 0:
+                ranks[loop.step] = effective_ranks(model)
+        mean = float(total) / count
+        if not math.isfinite(mean):
             raise FxExpandError(
-                f"training: the loss is {losses[-1]} after {step} steps. Lower lr={schedule.lr:g}."
+                f"training: the loss is {mean} after {loop.step} steps. Lower lr={schedule.lr:g}."
             )
-        epoch_steps.append(step)
-        accuracies.append(accuracy(model, test))
-    measure_ranks()
+        epochs.append((loop.step, mean, accuracy(model, test)))
+    if loop.step not in ranks:
+        ranks[loop.step] = effective_ranks(model)
+    epoch_steps, losses, accuracies = zip(*epochs, strict=True)
     return History(
-        epoch_steps=tuple(epoch_steps),
-        loss=tuple(losses),
-        test_accuracy=tuple(accuracies),
+        epoch_steps=epoch_steps,
+        loss=losses,
+        test_accuracy=accuracies,
         train_accuracy=accuracy(model, train),
-        rank_steps=tuple(rank_steps),
-        ranks={name: tuple(values) for name, values in ranks.items()},
+        rank_steps=tuple(ranks),
+        ranks={name: tuple(at[name] for at in ranks.values()) for name in ranks[0]},
         step_ms=median(times),
     )
+
+
+def effective_ranks(model: nn.Module) -> dict[str, float]:
+    """The effective rank of each layer's weight."""
+    return {row.name.removesuffix(".weight"): row.effective_rank for row in rank_report(model).rows}
 
 
 def logits(model: nn.Module, batches: Batches) -> Tensor:

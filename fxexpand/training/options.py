@@ -122,8 +122,12 @@ class Settings:
         rising = self.warmup * steps
         if step < rising:
             return self.lr * (step + 1) / (rising + 1)
-        share = (step - rising) / max(self.epochs * steps - rising, 1)
-        return self.lr * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+        return self.lr * cosine((step - rising) / max(self.epochs * steps - rising, 1))
+
+
+def cosine(share: float) -> float:
+    """The factor of the learning rate after a share of the steps: from 1 to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
 def require_same(folder: Path, now: Settings, then: Mapping[str, Any]) -> None:

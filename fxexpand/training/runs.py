@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fxexpand.reporting.files import write_whole
+from fxexpand.reporting.plain import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.training.options import Settings
 
@@ -113,13 +114,5 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            **plain,
-            "folder": str(self.folder),
-            "settings": asdict(self.settings),
-            "sizes": list(self.sizes),
-            "epochs": [asdict(epoch) for epoch in self.epochs],
-            "parameters": list(self.parameters),
-            "left": list(self.left),
-        }
+        found: dict[str, Any] = plain(self)
+        return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.layers.accumulation import accumulate
 from fxexpand.layers.param_groups import param_groups
 from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Recipe
@@ -29,12 +27,13 @@ from fxexpand.surgery.expand import expand
 from fxexpand.surgery.fuse import fuse
 from fxexpand.surgery.transaction import report
 from fxexpand.training import checkpoint
+from fxexpand.training.average import Average
 from fxexpand.training.data import Data, Order, loader
-from fxexpand.training.distributed import Processes, processes, wrapped
+from fxexpand.training.distributed import Processes, processes, reducing, wrapped
+from fxexpand.training.loop import Batch, Loop
 from fxexpand.training.options import Settings, require_same
 from fxexpand.training.runs import CHECKPOINTS, WEIGHTS, Epoch, Outcome, write_log
-
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from fxexpand.training.state import State
 
 
 class Watch:
@@ -101,60 +100,41 @@ class _Run:
         group: Processes,
     ) -> None:
         self.data, self.settings, self.folder, self.group = data, settings, folder, group
-        self.order = Order(
-            data.sizes[0],
-            settings.batch_size,
-            settings.seed,
-            group.rank,
-            group.world,
-            settings.accumulate,
-        )
-        self.left: tuple[str, ...] = ()
+        shares = (group.rank, group.world, settings.accumulate)
+        self.order = Order(data.sizes[0], settings.batch_size, settings.seed, *shares)
         self.expanded = recipe is not None
-        if recipe is not None:
-            generator = torch.Generator().manual_seed(settings.seed)
-            options: Any = {"init": settings.init, "form": settings.form, "generator": generator}
-            expand(model, recipe, select=list(settings.select) or None, inplace=True, **options)
-            found = report(model)
-            self.left = tuple(row.message for row in found.refusals)
-            if not found.changed:
-                raise FxExpandError(f"{settings.model}: {recipe} expands no layer. {' '.join(self.left[:1])}")
+        self.left = _expanded(model, recipe, settings) if recipe is not None else ()
         self.model = model.to(group.device)
         # No process has all weights of a sharded model: where they are needed, they are gathered here.
         self.whole = copy.deepcopy(model).cpu() if settings.fsdp and group.first else None
-        self.average = _averaged(model, settings.ema) if settings.ema else None
-        network = wrapped(model, group, shard=settings.fsdp)
-        if self.average is not None and settings.fsdp:
-            wrapped(self.average.module, group, shard=True)
-        self.network: Any = torch.compile(network) if settings.compile else network
-        groups = param_groups(model, settings.weight_decay, on=settings.decay_on)
-        if not groups:
-            raise SelectionError(f"{settings.model}: no parameter requires gradients. Nothing would train.")
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(groups, settings.lr, momentum=0.9, nesterov=True)
-            if settings.optimizer == "sgd"
-            else torch.optim.AdamW(groups, settings.lr)
+        average = Average(model, settings.ema) if settings.ema else None
+        network: Any = wrapped(model, group, shard=settings.fsdp)
+        if average is not None and settings.fsdp:
+            wrapped(average.module, group, shard=True)
+        self.loop = Loop(
+            model,
+            _optimizer(model, settings),
+            lambda step: settings.rate(step, self.order.steps),
+            network=torch.compile(network) if settings.compile else network,
+            average=average,
+            amp=settings.amp,
+            clip=settings.clip,
         )
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=settings.amp == "fp16")
-        self.step = 0
-        self.total = torch.zeros((), dtype=torch.float64, device=group.device)  # of losses in this epoch
-        self.seconds = 0.0
-        self.epochs: list[Epoch] = []
-        self.full_ranks: dict[str, int] = {}
+        self.state = State(self.loop, group, settings.seed)
         # The same weights everywhere, then random numbers of its own for each process.
         torch.manual_seed(settings.seed + group.rank)
 
     def carried_out(self, resume: bool, watch: Watch) -> Outcome:
         """The whole of it."""
-        steps, settings = self.order.steps, self.settings
+        steps, settings, state = self.order.steps, self.settings, self.state
         if not resume:
             self._require_new()
         resumed = self._resume() if resume else None
-        if not self.epochs:
+        if not state.epochs:
             self._close_epoch(0, watch)
         if self.group.first:
-            watch.begin(self.step, settings.epochs * steps)
-        for epoch in range(self.step // steps, settings.epochs):
+            watch.begin(self.loop.step, settings.epochs * steps)
+        for epoch in range(self.loop.step // steps, settings.epochs):
             self._epoch(epoch, watch)
         error, fused = self._write_fused()
         return Outcome(
@@ -164,8 +144,8 @@ class _Run:
             processes=self.group.world,
             device=str(self.group.device),
             steps=steps,
-            epochs=tuple(self.epochs),
-            full_ranks=self.full_ranks,
+            epochs=tuple(state.epochs),
+            full_ranks=state.full_ranks,
             parameters=(sum(p.numel() for p in self.model.parameters()), fused),
             fused_error=error,
             resumed=resumed,
@@ -173,105 +153,61 @@ class _Run:
         )
 
     def _epoch(self, epoch: int, watch: Watch) -> None:
-        settings, steps = self.settings, self.order.steps
+        settings, state, start = self.settings, self.state, self.loop.step % self.order.steps
         begin = time.perf_counter()
-        self.model.train()
-        micro_batches = self._batches(self.data.train, self.order.epoch(epoch, self.step % steps), epoch)
-        for _ in range(self.step % steps, steps):
-            self._one_step([*islice(micro_batches, settings.accumulate)])
-            self.step += 1
+        micro_batches = self._batches(self.data.train, self.order.epoch(epoch, start), epoch)
+        batches = iter(lambda: [*islice(micro_batches, settings.accumulate)], [])
+        reduced = partial(reducing, self.loop.network)
+        for loss, _ in self.loop.steps(
+            batches, reducing=reduced, check=self._require_classes, shares=not settings.fsdp
+        ):
+            state.total += loss
             if self.group.first:
                 watch.step()
-            if self.step % settings.save_every == 0 and self.step % steps:
-                self.seconds += time.perf_counter() - begin
+            if self.loop.step % settings.save_every == 0 and self.loop.step % self.order.steps:
+                state.seconds += time.perf_counter() - begin
                 begin = time.perf_counter()
                 self._save()
-        self.seconds += time.perf_counter() - begin
+        state.seconds += time.perf_counter() - begin
         self._close_epoch(epoch + 1, watch)
 
-    def _one_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
-        settings, count = self.settings, len(micro_batches)
-        rate = settings.rate(self.step, self.order.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        shares = count > 1 and not settings.fsdp
-        with accumulate(self.network, count) if shares else nullcontext():
-            for i, (images, labels) in enumerate(micro_batches):
-                with self._reducing(last=i == count - 1):
-                    with self._autocast():
-                        logits = self.network(images)
-                        self._require_classes(logits, labels)
-                        loss = cross_entropy(logits, labels) / count
-                    self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                self.total += loss.detach()
-        if settings.clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-
-    def _reducing(self, last: bool) -> AbstractContextManager[Any]:
-        """Add the gradients of all processes up after the last micro-batch only."""
-        if self.settings.fsdp:
-            self.network.set_requires_gradient_sync(last)
-        elif self.group.world > 1 and not last:
-            no_sync: AbstractContextManager[Any] = self.network.no_sync()
-            return no_sync
-        return nullcontext()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = PRECISION.get(self.settings.amp)
-        return torch.autocast(self.group.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def _batches(
-        self, dataset: Any, order: Iterator[list[int]], epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, dataset: Any, order: Iterator[list[int]], epoch: int) -> Iterator[Batch]:
         device, settings = self.group.device, self.settings
-        found = loader(
-            dataset,
-            order,
-            seed=settings.seed,
-            epoch=epoch,
-            workers=settings.workers,
-            pinned=device.type == "cuda",
-        )
-        for images, labels in found:
+        options: Any = {"workers": settings.workers, "pinned": device.type == "cuda"}
+        for images, labels in loader(dataset, order, seed=settings.seed, epoch=epoch, **options):
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _close_epoch(self, epoch: int, watch: Watch) -> None:
         """Measure, note it in the log, and save."""
-        settings, begin = self.settings, time.perf_counter()
-        # The loss is the mean over processes: each has the mean over its share of every batch.
-        loss = float(self.group.sum(self.total)) / self.group.world / self.order.steps
-        self.total.zero_()
+        settings, state, begin = self.settings, self.state, time.perf_counter()
+        loss = state.mean_loss(self.order.steps)
+        state.total.zero_()
         if not math.isfinite(loss):
             raise FxExpandError(f"training: the loss is {loss} in epoch {epoch}. Lower --lr {settings.lr:g}.")
         self.group.agree(self.model)
         test_loss, accuracy = self._evaluated(self.model)
-        averaged = self._evaluated(self.average.module)[1] if self.average is not None and epoch else None
+        average = self.loop.average
+        averaged = self._evaluated(average.module)[1] if average is not None and epoch else None
         measured = epoch in (0, settings.epochs) or (settings.rank_every and epoch % settings.rank_every == 0)
         ranks = self._ranks() if measured else {}
-        self.seconds += time.perf_counter() - begin
+        state.seconds += time.perf_counter() - begin
         line = Epoch(
             epoch=epoch,
-            step=self.step,
+            step=self.loop.step,
             loss=loss if epoch else None,
             test_loss=test_loss,
             accuracy=accuracy,
             ema_accuracy=averaged,
-            lr=self.optimizer.param_groups[0]["lr"] if epoch else None,
+            lr=self.loop.optimizer.param_groups[0]["lr"] if epoch else None,
             ranks=ranks,
-            seconds=self.seconds,
+            seconds=state.seconds,
         )
-        self.seconds = 0.0
-        self.epochs.append(line)
+        state.seconds = 0.0
+        state.epochs.append(line)
         if self.group.first:
             if epoch:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_log(self.folder, self.epochs)
+                write_log(self.folder, state.epochs)
             watch.epoch(line)
         if epoch:
             self._save()
@@ -287,7 +223,7 @@ class _Run:
         with evaluating(model):
             batches = self._batches(self.data.test, iter([[p % count for p in part] for part in parts]), 0)
             for part, (images, labels) in zip(parts, batches, strict=True):
-                with self._autocast():
+                with self.loop.autocast():
                     logits = model(images)
                 if part is parts[0]:
                     self._require_classes(logits, labels)
@@ -326,37 +262,21 @@ class _Run:
             return {}
         with evaluating(whole):
             rows = {row.name.removesuffix(".weight"): row for row in rank_report(whole).rows}
-        self.full_ranks = {name: row.full_rank for name, row in rows.items()}
+        self.state.full_ranks = {name: row.full_rank for name, row in rows.items()}
         return {name: row.effective_rank for name, row in rows.items()}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything that goes on from one step to the next."""
-        found = checkpoint.states(self.model, self.optimizer)
-        if self.average is not None:
-            inner = checkpoint.states(self.average.module)
-            found.update({f"average.{name}": value for name, value in inner.items()})
-            found["average.count"] = self.average.n_averaged
-        device, place = self.group.device, f"random.{self.group.world}.{self.group.rank}"
-        found[f"{place}.cpu"] = torch.get_rng_state()
-        if device.type == "cuda":
-            found[f"{place}.cuda"] = torch.cuda.get_rng_state(device)
-        return found
-
     def _save(self) -> None:
-        self.group.agree(self.model)
-        if self.average is not None:
-            self.group.agree(self.average)
-        values = {
+        average = self.loop.average
+        for model in (self.model, *([] if average is None else [average])):
+            self.group.agree(model)
+        state: dict[str, Any] = {
             "settings": asdict(self.settings),
             "sizes": list(self.data.sizes),
-            "step": self.step,
-            "total": float(self.group.sum(self.total.clone())) / self.group.world,
-            "seconds": self.seconds,
-            "scaler": self.scaler.state_dict(),
-            "epochs": [asdict(epoch) for epoch in self.epochs],
-            "full_ranks": self.full_ranks,
+            **self.state.state_dict(),
         }
-        checkpoint.save(self.folder / CHECKPOINTS, self.step, self._tensors(), values)
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        values = {name: value for name, value in state.items() if name not in tensors}
+        checkpoint.save(self.folder / CHECKPOINTS, self.loop.step, tensors, values)
 
     def _require_new(self) -> None:
         if checkpoint.latest(self.folder / CHECKPOINTS) is not None:
@@ -376,32 +296,15 @@ class _Run:
                 f"{self.folder}: was trained on {values['sizes'][0]} images and tested on "
                 f"{values['sizes'][1]}, not {sizes[0]} and {sizes[1]}. Resume it with the same data."
             )
-        tensors = self._tensors()
+        state = self.state.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         read = checkpoint.load(newest, tensors, optional=("random.", "optimizer."))
-        states = {n: t for n, t in tensors.items() if n.startswith(("model.", "optimizer."))}
-        checkpoint.restore(states, self.model, self.optimizer)
-        if self.average is not None:
-            inner = {
-                n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.model.")
-            }
-            checkpoint.restore(inner, self.average.module)
-        self.scaler.load_state_dict(values["scaler"])
-        self.step, self.seconds = values["step"], values["seconds"]
-        self.total.fill_(values["total"] * self.group.world if self.group.first else 0.0)
-        self.epochs = [Epoch(**epoch) for epoch in values["epochs"]]
-        self.full_ranks = values["full_ranks"]
-        place = f"random.{self.group.world}.{self.group.rank}"
-        if f"{place}.cpu" in read:
-            torch.set_rng_state(tensors[f"{place}.cpu"])
-        else:  # the number of processes has changed
-            torch.manual_seed(self.settings.seed + self.group.rank + self.step)
-        if f"{place}.cuda" in read:
-            torch.cuda.set_rng_state(tensors[f"{place}.cuda"], self.group.device)
-        return self.step
+        self.state.load_state_dict({**values, **{name: tensors[name] for name in read}})
+        return self.loop.step
 
     def _write_fused(self) -> tuple[float, int]:
         """Write the fused weights; how far its logits are from the trained network's, and its parameters."""
-        source = self._gathered(self.model if self.average is None else self.average.module)
+        source = self._gathered(self.model if self.loop.average is None else self.loop.average.module)
         if source is None:
             return 0.0, 0
         from safetensors.torch import save
@@ -420,29 +323,25 @@ class _Run:
         return error, sum(p.numel() for p in fused.parameters())
 
 
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A moving average of the parameters and of the running statistics; the first average is the model."""
-    average: Callable[..., None] = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+def _expanded(model: nn.Module, recipe: Recipe, settings: Settings) -> tuple[str, ...]:
+    """Expand the model in place; the refusals.
 
-    def apart(averages: Any, values: Any, count: Any) -> None:
-        # torch's fused update refuses a list in which some tensors are sharded, and some, the buffers, not.
-        for sharded in (False, True):
-            pairs = [p for p in zip(averages, values, strict=True) if hasattr(p[0], "device_mesh") == sharded]
-            if pairs:
-                average(*map(list, zip(*pairs, strict=True)), count)
-
-    return _Average(model, multi_avg_fn=apart, use_buffers=True)
-
-
-class _Average(AveragedModel):
-    """What is no statistic is copied: numbers of places, of which torch would round each average down, again
-    at every step, and masks with infinities, whose difference is NaN.
+    Raises: FxExpandError: no layer is expanded.
     """
+    generator = torch.Generator().manual_seed(settings.seed)
+    options: Any = {"init": settings.init, "form": settings.form, "generator": generator}
+    expand(model, recipe, select=list(settings.select) or None, inplace=True, **options)
+    found = report(model)
+    left = tuple(row.message for row in found.refusals)
+    if not found.changed:
+        raise FxExpandError(f"{settings.model}: {recipe} expands no layer. {' '.join(left[:1])}")
+    return left
 
-    def update_parameters(self, model: nn.Module) -> None:
-        if not hasattr(self, "copied"):
-            named = dict(model.named_buffers())
-            self.copied = [n for n, b in named.items() if not b.is_floating_point() or bool(b.isinf().any())]
-        super().update_parameters(model)
-        for name in self.copied:
-            self.module.get_buffer(name).copy_(model.get_buffer(name))
+
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    groups = param_groups(model, settings.weight_decay, on=settings.decay_on)
+    if not groups:
+        raise SelectionError(f"{settings.model}: no parameter requires gradients. Nothing would train.")
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, settings.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, settings.lr)

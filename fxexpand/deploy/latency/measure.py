@@ -24,6 +24,7 @@ from fxexpand.deploy.latency.intervals import Interval, median_interval
 from fxexpand.deploy.latency.timing import calls_per_round, peak_bytes, samples_in_turns
 from fxexpand.deploy.options import BACKENDS, LatencyOptions
 from fxexpand.errors import SelectionError
+from fxexpand.reporting.plain import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, batch_size, tensors
@@ -147,22 +148,8 @@ class LatencyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; the samples included."""
-        differences = [{**asdict(row), "real": row.real} for row in self.differences]
-        return {
-            "measurements": [{**asdict(row), "samples": list(row.samples)} for row in self.measurements],
-            "differences": differences,
-            "unavailable": [asdict(row) for row in self.unavailable],
-            "device": self.device,
-            "threads": self.threads,
-            "dtype": self.dtype,
-            "channels_last": self.channels_last,
-            "tf32": self.tf32,
-            "batch": self.batch,
-            "shapes": [list(shape) for shape in self.shapes],
-            "rounds": self.rounds,
-            "confidence": self.confidence,
-            "versions": dict(self.versions),
-        }
+        differences = [{**plain(row), "real": row.real} for row in self.differences]
+        return {**plain(self), "differences": differences}
 
 
 def measure_latency(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any
 
 from fxexpand.deploy.latency import Difference, LatencyReport
+from fxexpand.reporting.plain import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.training.loop import History
 from fxexpand.training.options import Schedule
@@ -258,40 +259,24 @@ class Findings:
             }
             for layer, full in self.full_ranks.items()
         }
+        left_out = ("sizes", "full_ranks", "runs", "spectra", "latency")
+        values = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in left_out}
+        spectra = {
+            layer: dict(zip(NETWORKS, plain(values), strict=False)) for layer, values in self.spectra.items()
+        }
+        runs = [{**plain(run), "proofs": [_proof(proof) for proof in run.proofs]} for run in self.runs]
         return {
             "title": self.title,
             "verdict": list(self.verdict),
-            "data": self.data,
             "train_images": self.sizes[0],
             "test_images": self.sizes[1],
-            "network": self.network,
-            "recipe": self.recipe,
-            "schedule": asdict(self.schedule),
+            **values,
             "test_accuracy": accuracy,
             "effective_rank": ranks,
-            "parameters": dict(self.parameters),
-            "flops": dict(self.flops),
-            "batch_flops": dict(self.batch_flops),
             "proofs": [_proof(proof) for proof in self.proofs],
             "latency": None if self.latency is None else self.latency.to_dict(),
-            "spectra": {
-                layer: {"plain": list(plain), "expanded": list(expanded)}
-                for layer, (plain, expanded) in self.spectra.items()
-            },
-            "runs": [
-                {
-                    "seed": run.seed,
-                    "plain": run.plain.to_dict(),
-                    "expanded": run.expanded.to_dict(),
-                    "proofs": [_proof(proof) for proof in run.proofs],
-                }
-                for run in self.runs
-            ],
-            "skipped": list(self.skipped),
-            "files": list(self.files),
-            "versions": dict(self.versions),
-            "device": self.device,
-            "seconds": self.seconds,
+            "spectra": spectra,
+            "runs": runs,
         }
 
 
@@ -369,4 +354,4 @@ def _summary(spread: Spread, confidence: float) -> dict[str, Any]:
 
 def _proof(proof: Proof) -> dict[str, Any]:
     measured = proof.measured if math.isfinite(proof.measured) else None
-    return {**asdict(proof), "measured": measured, "holds": proof.holds}
+    return {**plain(proof), "measured": measured, "holds": proof.holds}

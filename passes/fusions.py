@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +34,11 @@ class Group:
     def first(self) -> Candidate:
         """The candidate of the first value; those of the others call the same modules."""
         return next(iter(self.values.values()))
+
+    @cached_property
+    def nodes(self) -> set[fx.Node]:
+        """The nodes that compute the values."""
+        return {node for candidate in self.values.values() for node in candidate.nodes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,24 +117,26 @@ def new_layer(extraction: Extraction, group: Group, verify: bool = True) -> Fusi
         _require_finite(extraction, node)
     module, kernel = _folded(extraction, candidate)
     _train_as_before(extraction, module, candidate, reading)
-    error, dtype = None, kernel.weight.dtype
-    if verify and not kernel.weight.is_meta:
-        error = _error(extraction, candidate, module, kernel)
-        if error is not None:
-            require_small(error, dtype, group.name)
-    held = {id(tensor): tensor for node in reading for tensor in reader.tensors(node)}
+    error = _error(extraction, candidate, module, kernel) if verify and not kernel.weight.is_meta else None
+    if error is not None:
+        require_small(error, kernel.weight.dtype, group.name)
+    tensors = {id(tensor): tensor for node in reading for tensor in reader.tensors(node)}
     row = Row(
         site=group.name,
         kind=describe(module),
         action="fused",
         reason=f"one kernel for {', '.join(_titles(kernels))}",
-        params_before=sum(tensor.numel() for tensor in held.values() if isinstance(tensor, nn.Parameter)),
-        params_after=sum(parameter.numel() for parameter in module.parameters()),
+        params_before=_count(tensors.values()),
+        params_after=_count(module.parameters()),
         error=error,
     )
     targets = [str(node.target) for node in (*kernels, *nodes) if node.op == "call_module"]
     targets += [name for node in reading for name in reader.read(node)]
     return Fusion(row, module, group.name, group.values, list(dict.fromkeys(targets)))
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
 
 
 def _folded(extraction: Extraction, candidate: Candidate) -> tuple[nn.Module, Kernel]:

@@ -68,7 +68,8 @@ INSIDE = {
     ],
     "surgery": [
         *("uses", "sites", "transaction", "expand", "fold"),
-        *("module_tree", "placement", "fuse", "factorize"),
+        *("module_tree", "placement", "module_graphs", "other_calls", "graph_plan", "fuse_plan"),
+        *("fuse", "factorize"),
     ],
     "deploy": [
         "options",

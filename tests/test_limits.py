@@ -31,10 +31,6 @@ PENDING: dict[str, set[str]] = {
         "fxexpand/deploy/onnx.py:export_onnx",
         "fxexpand/lowrank/decisions.py:_allocated",
         "fxexpand/lowrank/rank_plots.py:plot_report",
-        "fxexpand/surgery/module_tree.py:Tree._row",
-        "fxexpand/surgery/placement.py:_visit",
-        "fxexpand/surgery/placement.py:_fuse_graph",
-        "fxexpand/surgery/placement.py:_conflicts",
         "fxexpand/surgery/sites.py:_verdict",
         "fxexpand/surgery/uses.py:_Flow._kept",
         "passes/operators/table.py:spelling_of",
@@ -42,7 +38,6 @@ PENDING: dict[str, set[str]] = {
     "high complexity": {
         "fxexpand/surgery/expand.py:plan_expansion",
         "fxexpand/surgery/factorize.py:_targets",
-        "fxexpand/surgery/module_tree.py:Tree.graphs",
         "fxexpand/surgery/sites.py:find_sites",
         "fxexpand/surgery/sites.py:_shared_verdict",
         "fxexpand/surgery/sites.py:_without_parameter",

@@ -10,7 +10,7 @@ from torch import nn
 from fxexpand.passes.fixed_point import combined
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.surgery.fuse import fuse
-from fxexpand.surgery.placement import ONE_GRAPH
+from fxexpand.surgery.fuse_plan import ONE_GRAPH
 from fxexpand.surgery.transaction import REPORT, report
 from fxexpand.tracing.export import program_of
 from fxexpand.tracing.tracer import FAILURES

@@ -2,6 +2,9 @@
 
 ``expand`` and ``fuse`` are what people call, ``factorize`` replaces layers by pairs of low rank. ``sites``
 finds the weights of linear maps and ``uses`` how a forward uses them, ``fold`` makes an expansion one weight
-again, ``placement`` and ``module_tree`` put fused layers into a tree of modules, ``transaction`` carries a
-plan out.
+again, ``transaction`` carries a plan out.
+
+``fuse_plan`` plans one round of ``fuse`` over a tree of modules, and ``graph_plan`` the folds of one graph in
+it: ``module_tree`` tells which modules make its nodes, ``placement`` which of them a new layer replaces,
+``module_graphs`` which become graphs, and ``other_calls`` which folds other arguments or sizes forbid.
 """

@@ -1,16 +1,15 @@
-"""The functions people call: expand, fuse, and what is known of the result."""
+"""``fuse``: fold expansions and every other affine part of a model, round after round."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal, TypeAlias, cast, get_args, overload
+from typing import Literal, TypeAlias, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxexpand.errors import RefusedError, SelectionError
-from fxexpand.passes.fixed_point import combined
+from fxexpand.passes.fixed_point import to_fixed_point
 from fxexpand.reporting.progress import at_work, progress_bar
 from fxexpand.reporting.rows import Report
 from fxexpand.running.copying import copied
@@ -18,11 +17,10 @@ from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.outputs import outputs_of
 from fxexpand.running.verify import require_same_outputs
 from fxexpand.surgery.fold import expansion_factors, plan_folding
-from fxexpand.surgery.placement import commit_fusing, plan_fusing
+from fxexpand.surgery.fuse_plan import FusePlan, commit_fusing, plan_fusing
 from fxexpand.surgery.transaction import (
     REPORT,
     Model,
-    Plan,
     commit,
     commit_and_compare,
     require_module,
@@ -113,45 +111,56 @@ def fuse(
     if scope == "expanded":
         commit_and_compare(target, plan, before, compared)
         return target
-    with at_work("fuse", progress) as show:
-        return _fused(target, plan, before, example_inputs, verify, strict, inplace, show)
-
-
-def _fused(
-    target: Model,
-    folding: Plan,
-    before: list[Tensor],
-    example_inputs: ExampleInputs | None,
-    verify: bool,
-    strict: bool,
-    inplace: bool,
-    show: Callable[[str], None],
-) -> Model:
-    """Fold the expansions, then everything else; on an error ``target`` is as it was."""
-    with restoring([*target.modules()]):
-        commit(folding)
-        result: nn.Module = target
-        reports = [folding.report]
-        one_path = False  # what holds in the parts with a graph goes first
-        parts = Parts(result, example_inputs, one_path)
-        while True:
-            edits = plan_fusing(result, parts, verify, show)
-            if inplace and target in edits.replaced:
-                raise SelectionError(
-                    f"{type(target).__name__}: fusing changes the calls in its own forward, so it becomes a "
-                    "GraphModule. Take the result of fuse(model) instead of inplace=True."
-                )
-            result = commit_fusing(result, edits)
-            reports.append(Report("fuse", tuple(edits.rows), edits.traced))
-            if not reports[-1].changed:  # a fold takes readers away, so that more may follow
-                if one_path or not edits.untraced or example_inputs is None:
-                    break
-                one_path = True
-            parts = parts.after(result, one_path)
-        found = replace(combined(reports), traced=reports[-1].traced)
+    with at_work("fuse", progress) as show, restoring([*target.modules()]):
+        commit(plan)
+        rounds = _Rounds(target, example_inputs, verify, inplace, show)
+        found = to_fixed_point(rounds.fold, [plan.report])
         if strict and found.refusals:
             raise RefusedError(found.refusals[0].message)
-        if before and example_inputs is not None and found.changed:
-            require_same_outputs(before, result, example_inputs, len(found.changed), found.title)
-    result.__dict__[REPORT] = found
-    return cast(Model, result)
+        if before and compared is not None and found.changed:
+            require_same_outputs(before, rounds.model, compared, len(found.changed), found.title)
+    rounds.model.__dict__[REPORT] = found
+    return rounds.model
+
+
+class _Rounds:
+    """Rounds of folds in a model that is changed; ``model`` is the result so far.
+
+    The graphs of all paths go first. Once nothing changes any more, parts that have none are read along the
+    path of their inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs | None,
+        verify: bool,
+        inplace: bool,
+        show: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self._has_inputs = example_inputs is not None
+        self._parts = Parts(model, example_inputs)
+        self._one_path = False
+        self._verify = verify
+        self._inplace = inplace
+        self._show = show
+
+    def fold(self) -> Report:
+        """Plan and commit one round."""
+        plan = self._round()
+        if not plan.report.changed and plan.untraced and not self._one_path and self._has_inputs:
+            self._one_path = True
+            plan = self._round()
+        return plan.report
+
+    def _round(self) -> FusePlan:
+        self._parts = self._parts.after(self.model, self._one_path)
+        plan = plan_fusing(self.model, self._parts, self._verify, self._show)
+        if self._inplace and self.model in plan.replaced:
+            raise SelectionError(
+                f"{type(self.model).__name__}: fusing changes the calls in its own forward, so it becomes a "
+                "GraphModule. Take the result of fuse(model) instead of inplace=True."
+            )
+        self.model = commit_fusing(self.model, plan)
+        return plan

@@ -1,238 +1,186 @@
-"""Carry fusions into the tree of modules that a graph was traced from.
+"""Where a fused layer goes in a tree of modules whose classes are kept.
 
-Where a fusion is a row of modules, the new layer takes the place of one and the others become Identity: every
-class is kept. Where it is all that a module does, the layer takes that module's place. Otherwise the smallest
-module that holds all of its nodes becomes a GraphModule. Where there is no graph of all paths through the
-code, the parts with one are fused on their own, and then rows of modules that every path has.
+A layer that computes all that a module does takes the place of that module. A layer that computes several
+modules in a row takes the place of one, and the others become Identity.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from bisect import bisect, bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx, nn
+from torch.fx.node import map_arg
 
-from fxexpand.kernel.modules import LAYERS, describe
-from fxexpand.layers.rewritten import Rewritten
+from fxexpand.passes.affine.aliasing import works_in_place, written
+from fxexpand.passes.affine.candidates import Candidate
 from fxexpand.passes.affine.extraction import Extraction
-from fxexpand.passes.affine.interpretation import Note
-from fxexpand.passes.fuse import Fuse, rows
-from fxexpand.passes.fusions import grouped, new_layer
-from fxexpand.passes.norms import split_norms
-from fxexpand.reporting.rows import Row
-from fxexpand.running.copying import keep_attributes
-from fxexpand.surgery.module_tree import Tree, outermost, within, within_any
-from fxexpand.tracing.edit import ModuleUses
-from fxexpand.tracing.graphs import hooked
-from fxexpand.tracing.recording import Failed
-from fxexpand.tracing.submodules import Parts, Reading
+from fxexpand.passes.fusions import Group
+from fxexpand.passes.norms import owner_name
+from fxexpand.surgery.module_tree import ModuleTree
 
-NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
-NO_GRAPH = "it would become part of a graph, and its module has none that holds for all sizes"
-ONE_GRAPH = "as one graph"
-SHARED = "another module holds a part of it, and may call that alone"
+OUT_OF_PLACE = ("torch.nn.", "fxexpand.")  # packages whose modules do not write into their inputs
 
 
-@dataclass
-class Edits:
-    """What to do to a model of these modules: what to put in place of which, and the rows of the report.
+@dataclass(frozen=True)
+class Placement:
+    """The modules that one layer replaces.
 
-    ``graphs`` counts the parts that were traced; ``untraced`` is why the whole was not. ``show`` takes the
-    name of each part and layer when it is worked on.
+    Attributes:
+        layer: the path at which the new layer is put.
+        others: what is put at the other paths.
     """
 
-    modules: set[nn.Module]
-    show: Callable[[str], None]
-    replaced: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    graphs: int = 0
-    untraced: str = ""
+    layer: str
+    others: Mapping[str, nn.Module]
 
     @property
-    def traced(self) -> str:
-        """How the model was read."""
-        parts = f"in parts, {self.graphs} of them a graph; the whole has none: {self.untraced}"
-        return parts if self.untraced else ONE_GRAPH
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all modules that are replaced."""
+        return (self.layer, *self.others)
 
 
-def plan_fusing(model: nn.Module, parts: Parts, verify: bool, show: Callable[[str], None]) -> Edits:
-    """Fuse every graph in ``model`` that can be traced; the model is not touched.
+class Placements:
+    """The placements of the groups of one graph, by their names; None where only a graph can hold the layer.
 
     Args:
-        parts: of ``model``.
-        show: see ``Edits``.
+        one_path: the graph is one of several paths through the code of the root, which stays as it is.
 
-    Raises:
-        UnusableWeightError: what would be folded holds NaN or Inf.
-        VerificationError: a new layer computes something else than what it replaces.
+    Attributes:
+        groups: the values to fuse.
+        owners: by the names of groups, the smallest module whose forward makes all of their nodes.
     """
-    edits, seen = Edits(set(model.modules()), show), set[nn.Module]()
-    _visit("", model, parts, verify, edits, seen)
-    told = {row.site for row in edits.rows}
-    for name, module in model.named_modules():
-        affine = type(module) in LAYERS or isinstance(module, _BatchNorm)
-        if affine and module not in seen and name not in told:
-            count = sum(parameter.numel() for parameter in module.parameters())
-            reason = "no graph that can be traced calls it"
-            edits.rows.append(Row(name, describe(module), "refused", reason, count, count))
-    return edits
+
+    def __init__(
+        self, extraction: Extraction, groups: Sequence[Group], tree: ModuleTree, one_path: bool
+    ) -> None:
+        self._extraction = extraction
+        self._tree = tree
+        self._one_path = one_path
+        self.groups = groups
+        self.owners = {group.name: tree.owner(group.nodes) for group in groups}
+        self._dead = extraction.dead()
+        self._writes = [place for node, place in extraction.order.items() if self._may_write(node)]
+        self._written_by = set(self._writes)
+        self._nodes = [group.first.nodes for group in groups]
+        self._shared = Counter(node for nodes in self._nodes for node in nodes)
+        self._placements = {group.name: self._whole(group) or self._row(group) for group in groups}
+
+    def of(self, group: Group) -> Placement | None:
+        """The placement of a group."""
+        return self._placements[group.name]
+
+    def paths(self, group: Group) -> tuple[str, ...]:
+        """The paths of the modules that the layer of a group replaces; none if only a graph can hold it."""
+        placement = self.of(group)
+        return placement.paths if placement is not None else ()
+
+    @cached_property
+    def outlines(self) -> dict[str, object]:
+        """By the names of groups: the same where the same modules are replaced by the same layer."""
+        return {group.name: self._outline(group) for group in self.groups}
+
+    def _outline(self, group: Group) -> object:
+        candidate, constants = group.first, self._extraction.reader.constants
+        places = {node: i for i, node in enumerate(self._extraction.in_order(candidate))}
+
+        def operand(node: fx.Node) -> Any:
+            if node in places:
+                return places[node]
+            if node not in constants:
+                return node is candidate.source
+            return node.op, node.target, _arguments(node, operand)
+
+        calls = [(node.op, node.target, _arguments(node, operand)) for node in places]
+        return [*self.paths(group), *calls] if self.of(group) is not None else None
+
+    def _may_write(self, node: fx.Node) -> bool:
+        """Whether a call may write into its argument; code without a graph may do so."""
+        extraction = self._extraction
+        known = node.op != "call_module" or type(extraction.module(node)).__module__.startswith(OUT_OF_PLACE)
+        return works_in_place(extraction.graph_module, node) or (self._one_path and not known)
+
+    def _whole(self, group: Group) -> Placement | None:
+        """In place of the module that does nothing else."""
+        laid_out = any(candidate.before or candidate.after for candidate in group.values.values())
+        if self._one_path or laid_out:
+            return None
+        path = self.owners[group.name]
+        return Placement(path, {}) if self._tree.computes_only(path, group.nodes, len(group.values)) else None
+
+    def _row(self, group: Group) -> Placement | None:
+        """In place of one module in a row of modules."""
+        kernels = self._extraction.kernels(group.first)
+        units = self._units(group, kernels)
+        layer = self._layer(group.first, kernels) if units is not None else None
+        if units is None or layer is None or not self._unobserved(group, layer):
+            return None
+        others: dict[str, nn.Module] = {}
+        for node, path in units.items():
+            split_norm = node.op == "call_module" and path != node.target
+            rest = self._extraction.graph_module.get_submodule(path) if split_norm else nn.Identity()
+            others[path] = rest
+        del others[units[layer]]
+        return Placement(units[layer], others)
+
+    def _units(self, group: Group, kernels: Sequence[fx.Node]) -> dict[fx.Node, str] | None:
+        """For each node the module that computes nothing else; None where they are no row of modules."""
+        values = group.values
+        read = {*group.first.nodes, group.first.source}
+        mine = {node for each in values.values() for node in self._extraction.kernels(each)}
+        units: dict[fx.Node, str] = {}
+        called: set[str] = set()
+        for node in kernels:
+            path = self._unit(node, len(values), mine)
+            one_operand = sum(each in read for each in node.all_input_nodes) == 1
+            again = node.op == "call_module" and path in called
+            if path is None or again or not one_operand or not (node in values or node in self._dead):
+                return None
+            units[node] = path
+            called.add(path)
+        return units
+
+    def _unit(self, node: fx.Node, calls: int, mine: Set[fx.Node]) -> str | None:
+        """The module that computes nothing but a node and others of ``mine`` at all of its calls."""
+        if node.op != "call_module":
+            path = self._tree.stack(node)[-1]
+            return path if self._tree.computes_only(path, mine, calls) else None
+        path, made = owner_name(str(node.target)), self._extraction.reader.uses.calls
+        once = len(made[id(self._extraction.module(node))]) == calls and self._tree.named_once(path)
+        return path if path and once else None
+
+    def _layer(self, candidate: Candidate, kernels: Sequence[fx.Node]) -> fx.Node | None:
+        """The Linear or convolution whose place the new layer can take, between the changes of layout."""
+        order = self._extraction.order
+        low = max((order[layout] for layout in candidate.before), default=-1)
+        high = min((order[layout] for layout in candidate.after), default=len(order))
+        fitting = (node for node in kernels if low < order[node] < high)
+        layers = (node for node in fitting if self._extraction.has_macs(node) and self._shared[node] == 1)
+        return next(layers, None)
+
+    def _unobserved(self, group: Group, layer: fx.Node) -> bool:
+        """Whether no code that stays reads a value that will be another one, or writes into it.
+
+        That code runs whether its result is read or not; before the new layer it finds the source.
+        """
+        candidate, order = group.first, self._extraction.order
+        between = slice(bisect(self._writes, candidate.start), bisect_left(self._writes, order[layer]))
+        if self._writes[between]:
+            return False  # Identity passes the source on, and it is written into before the layer reads it
+        for node in candidate.nodes:
+            for user in node.users if node not in group.values else ():
+                if order[user] in self._written_by and written(user) is node:
+                    return False
+                early_shape = user in self._extraction.shape_readers and order[node] < order[layer]
+                merged = user in candidate.nodes or early_shape
+                if not merged and not any(node in nodes and user in nodes for nodes in self._nodes):
+                    return False
+        return True
 
 
-def commit_fusing(model: nn.Module, edits: Edits) -> nn.Module:
-    """Carry a plan out; returns the model, which is a new one where the root itself was replaced."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in edits.replaced:
-                parent._modules[name] = edits.replaced[child]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, Rewritten) and (layer := child.remaining_layer()) is not None:
-                parent._modules[name] = layer  # a pair of full rank is one layer again
-    return edits.replaced.get(model, model)
-
-
-def _visit(
-    name: str,
-    module: nn.Module,
-    calls: Parts,
-    verify: bool,
-    edits: Edits,
-    seen: set[nn.Module],
-) -> None:
-    """Fuse the graph of a module; where it has none, those of its children."""
-    if module in seen:
-        return
-    seen.add(module)
-    edits.show(name or type(module).__name__)
-    reading = calls.traced(module)
-    if isinstance(reading, Failed):
-        if hooked(module) and "forward" not in vars(module):
-            _visit(name, _without_hooks(module), calls, verify, edits, seen)
-            return
-        edits.untraced = edits.untraced if name else reading.reason
-        for child_name, child in module.named_children():
-            inner = f"{name}.{child_name}" if name else child_name
-            if type(child) in LAYERS or isinstance(child, _BatchNorm):
-                count = sum(parameter.numel() for parameter in child.parameters())
-                reason = f"{name or type(module).__name__} cannot be traced: {reading.reason}"
-                reason += "" if calls.given(module) is not None else "; example_inputs may help"
-                edits.rows.append(Row(inner, describe(child), "refused", reason, count, count))
-                seen.add(child)
-            else:
-                _visit(inner, child, calls, verify, edits, seen)
-        return
-    edits.graphs += 1
-    if reading.failure is not None and not name:
-        edits.untraced = reading.failure.reason
-    graph_module = reading.traced.graph_module
-    parts, around = dict(module.named_modules()), ModuleUses(graph_module).around
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        part = parts.get(str(node.target))
-        whole = type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.Sequential)
-        if part is not None and part._modules and not whole and part not in around:
-            _visit(f"{name}.{node.target}" if name else str(node.target), part, calls, verify, edits, seen)
-    seen.update(set(parts.values()) - {inner for part in around for inner in part.modules()})
-    for path in _fuse_graph(name, module, reading, calls, verify, edits):
-        part = module.get_submodule(path)
-        seen.difference_update(part.modules())
-        _visit(f"{name}.{path}" if name else path, part, calls, verify, edits, seen)
-
-
-def _fuse_graph(
-    name: str, module: nn.Module, reading: Reading, calls: Parts, verify: bool, edits: Edits
-) -> list[str]:
-    """Fuse one graph; returns the paths of modules in it that are left, to be read by themselves."""
-    graph_module, multi_argument_calls = reading.traced.graph_module, reading.traced.multi_argument_calls
-    with split_norms(graph_module):
-        walk = Extraction(graph_module)
-        groups = grouped(walk)
-        tree = Tree(walk, module, groups, multi_argument_calls, bool(name), reading.failure is not None)
-        tree.apart = {group.name for group in groups if tree.shared(group, calls)}
-        graphs = tree.graphs()
-        conflicts, alone = _conflicts(module, reading, tree, calls)
-        alone = [path for path in alone if not within_any(path, graphs)]
-        graphs = {owner: graph for owner, graph in graphs.items() if not within_any(owner, alone)}
-        no_place = NO_GRAPH if tree.one_path else NO_PLACE
-        fusions = []
-        for group in groups:
-            where = tree.places[group.name]
-            if any(within_any(path, alone) for path in (tree.owner(group), *(where or ()))):
-                continue
-            reason = no_place if group.name in tree.unplaced else conflicts.get(group.name)
-            reason = SHARED if group.name in tree.apart else reason
-            if reason is not None:
-                forms = group.values.values()
-                walk.notes |= {node: Note(True, reason) for form in forms for node in walk.kernels(form)}
-            if where is None or reason is not None or any(within_any(path, graphs) for path in where):
-                continue
-            title = next(path for path, new in where.items() if new is None)
-            edits.show(f"{name}.{title}" if name else title)
-            fusion = new_layer(walk, replace(group, name=title), verify)
-            fusions.append(fusion)
-            for path, new in where.items():
-                old = module.get_submodule(path)
-                edits.replaced[old] = (fusion.module if new is None else new).train(old.training)
-        walk.notes = {node: note for node, note in walk.notes.items() if not tree.inside(node, alone)}
-        found = [row for row in rows(walk, fusions) if not within_any(row.site, (*graphs, *alone))]
-    if "" in graphs and module not in edits.modules:  # the copy of a module with hooks
-        del graphs[""]
-    for owner, graph in graphs.items():
-        result = Fuse(inplace=True, verify=verify)(graph)
-        old = module.get_submodule(owner)
-        keep_attributes(result.graph_module, old)
-        edits.replaced[old] = result.graph_module
-        prefix = f"{owner}." if owner else ""
-        found += [replace(row, site=f"{prefix}{row.site}") for row in result.report.rows]
-    start = f"{name}." if name else ""
-    edits.rows += [replace(row, site=f"{start}{row.site}") for row in found]
-    return alone
-
-
-def _conflicts(
-    module: nn.Module, reading: Reading, tree: Tree, calls: Parts
-) -> tuple[dict[str, str], list[str]]:
-    """Groups that would be wrong for other arguments of the module or other sizes, by their names: why.
-
-    And the parts to be read by themselves instead: all that differs is inside their own calls, which the
-    other arguments and sizes that they get themselves decide.
-    """
-    placed = [group for group in tree.groups if tree.places[group.name] is not None]
-    found: dict[str, str] = {}
-    outside: set[str] = set()  # where code calls something inside of the owner
-    for reason, other in calls.others(module, reading) if placed else ():
-        if other is None:
-            return {group.name: reason for group in placed} | found, []
-        with split_norms(other.graph_module):
-            walk = Extraction(other.graph_module)
-            others = Tree(walk, module, grouped(walk), other.multi_argument_calls, True, tree.one_path)
-            same: dict[frozenset[str], list[object]] = {}
-            for group in others.groups:
-                same.setdefault(frozenset(others.places[group.name] or ()), []).append(
-                    others.outlines[group.name]
-                )
-            for group in placed:
-                where, owner = tree.places[group.name] or {}, tree.owner(group)
-                used = others.uses(where)
-                # Where the module's own code fails, that of the parts which it has called by then is known.
-                unknown = other.partial and (not used or owner == "")
-                if unknown or (used and tree.outlines[group.name] not in same.get(frozenset(where), ())):
-                    found.setdefault(group.name, reason)
-                    if other.partial or not all(others.inside(node, [owner]) for node in used):
-                        outside.add(group.name)
-    owners = {tree.owner(group) for group in placed if group.name in found} - {""}
-    mixed = [path for name in outside for path in tree.places[name] or ()]
-    owners = {owner for owner in owners if not any(within(path, owner) for path in mixed)}
-    return found, outermost(owners)
-
-
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """A module with the same parts. Its hooks run around what is inside, which may be rewritten."""
-    bare = copy.copy(module)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        vars(bare)[name] = OrderedDict()
-    vars(bare)["_modules"] = module._modules  # a graph module copies the modules that hold others
-    return bare
+def _arguments(node: fx.Node, operand: Callable[[fx.Node], Any]) -> object:
+    return map_arg(node.args, operand), map_arg(node.kwargs, operand)

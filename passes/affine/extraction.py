@@ -82,6 +82,10 @@ class Extraction:
             if n not in layouts and not isinstance(self.steps[n], Identity | Layout | MultiOutput)
         )
 
+    def note(self, candidate: Candidate, note: Note) -> None:
+        """Note why all that computes in a candidate stays apart after all."""
+        self.notes |= dict.fromkeys(self.kernels(candidate), note)
+
     def in_order(self, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The nodes of a candidate in the graph's order."""
         return tuple(sorted(candidate.nodes, key=self.order.__getitem__))
@@ -143,11 +147,7 @@ class Extraction:
 
     def _choice(self) -> dict[fx.Node, Candidate]:
         """The first profitable candidate of each value, without those that save nothing beside the others."""
-        chosen: dict[fx.Node, Candidate] = {}
-        for node, candidates in self._candidates.items():
-            candidate = next((each for each in candidates if each.profitable), None)
-            if candidate is not None and not self._passes_on(node, candidate) and self._worthwhile(candidate):
-                chosen[node] = candidate
+        chosen = dict(self._profitable())
         while True:
             alive = self._alive(chosen)
             here = {node: candidate for node, candidate in chosen.items() if node in alive}
@@ -163,6 +163,13 @@ class Extraction:
                 return here
             for node in useless:
                 del chosen[node]
+
+    def _profitable(self) -> Iterator[tuple[fx.Node, Candidate]]:
+        """Each value that may be fused, with its first profitable candidate."""
+        for node, candidates in self._candidates.items():
+            candidate = next((each for each in candidates if each.profitable), None)
+            if candidate is not None and not self._passes_on(node, candidate) and self._worthwhile(candidate):
+                yield node, candidate
 
     def _useless(self, chosen: Mapping[fx.Node, Candidate], alive: set[fx.Node]) -> list[fx.Node]:
         """Values whose candidates do not save the nodes that they count on.

@@ -1,57 +1,31 @@
 """Expand a network's layers into linear chains for training, and fuse them back exactly.
 
-The contents page: ``import fxexpand`` offers the names of ``CONTENTS``. Each is documented where it is
-defined, and is loaded when it is first used (PEP 562), so that ``import fxexpand`` alone does not load torch.
-``__init__.pyi`` says the same to type checkers.
+The contents page: ``import fxexpand`` offers the names that the stub ``__init__.pyi`` imports. Each is
+documented where it is defined, and is loaded when it is first used (PEP 562), so that ``import fxexpand``
+alone does not load torch.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import pkgutil
 import sys
 from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 
-# The public names, by the module that defines them.
-CONTENTS = {
-    "deploy": ("OnnxReport", "check_int8", "export_onnx", "weight_ranges"),
-    "deploy.latency": ("LatencyReport", "measure_latency"),
-    "errors": (
-        "FxExpandError",
-        "InexactError",
-        "RefusedError",
-        "SelectionError",
-        "UnusableWeightError",
-        "VerificationError",
-    ),
-    "layers.accumulation": ("accumulate",),
-    "layers.param_groups": ("param_groups",),
-    "lowrank": ("RankTracker", "TrainedRankPruning", "effective_rank", "kernel_rank", "rank_report"),
-    "recipes": (
-        "DBB",
-        "OREPA",
-        "ACNet",
-        "Chain",
-        "DOConv",
-        "ExpandNetCK",
-        "ExpandNetCL",
-        "ExpandNetFC",
-        "MobileOne",
-        "Recipe",
-        "RepVGG",
-    ),
-    "reporting.rows": ("Report",),
-    "running.flops": ("FlopReport", "count_flops"),
-    "surgery.expand": ("expand",),
-    "surgery.factorize": ("cuts", "factorize"),
-    "surgery.fold": ("fused_state_dict",),
-    "surgery.fuse": ("fuse",),
-    "surgery.transaction": ("report",),
-    "training": ("checkpoint",),
-}
+
+def _contents() -> dict[str, tuple[str, ...]]:
+    """The public names by the module that offers them, as the stub lists them for type checkers."""
+    stub = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or b"")
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {str(node.module).partition(".")[2]: tuple(alias.name for alias in node.names) for node in imports}
+
+
+CONTENTS = _contents()
 
 # Where the contents of a module went that was here before. What was pickled, and code that imports the old
 # names, finds them there; a package that keeps its name has them itself.

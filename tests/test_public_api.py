@@ -36,19 +36,15 @@ def test_all_is_free_of_repeats() -> None:
 
 
 def test_the_contents_page_is_that_of_the_type_checkers() -> None:
-    """A table for the interpreter, a stub for type checkers: the same names and modules."""
+    """The stub imports every public name, re-exports it under its own name, and names each module once."""
     tree = ast.parse(Path(fxexpand.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    imported = {
-        (str(node.module).removeprefix("fxexpand."), alias.name)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-        if alias.asname == alias.name
-    }
-    table = {(home, name) for home, names in fxexpand.CONTENTS.items() for name in names}
-    assert imported == table
-    assert {*(name for _, name in table), "__version__"} == set(fxexpand.__all__)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)
+    assert [f"fxexpand.{home}" for home in fxexpand.CONTENTS] == [node.module for node in imports]
+    table = [name for names in fxexpand.CONTENTS.values() for name in names]
+    assert {*table, "__version__"} == set(fxexpand.__all__)
     assert set(fxexpand.__all__) <= set(dir(fxexpand))
+    assert {"expand", "fuse", "factorize", "report", "Chain", "checkpoint"} <= set(table)
 
 
 def test_no_module_has_the_name_of_a_function() -> None:

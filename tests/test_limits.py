@@ -29,8 +29,15 @@ HIGH_COMPLEXITY, MOST_HIGH = 15, 5  # at most five functions of the product are 
 PENDING: dict[str, set[str]] = {
     "complexity": {
         "fxexpand/deploy/onnx.py:export_onnx",
+<<<<<<< HEAD
         "fxexpand/lowrank/decisions.py:_allocated",
         "fxexpand/lowrank/rank_plots.py:plot_report",
+=======
+        "fxexpand/surgery/module_tree.py:Tree._row",
+        "fxexpand/surgery/placement.py:_visit",
+        "fxexpand/surgery/placement.py:_fuse_graph",
+        "fxexpand/surgery/placement.py:_conflicts",
+>>>>>>> 0540921 (tests: the list of what is beyond a limit is shorter)
         "fxexpand/surgery/sites.py:_verdict",
         "fxexpand/surgery/uses.py:_Flow._kept",
         "passes/operators/table.py:spelling_of",
@@ -50,12 +57,9 @@ PENDING: dict[str, set[str]] = {
     "body": {
         "fxexpand/deploy/latency/page.py:latency_page",
         "fxexpand/deploy/onnx.py:export_onnx",
-        "fxexpand/lowrank/decisions.py:_allocated",
-        "fxexpand/training/demo/findings.py:Findings.to_dict",
-        "fxexpand/training/loop.py:fit",
     },
     "parameters": {"fxexpand/deploy/onnx.py:_write"},
-    "lines": {"fxexpand/deploy/onnx.py", "fxexpand/training/train.py", "tests/test_operators.py"},
+    "lines": {"fxexpand/deploy/onnx.py", "tests/test_operators.py"},
 }
 
 

@@ -29,15 +29,6 @@ HIGH_COMPLEXITY, MOST_HIGH = 15, 5  # at most five functions of the product are 
 PENDING: dict[str, set[str]] = {
     "complexity": {
         "fxexpand/deploy/onnx.py:export_onnx",
-<<<<<<< HEAD
-        "fxexpand/lowrank/decisions.py:_allocated",
-        "fxexpand/lowrank/rank_plots.py:plot_report",
-=======
-        "fxexpand/surgery/module_tree.py:Tree._row",
-        "fxexpand/surgery/placement.py:_visit",
-        "fxexpand/surgery/placement.py:_fuse_graph",
-        "fxexpand/surgery/placement.py:_conflicts",
->>>>>>> 0540921 (tests: the list of what is beyond a limit is shorter)
         "fxexpand/surgery/sites.py:_verdict",
         "fxexpand/surgery/uses.py:_Flow._kept",
         "passes/operators/table.py:spelling_of",

@@ -7,9 +7,11 @@ is known which parameters it holds (reshaped, transposed, scaled, cast) and whet
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -111,6 +113,7 @@ class _Value(NamedTuple):
     data: bool
 
 
+Lookup: TypeAlias = Callable[[Any], _Value | None]  # the value of an argument; None of no tensor
 DATA = _Value({}, True)
 NEITHER = _Value({}, False)  # buffers, constants, statistics of parameters
 
@@ -145,7 +148,7 @@ class _Flow:
         target: Any,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        lookup: Callable[[Any], _Value | None],
+        lookup: Lookup,
     ) -> _Value | None:
         """What the result of an operation holds; None for a number, or where no tensor goes in.
 
@@ -162,17 +165,15 @@ class _Flow:
         result = DATA if any(value.data for value in operands) else NEITHER
         if not any(value.held for value in operands):
             return result
-        name = _shown(target) if call is None else call.name
-        if call is not None and call.operator.kind == "einsum":
-            self._einsum(args, lookup)
-        elif call is not None and call.operator.weights:
-            self._linear(call, lookup)
-        elif call is not None and call.operator.keeps is not None:
+        held: dict[int, bool] = {}
+        if call is not None:
+            self._note_weights(call, args, lookup)
             held = self._kept(call, [*args, *kwargs.values()], lookup)
-            if held:
-                for key in held if result.data and call.operator.keeps != "first" else ():
-                    self._stops.setdefault(key, name)
-                return _Value(held, result.data)
+        name = _shown(target) if call is None else call.name
+        if held:
+            for key in held if result.data and call is not None and call.operator.keeps != "first" else ():
+                self._stops.setdefault(key, name)
+            return _Value(held, result.data)
         self.stop(name, operands)
         return result
 
@@ -180,27 +181,30 @@ class _Flow:
         for key, flipped in value.held.items():
             self._uses.setdefault(key, Use(kind, name, transposed != flipped))
 
-    def _linear(self, call: Call, lookup: Callable[[Any], _Value | None]) -> None:
+    def _note_weights(self, call: Call, args: Sequence[Any], lookup: Lookup) -> None:
         """Note the parameters that a linear map takes as its weights."""
-        assert call.operator.kind is not None
+        if call.operator.kind == "einsum":
+            return self._einsum(args, lookup)
         for weight in call.operator.weights:
             for value in _values(lookup, call.get(weight.argument)):
                 if weight.always or not value.data:
-                    self._use(call.operator.kind, call.name, value, weight.transposed)
+                    self._use(call.operator.kind or "linear", call.name, value, weight.transposed)
 
-    def _kept(
-        self, call: Call, given: Sequence[Any], lookup: Callable[[Any], _Value | None]
-    ) -> dict[int, bool]:
+    def _kept(self, call: Call, given: Sequence[Any], lookup: Lookup) -> dict[int, bool]:
         """The parameters that the result still holds of what went in, each with whether it is transposed."""
-        if call.operator.keeps == "parts":
-            return {key: flip for value in _values(lookup, given[0]) for key, flip in value.held.items()}
-        if call.operator.keeps == "larger":
-            pair = [value for value in _values(lookup, given[:2]) if value.held]
+        keeps = call.operator.keeps
+        if keeps == "first":
+            return self._kept_first(call, given, lookup)
+        parts = _values(lookup, given[:2] if keeps == "larger" else given[0]) if keeps is not None else []
+        if keeps == "larger":
             # The larger one of two parameters is the weight, the other one scales or shifts it.
-            largest = max((self._numel(value) for value in pair), default=0)
-            self.stop(call.name, [value for value in pair if self._numel(value) < largest])
-            kept = [value for value in pair if self._numel(value) == largest]
-            return {key: flip for value in kept for key, flip in value.held.items()}
+            pair = [value for value in parts if value.held]
+            largest = max(map(self._numel, pair), default=0)
+            parts = [value for value in pair if self._numel(value) == largest]
+            self.stop(call.name, [value for value in pair if value not in parts])
+        return {key: flip for value in parts for key, flip in value.held.items()}
+
+    def _kept_first(self, call: Call, given: Sequence[Any], lookup: Lookup) -> dict[int, bool]:
         value, others = lookup(given[0]), _values(lookup, given[1:])
         if value is None or not value.held:
             return {}
@@ -221,21 +225,17 @@ class _Flow:
         dims = None if order is None else order(call, ndim)
         return dims is not None and list(dims).index(ndim - 1) < list(dims).index(ndim - 2)
 
-    def _einsum(self, args: Sequence[Any], lookup: Callable[[Any], _Value | None]) -> None:
-        """Note the weights of an einsum: operands that no input goes into, with an index that is summed
-        over.
-        """
+    def _einsum(self, args: Sequence[Any], lookup: Lookup) -> None:
+        """Note the weights of an einsum: operands without an input, with an axis that is summed over."""
         pattern = next((arg for arg in args if isinstance(arg, str)), "")
         operands = _values(lookup, args)
         inputs, arrow, output = pattern.replace("...", " ").partition("->")
         spaced = bool(args) and not isinstance(args[0], str)  # the axes of einops are words
         terms = [_axes(term, spaced) for term in inputs.split(",")]
-        if len(terms) != len(operands):
-            return
-        names = [name for term in terms for name in term]
-        kept = _axes(output, spaced) if arrow else [name for name in names if names.count(name) == 1]
-        for value, term in zip(operands, terms, strict=True):
-            summed = [i for i, name in enumerate(term) if name not in kept and names.count(name) > 1]
+        counts = Counter(chain(*terms))
+        kept = _axes(output, spaced) if arrow else [name for name, count in counts.items() if count == 1]
+        for value, term in zip(operands, terms, strict=False) if len(terms) == len(operands) else ():
+            summed = [i for i, name in enumerate(term) if name not in kept and counts[name] > 1]
             outputs = [i for i, name in enumerate(term) if name in kept]
             if not value.data and summed:
                 self._use("einsum", "einsum", value, bool(outputs) and max(summed) < max(outputs))
@@ -245,7 +245,7 @@ def _axes(term: str, spaced: bool) -> list[str]:
     return term.split() if spaced else list(term.replace(" ", ""))
 
 
-def _values(lookup: Callable[[Any], _Value | None], arguments: Any) -> list[_Value]:
+def _values(lookup: Lookup, arguments: Any) -> list[_Value]:
     """The values of the tensors among some arguments."""
     return [value for value in map(lookup, tree_leaves(arguments)) if value is not None]
 

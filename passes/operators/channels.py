@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,16 +21,21 @@ def from_last(dim: Any, shape: Shape | None) -> int | None:
     return -1 - dim if dim < 0 else len(shape or ()) - 1 - dim
 
 
+def without_ellipsis(index: Any, ndim: int) -> list[Any]:
+    """An index of a value of ``ndim`` dimensions, one entry for each dimension that it names."""
+    cuts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in cuts:
+        at = cuts.index(Ellipsis)
+        cuts[at : at + 1] = [slice(None)] * (ndim - len(cuts) + 1)
+    return cuts
+
+
 def one_cut(index: Any, ndim: int | None) -> tuple[int, Any] | None:
     """The one dimension (from the left) that an index narrows, and how; None for any other index."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    if any(part is None or isinstance(part, bool) for part in parts):
+    if any(part is None or isinstance(part, bool) for part in parts) or (Ellipsis in parts and ndim is None):
         return None
-    if Ellipsis in parts:
-        if ndim is None:
-            return None
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (ndim - len(parts) + 1)
+    parts = without_ellipsis(index, ndim or 0)
     cuts = [(i, part) for i, part in enumerate(parts) if part != slice(None)]
     if len(cuts) != 1 or not isinstance(cuts[0][1], slice | list):
         return None
@@ -204,23 +210,25 @@ def _item_size(call: Call, values: Values) -> Size | None:
     return None if sizes is None else sizes[call["index"]]
 
 
+def _looked_up(before: Shape, cuts: Sequence[Any], tables: Sequence[int], values: Values) -> Shape | None:
+    """The shape of the entries that one tensor of indices picks from one dimension."""
+    at, entries = tables[0], values.shape(cuts[tables[0]])
+    whole = all(cut == slice(None) for i, cut in enumerate(cuts) if i != at)
+    return (*before[:at], *entries, *before[at + 1 :]) if whole and entries is not None else None
+
+
 def _item_shape(call: Call, before: Shape, values: Values) -> Shape | None:
     index, source = call["index"], values.call(call["input"])
     if isinstance(index, int):
         several = source is not None and source.name in ("split", "chunk", *NORMS_OF_THREE)
         return before if several else before[1:]
-    cuts = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in cuts:
-        at = cuts.index(Ellipsis)
-        cuts = (*cuts[:at], *[slice(None)] * (len(before) - len(cuts) + 1), *cuts[at + 1 :])
-    if len(cuts) > len(before):
-        return None
+    cuts = without_ellipsis(index, len(before))
     tables = [i for i, cut in enumerate(cuts) if isinstance(cut, fx.Node)]
-    if len(tables) == 1 and all(cut == slice(None) for i, cut in enumerate(cuts) if i not in tables):
-        entries = values.shape(cuts[tables[0]])
-        return None if entries is None else (*before[: tables[0]], *entries, *before[tables[0] + 1 :])
-    if not all(isinstance(cut, slice) for cut in cuts):
+    rest = [cut for i, cut in enumerate(cuts) if i not in tables]
+    if len(cuts) > len(before) or not all(isinstance(cut, slice) for cut in rest):
         return None
+    if tables:
+        return _looked_up(before, cuts, tables, values)
     fresh = values.fresh(call, len(before))
     cut = [sliced(before[i], part) or fresh[i] for i, part in enumerate(cuts)]
     return (*cut, *before[len(cut) :])

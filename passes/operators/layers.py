@@ -37,30 +37,27 @@ def _layer(call: Call, values: Values, matrix: bool, transposed: bool = False) -
     """
     x, weight, bias = call["input"], call.get("other" if transposed else "weight"), call.get("bias")
     constants = values.constants
-    if weight is None or not _constant(values, weight, bias):
+    if weight is None or not _constant(values, weight, bias) or not constants.dtype(weight).is_floating_point:
         return None
-    shapes = [None if each is None else constants.shape(each) for each in (weight, bias)]
-    if (matrix and len(shapes[0] or ()) != 2) or not constants.dtype(weight).is_floating_point:
-        return None
-    if not all(constants.wide(each) for each in (weight, bias) if each is not None):
+    given = [each for each in (weight, bias) if each is not None]
+    shapes = [constants.shape(each) for each in given]
+    if (matrix and len(shapes[0]) != 2) or any(size != 1 for shape in shapes[1:] for size in shape[:-1]):
+        return None  # a stack of matrices, or another bias for each row
+    if not all(map(constants.wide, given)):
         raise InexactError("its weight is cast to another dtype on the way, and float64 would not show.")
-    if shapes[1] is not None and any(size != 1 for size in shapes[1][:-1]):
-        return None  # another bias for each row
 
-    def build(numbers: Tensor, offset: Tensor | None) -> Kernel:
+    def build(numbers: Tensor, offset: Tensor | None = None) -> Kernel:
         if not matrix:
             return convolution(call.name, numbers, offset, call.arguments)
         numbers = numbers.t() if transposed else numbers
         return Kernel(numbers, None if offset is None else offset.reshape(-1).expand(len(numbers)))
 
-    meta = partial(torch.empty, dtype=torch.float64, device="meta")
-    shape = build(meta(shapes[0]), None if shapes[1] is None else meta(shapes[1]))
+    shape = build(*(torch.empty(each, dtype=torch.float64, device="meta") for each in shapes))
 
     def leaf(place: Place) -> Kernel:
         if place.device.type == "meta":
             return shape
-        numbers = constants.value(weight).to(place.device)
-        return build(numbers, None if bias is None else constants.value(bias).to(place.device))
+        return build(*(constants.value(each).to(place.device) for each in given))
 
     computed = weight.op != "get_attr"
     return Affine(x, Map(shape.rank, shape.in_channels, shape.out_channels, leaf), True, computed)

@@ -283,17 +283,9 @@ class Spelling(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def spelling_of(target: Any) -> Spelling:
-    """The spelling of a function, a method (a string) or an ATen overload; of what is unknown, its full
-    name.
-    """
+    """The spelling of a function, a method (a string) or an ATen overload; an unknown one has its full name."""
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        space, name = str(packet._qualified_op_name).split("::")
-        if space != "aten":
-            return Spelling(f"{space}.{name}")
-        mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-        bare = name.removesuffix("_") if mutable else name
-        return Spelling(f"aten.{bare}" if f"aten.{bare}" in _ROWS else bare, mutable)
+        return _of_overload(target)
     if target in _ROWS and not isinstance(target, str):
         return Spelling(target)
     name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
@@ -303,16 +295,32 @@ def spelling_of(target: Any) -> Spelling:
     if not isinstance(target, str) and not any(getattr(home, name, None) == target for home in HOMES):
         return Spelling(f"{package.partition('.')[0]}.{name}")
     dunder = name.startswith("__") and name.endswith("__")
-    bare = name.strip("_") if dunder else name.removesuffix("_")
-    python = dunder or package == "_operator"
-    if python and bare[:1] in ("i", "r") and bare[1:] in _ROWS:
-        return Spelling(bare[1:], bare[0] == "i", bare[0] == "r")
-    own = getattr(torch, name, None) == target and getattr(F, name, None) != target
-    if (
-        own and f"aten.{bare}" in _ROWS
-    ):  # torch.batch_norm has ATen's order of arguments, F.batch_norm another
-        bare = f"aten.{bare}"
-    return Spelling(bare, name.endswith("_") and not dunder)
+    if dunder or package == "_operator":
+        return _of_python(name.strip("_"))
+    bare = name.removesuffix("_")
+    if getattr(torch, name, None) == target and getattr(F, name, None) != target:
+        bare = _as_aten(bare)  # torch.batch_norm has ATen's order of arguments, F.batch_norm another
+    return Spelling(bare, name.endswith("_"))
+
+
+def _as_aten(name: str) -> str:
+    """The row of ATen's operator, where it has another order of arguments than the function of that name."""
+    return f"aten.{name}" if f"aten.{name}" in _ROWS else name
+
+
+def _of_overload(target: Any) -> Spelling:
+    mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    space, name = str(packet._qualified_op_name).split("::")
+    bare = name.removesuffix("_") if mutable else name
+    return Spelling(_as_aten(bare), mutable) if space == "aten" else Spelling(f"{space}.{name}")
+
+
+def _of_python(name: str) -> Spelling:
+    """Python's operators: ``iadd`` works in place, ``radd`` has its operands exchanged."""
+    if name[:1] in ("i", "r") and name[1:] in _ROWS:
+        return Spelling(name[1:], name[0] == "i", name[0] == "r")
+    return Spelling(name)
 
 
 def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
@@ -323,22 +331,18 @@ def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | 
     entry = _ROWS.get(spelling.name)
     if entry is None:
         return None
-    given = list(args)
-    if spelling.reflected:
-        given[:2] = reversed(given[:2])
-    names = entry.arguments
-    if entry.variadic and not (len(given) == 2 and isinstance(given[1], list | tuple)) and len(given) > 1:
+    given = [*args[1::-1], *args[2:]] if spelling.reflected else list(args)
+    if entry.variadic and len(given) > 1 and not isinstance(given[1], list | tuple):
         given[1:] = [tuple(given[1:])]
-    arguments = dict(zip(names, given, strict=False))
-    known = len(given) <= len(names)
-    for key, value in kwargs.items():
-        name = entry.keywords.get(key, KEYWORDS.get(key, key))
-        known = known and (name in names or value is None) and name not in arguments
-        arguments.setdefault(name, value)
-    known = (known or entry.open) and entry.first in arguments
+    arguments = dict(zip(entry.arguments, given, strict=False))
+    named = {entry.keywords.get(key, KEYWORDS.get(key, key)): value for key, value in kwargs.items()}
+    more = {name for name, value in named.items() if name not in entry.arguments and value is not None}
+    more |= named.keys() & arguments.keys()
+    arguments = {**named, **arguments}
+    known = entry.open or (len(given) <= len(entry.arguments) and not more)
     if entry.becomes is not None:
         entry = _ROWS[entry.becomes(arguments)]
-    return Call(entry, arguments, known=known, inplace=spelling.inplace)
+    return Call(entry, arguments, known=known and entry.first in arguments, inplace=spelling.inplace)
 
 
 def call_of(node: fx.Node, graph_module: nn.Module | None = None) -> Call | None:

@@ -30,8 +30,6 @@ PENDING: dict[str, set[str]] = {
     "complexity": {
         "fxexpand/deploy/onnx.py:export_onnx",
         "fxexpand/surgery/sites.py:_verdict",
-        "fxexpand/surgery/uses.py:_Flow._kept",
-        "passes/operators/table.py:spelling_of",
     },
     "high complexity": {
         "fxexpand/surgery/expand.py:plan_expansion",
@@ -39,10 +37,6 @@ PENDING: dict[str, set[str]] = {
         "fxexpand/surgery/sites.py:find_sites",
         "fxexpand/surgery/sites.py:_shared_verdict",
         "fxexpand/surgery/sites.py:_without_parameter",
-        "fxexpand/surgery/uses.py:_Flow.step",
-        "fxexpand/surgery/uses.py:_Flow._einsum",
-        "passes/operators/channels.py:_item_shape",
-        "passes/operators/layers.py:_layer",
         "passes/operators/table.py:bind",
     },
     "body": {

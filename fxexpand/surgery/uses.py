@@ -227,13 +227,8 @@ class _Flow:
 
     def _einsum(self, args: Sequence[Any], lookup: Lookup) -> None:
         """Note the weights of an einsum: operands without an input, with an axis that is summed over."""
-        pattern = next((arg for arg in args if isinstance(arg, str)), "")
-        operands = _values(lookup, args)
-        inputs, arrow, output = pattern.replace("...", " ").partition("->")
-        spaced = bool(args) and not isinstance(args[0], str)  # the axes of einops are words
-        terms = [_axes(term, spaced) for term in inputs.split(",")]
+        operands, (terms, kept) = _values(lookup, args), _axes_of(args)
         counts = Counter(chain(*terms))
-        kept = _axes(output, spaced) if arrow else [name for name, count in counts.items() if count == 1]
         for value, term in zip(operands, terms, strict=False) if len(terms) == len(operands) else ():
             summed = [i for i, name in enumerate(term) if name not in kept and counts[name] > 1]
             outputs = [i for i, name in enumerate(term) if name in kept]
@@ -241,8 +236,14 @@ class _Flow:
                 self._use("einsum", "einsum", value, bool(outputs) and max(summed) < max(outputs))
 
 
-def _axes(term: str, spaced: bool) -> list[str]:
-    return term.split() if spaced else list(term.replace(" ", ""))
+def _axes_of(args: Sequence[Any]) -> tuple[list[list[str]], list[str]]:
+    """The axes of each operand of an einsum, and those of its result; the axes of einops are words."""
+    pattern = next((arg for arg in args if isinstance(arg, str)), "").replace("...", " ")
+    inputs, arrow, output = pattern.partition("->")
+    spaced = bool(args) and not isinstance(args[0], str)
+    terms = [term.split() if spaced else list(term.replace(" ", "")) for term in (*inputs.split(","), output)]
+    counts = Counter(chain(*terms[:-1]))
+    return terms[:-1], terms[-1] if arrow else [name for name, count in counts.items() if count == 1]
 
 
 def _values(lookup: Lookup, arguments: Any) -> list[_Value]:

@@ -283,7 +283,7 @@ class Spelling(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def spelling_of(target: Any) -> Spelling:
-    """The spelling of a function, a method (a string) or an ATen overload; an unknown one has its full name."""
+    """The spelling of a function, a method (a string) or an ATen overload; the full name of unknown ones."""
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _of_overload(target)
     if target in _ROWS and not isinstance(target, str):

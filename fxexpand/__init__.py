@@ -105,11 +105,11 @@ MOVED = {
     "report": "reporting.rows",
     "selection": "recipes.selection",
     "sharding": "layers.sharding",
-    "sites": "surgery.sites kernel.algebra",
+    "sites": "passes.sites kernel.algebra",
     "sizes": "tracing.example_values",
     "table": "reporting.table",
     "tracer": "tracing.guards tracing.tracer",
-    "uses": "surgery.uses",
+    "uses": "passes.uses",
     "verify": "running.verify",
     "weights": "layers.parametrized",
 }

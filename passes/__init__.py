@@ -3,8 +3,13 @@
 A pass is a frozen dataclass with its options as fields. Called on a GraphModule it returns a ``Result``:
 the new graph module, whether it changed, and a report of every site. All of them run inside torch.fx's pass
 managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` is the type they return, and
-``contract`` holds the rules that all keep. ``fusions`` makes the layers of ``fuse``, ``norms`` splits norms
-while a graph is fused, and ``fixed_point`` repeats its rounds; ``operators`` and ``affine`` are rooms inside.
+``contract`` holds the rules that all keep.
+
+``sites`` finds the weights of linear maps in a model or graph, ``uses`` how the code uses them and
+``readings`` how that reads them as kernels; ``planner`` makes a plan of sites and commits it, for passes and
+for functions on models, and ``folding`` plans the way back. ``fusions`` makes the layers of ``fuse``,
+``norms`` splits norms while a graph is fused, and ``fixed_point`` repeats its rounds; ``operators`` and
+``affine`` are rooms inside.
 """
 
 from fxexpand.passes.contract import check

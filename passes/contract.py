@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.parameter import is_lazy
 
 from fxexpand.errors import ContractError, VerificationError
+from fxexpand.layers.parametrized import LISTS
 from fxexpand.reporting.rows import LEFT, REFUSED, UNCHANGED, Report, Row
 from fxexpand.running.copying import copied
 from fxexpand.running.outputs import outputs_of
@@ -30,7 +31,7 @@ def check(pass_: Pass, graph_module: fx.GraphModule, *inputs: Any) -> PassResult
        ``graph_module`` itself, and with ``inplace=True`` it always is.
     2. Idempotent: on its own result the pass changes nothing.
     3. Rows: ``modified`` is true exactly if a row says so. Each parameter that is gone or has other values
-       is in a changed row, by its name or by the name of its module or of a node that reads it. Where a
+       is in a changed row, by its name, by that of its module, or by a node that reads it. Where a
        module of some class is changed, each module of that class which the graph calls is in a row.
     4. Reasons: each refusal has one, and so has each site that is left; no site has two rows of one action.
     5. Outputs: with ``inputs``, one call's arguments, the outputs are equal, in evaluation mode, within the
@@ -75,8 +76,8 @@ class _Snapshot:
     Attributes:
         facts: the code, and of every module its class, mode, hooks and parameter flags, by name.
         values: copies of all parameters and buffers, by name.
-        readers: the names that stand for each parameter in a report: its own, those of its modules, and
-            those of the nodes that read it.
+        readers: the names that stand for each parameter in a report: its own, those of its modules, of the
+            nodes that read it, and of their other arguments.
         called: the class of each module with parameters that the graph calls, by name.
     """
 
@@ -126,12 +127,14 @@ def _memory(model: nn.Module) -> set[int]:
 
 
 def _readers(graph_module: fx.GraphModule, name: str) -> set[str]:
-    parts = name.split(".")
-    found = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    """The names that stand for a parameter in a report."""
+    parts, found = name.split("."), set[str]()
+    for path in (parts, [part for part in parts if part != LISTS]):  # a factor stands for its weight
+        found.update(".".join(path[:i]) for i in range(1, len(path) + 1))
     nodes = [node for node in graph_module.graph.find_nodes(op="get_attr") if node.target == name]
-    while nodes:  # through what is computed of parameters alone
+    while nodes:  # through the values that are computed of parameters alone
         node = nodes.pop()
-        found.add(node.name)
+        found.update(each.name for each in (node, *node.all_input_nodes))
         if node.op == "get_attr" or all(each.op == "get_attr" for each in node.all_input_nodes):
             nodes.extend(node.users)
     return found
@@ -169,9 +172,9 @@ def _rows(before: _Snapshot, result: PassResult, report: Report) -> Iterator[str
             yield f"rows: no row says that {name} was changed"
     sites = {row.site for row in report.changed}
     classes = {kind for name, kind in before.called.items() if name in sites}
-    for name in before.called.keys() - _named(report.rows):
-        kind = before.called[name]
-        if kind in classes:
+    named = _named(report.rows)
+    for name, kind in before.called.items():
+        if kind in classes and not any(word == name or word.startswith(f"{name}.") for word in named):
             yield f"rows: {name} ({kind.__name__}) has no row, and others of its class have"
 
 

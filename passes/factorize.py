@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
 
+import torch
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 
-from fxexpand.errors import RefusedError, SelectionError
-from fxexpand.kernel.modules import describe
+from fxexpand.errors import InexactError, SelectionError
 from fxexpand.lowrank.costs import Target, totals, unfit
 from fxexpand.lowrank.criteria import TRP_THRESHOLD, Approach, Criterion
 from fxexpand.lowrank.decisions import Decision, decide
-from fxexpand.lowrank.factored import FACTORIZED, factors
+from fxexpand.lowrank.factored import FACTORIZED, Factorized, factors
 from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
 from fxexpand.lowrank.options import FactorizeOptions
+from fxexpand.passes.planner import Plan, Step, commit, planned, require_lenient
 from fxexpand.passes.result import Result, require_graph_module
-from fxexpand.recipes import Chain
+from fxexpand.passes.sites import Site, find_sites
+from fxexpand.recipes import Chain, Recipe
 from fxexpand.recipes.selection import Select, Selection
 from fxexpand.running.copying import copied
 from fxexpand.running.inputs import ExampleInputs
-from fxexpand.tracing.edit import ModuleUses, expand_calls, finish, operand, site_of
-from fxexpand.tracing.graphs import hooked
+from fxexpand.tracing.edit import ModuleUses, expand_calls, finish
 
 ELSEWHERE = "Use fxexpand.factorize on the model before tracing"
+Edit: TypeAlias = "tuple[Callable[[], None], tuple[nn.Module, ...]]"  # and the modules that it touches
 
 
 @dataclass(frozen=True)
@@ -81,27 +84,125 @@ class Factorize(FactorizeOptions):
             UnusableWeightError: a selected weight holds NaN or Inf.
         """
         require_graph_module(graph_module, "Factorize")
-        criterion, approach = self.criterion, self.approach
         changed = graph_module if self.inplace else copied(graph_module)
-        rows, targets = _targets(changed, Selection(self.select, Chain()))
-        decisions, flops = decide(
-            changed, targets, criterion, approach, self.example_inputs, self.calibration
+        uses = ModuleUses(changed)
+
+        def blocker(site: Site) -> str | None:
+            reason = unfactorable(site) or uses.call_blocker(site.module)
+            return reason and f"{reason}. {ELSEWHERE}"
+
+        plan = plan_factoring(changed, self, blocker, partial(_calls_of_both, changed))
+        if not plan.steps:
+            return Result(graph_module, False, plan.report_on(changed))
+        commit(plan)
+        finish(changed)
+        return Result(changed, True, plan.report_on(changed))
+
+
+@dataclass(frozen=True)
+class Factoring(Plan):
+    """A plan, with the decisions that it carries out.
+
+    Attributes:
+        decisions: one for each weight that can be factored.
+        params: the number of parameters before.
+        flops: of the model before; None without example inputs.
+    """
+
+    decisions: tuple[Decision, ...] = ()
+    params: int = 0
+    flops: float | None = None
+
+    def report_on(self, model: nn.Module) -> FactorizeReport:
+        """The report with its totals, after the plan was committed; each row's error is measured here."""
+        measured = {each.target.name: each.errors for each in self.decisions if each.cut is not None}
+        rows: list[Any] = [step.row for step in self.all_steps]
+        done = [replace(row, error=measured[row.site][0]) if row.site in measured else row for row in rows]
+        lost = sum(error**2 * norm**2 for error, norm in measured.values())
+        whole = sum(norm**2 for _, norm in measured.values())
+        saved = sum(row.flops_before - row.flops_after for row in done)
+        return FactorizeReport(
+            "factorize",
+            tuple(done),
+            params_before=self.params,
+            params_after=totals(model),
+            flops_before=self.flops,
+            flops_after=None if self.flops is None else self.flops - saved,
+            error=(lost / whole) ** 0.5 if whole else None,
         )
-        found = {decision.target.name: decision for decision in decisions}
-        require_matched(criterion, targets)
-        table = [found[name].row if row is None else row for name, row in rows.items()]
-        require_lenient(table, self.strict)
-        blocks = {name: _block(decision) for name, decision in found.items() if decision.cut is not None}
-        before = totals(changed)
-        for name, block in blocks.items():
-            expand_calls(changed, name, block)
-        if blocks:
-            finish(changed)
-        report = summed(table, decisions, before, totals(changed), flops)
-        return Result(changed if blocks else graph_module, bool(blocks), report)
 
 
-def require_matched(criterion: Criterion, targets: Sequence[Target]) -> None:
+@torch.inference_mode(False)  # whose tensors never train
+def plan_factoring(
+    model: nn.Module,
+    options: Factorize,
+    blocker: Callable[[Site], str | None],
+    edit: Callable[[Decision], Edit],
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Factoring:
+    """Decide on every site of ``model``, and compute the factors; nothing is changed.
+
+    Args:
+        blocker: why a site cannot be factored; None if it can.
+        edit: how a decision is carried out.
+
+    Raises:
+        SelectionError: an option out of range, a budget that cannot be met, a pattern without a match.
+        RefusedError: ``options.strict`` and a selected site is refused.
+        UnusableWeightError: a selected weight holds NaN or Inf.
+    """
+    criterion, approach = options.criterion, options.approach
+    paths: dict[nn.Module, tuple[str, ...]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[module] = (*paths.get(module, ()), path)
+    targets: list[Target] = []
+
+    def step(site: Site, recipe: Recipe) -> Step:
+        reason = blocker(site)
+        if reason is not None:
+            raise InexactError(reason)
+        assert site.weight is not None
+        modules = [owner.module for owner in site.owners]
+        modules.sort(key=lambda module: isinstance(module, nn.Embedding))
+        known = tuple(path for module in modules for path in paths[module])
+        targets.append(Target(site.name, site.kind, tuple(modules), site.weight, known))
+        return Step(site.row("factorized", "", FactorRow))
+
+    sites = _outside_of_factors(model, find_sites(model, options.example_inputs))
+    plan = planned("factorize", sites, Selection(options.select, Chain()), step, row=FactorRow)
+    decisions, flops = decide(
+        model, targets, criterion, approach, options.example_inputs, options.calibration, progress
+    )
+    _require_matched(criterion, targets)
+    found = {decision.target.name: decision for decision in decisions}
+    rows = [found[each.row.site].row if each.row.site in found else each.row for each in plan.all_steps]
+    require_lenient(rows, options.strict)
+    steps = [Step(row, *edit(found[row.site])) if row.action == "factorized" else Step(row) for row in rows]
+    return Factoring("factorize", tuple(steps), tuple(decisions), totals(model), flops)
+
+
+def unfactorable(site: Site) -> str | None:
+    """Why the weight of a site cannot become that of two layers; None if it can."""
+    assert site.weight is not None
+    modules = [owner.module for owner in site.owners]
+    named = all(owner.attribute == "weight" for owner in site.owners)
+    if named and all(type(module) in FACTORIZED for module in modules):
+        return unfit(modules, site.weight)
+    other = next(m for m in modules if type(m) not in FACTORIZED or not named)
+    kind = type(other).__name__
+    if isinstance(other, nn.modules.conv._ConvNd | nn.Linear):
+        return f"a {kind} has no factored form"
+    return f"{kind} reads it as one matrix, in a forward of its own; two layers cannot stand in"
+
+
+def _outside_of_factors(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    inside = {
+        part for module in model.modules() if isinstance(module, Factorized) for part in module.children()
+    }
+    return [site for site in sites if site.module not in inside]
+
+
+def _require_matched(criterion: Criterion, targets: Sequence[Target]) -> None:
     """Raises: SelectionError: a mapping of ranks names a layer that is not there."""
     named = criterion.rank if isinstance(criterion.rank, Mapping) else {}
     known = {name for target in targets for name in (target.name, *target.paths)}
@@ -114,82 +215,11 @@ def require_matched(criterion: Criterion, targets: Sequence[Target]) -> None:
         )
 
 
-def require_lenient(rows: Sequence[FactorRow], strict: bool) -> None:
-    """Raises: RefusedError: ``strict`` and a row is a refusal."""
-    refused = next((row for row in rows if row.action == "refused"), None)
-    if strict and refused is not None:
-        raise RefusedError(refused.message)
-
-
-def summed(
-    rows: Sequence[FactorRow],
-    decisions: Sequence[Decision],
-    before: int,
-    after: int,
-    flops: float | None,
-) -> FactorizeReport:
-    """The report, with its totals; the error of each factored row is measured here."""
-    measured = {decision.target.name: decision.errors for decision in decisions if decision.cut is not None}
-    done = [replace(row, error=measured[row.site][0]) if row.site in measured else row for row in rows]
-    lost = sum(error**2 * norm**2 for error, norm in measured.values())
-    whole = sum(norm**2 for _, norm in measured.values())
-    saved = sum(row.flops_before - row.flops_after for row in done)
-    return FactorizeReport(
-        "factorize",
-        tuple(done),
-        params_before=before,
-        params_after=after,
-        flops_before=flops,
-        flops_after=None if flops is None else flops - saved,
-        error=(lost / whole) ** 0.5 if whole else None,
-    )
-
-
-def _targets(
-    graph_module: fx.GraphModule, selection: Selection
-) -> tuple[dict[str, FactorRow | None], list[Target]]:
-    """A row for each matrix of the graph, None for those to decide on, and these."""
-    uses = ModuleUses(graph_module)
-    rows: dict[str, FactorRow | None] = {}
-    targets: list[Target] = []
-    for node in graph_module.graph.find_nodes(op="call_module"):
-        name = str(node.target)
-        module = graph_module.get_submodule(name)
-        parameters = list(module.parameters())
-        if name in rows or not any(is_lazy(each) or each.ndim >= 2 for each in parameters):
-            continue
-        count = sum(parameter.numel() for parameter in parameters if not is_lazy(parameter))
-        row = FactorRow(name, describe(module), "refused", "", params_before=count, params_after=count)
-        chosen = selection.recipe_for(name, module) is not None
-        if site_of(name, module) is not None:
-            rows[name] = replace(row, action="left", reason="a factor of a layer that was rewritten")
-        elif not chosen:
-            rows[name] = replace(row, action="left", reason="not selected")
-        else:
-            reason = _blocker(uses, module)
-            rows[name] = replace(row, reason=f"{reason}. {ELSEWHERE}") if reason else None
-            if reason is None:
-                targets.append(Target(name, describe(module), (module,), module.get_parameter("weight")))
-    selection.require_used(rows)
-    return rows, targets
-
-
-def _blocker(uses: ModuleUses, module: nn.Module) -> str | None:
-    if type(module) not in FACTORIZED:
-        return "no Linear, Conv or Embedding of torch itself"
-    if hooked(module):
-        return "it has hooks or a forward of its own, which its replacement would not have"
-    weight = module._parameters.get("weight")
-    if weight is None or is_lazy(weight):
-        return "its weight is no parameter with values"
-    blocker = uses.blocker(module) or unfit((module,), weight)
-    if blocker is None and any(operand(call) is None for call in uses.calls[id(module)]):
-        return "it is called with more than its input"
-    return blocker
-
-
-def _block(decision: Decision) -> nn.Sequential:
+def _calls_of_both(graph_module: fx.GraphModule, decision: Decision) -> Edit:
+    """The calls of two layers in place of those of one."""
     assert decision.cut is not None and decision.spectrum is not None
-    module = decision.target.modules[0]
-    first, second = factors(module, decision.cut, *decision.spectrum.factors(decision.cut.rank))
-    return nn.Sequential(first, second).train(module.training)
+    (module,), (path, *_) = decision.target.modules, decision.target.paths
+    pair = factors(module, decision.cut, *decision.spectrum.factors(decision.cut.rank))
+    block = nn.Sequential(*pair).train(module.training)
+    parent = graph_module.get_submodule(path.rpartition(".")[0])
+    return partial(expand_calls, graph_module, path, block), (graph_module, parent)

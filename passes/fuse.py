@@ -11,8 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxexpand.kernel.modules import LAYERS, describe
 from fxexpand.passes.affine.extraction import Extraction
 from fxexpand.passes.fixed_point import to_fixed_point
+from fxexpand.passes.folding import plan_folding
 from fxexpand.passes.fusions import Fusion, grouped, new_layer
 from fxexpand.passes.norms import owner_name, split_norms
+from fxexpand.passes.planner import commit, restoring
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.reporting.rows import Action, Report, Row
 from fxexpand.running.copying import copied
@@ -45,7 +47,10 @@ class Fuse:
         """
         require_graph_module(graph_module, "Fuse")
         changed = graph_module if self.inplace else copied(graph_module)
-        report = to_fixed_point(lambda: self._round(changed))
+        with restoring(changed.modules() if self.inplace else ()):
+            folding = plan_folding(changed, self.verify)
+            commit(folding)
+            report = to_fixed_point(lambda: self._round(changed), [folding.report])
         return Result(changed if report.changed else graph_module, bool(report.changed), report)
 
     def _round(self, graph_module: fx.GraphModule) -> Report:

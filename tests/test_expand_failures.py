@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fxexpand
 from fxexpand import Chain, UnusableWeightError, expand
 from fxexpand.layers.expanded import Expanded
-from fxexpand.surgery import expand as surgery
+from fxexpand.passes import expand as expanding
 from tests.compare import assert_same
 from tests.networks import ConvNet, assert_untouched, snapshot
 from tests.test_hard_cases import X
@@ -35,7 +35,7 @@ def test_a_failure_at_any_point_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         nn.Linear(6, 5), nn.MultiheadAttention(5, 1), nn.Linear(5, 4), nn.LSTM(4, 3)
     ).double()
     before = snapshot(model)
-    original: Any = vars(surgery)["expand_weight"]
+    original: Any = vars(expanding)["expand_weight"]
     calls: list[int] = []
 
     def failing(*args: Any) -> None:
@@ -44,7 +44,7 @@ def test_a_failure_at_any_point_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         if len(calls) == 2:
             raise MemoryError("no room")
 
-    monkeypatch.setattr(surgery, "expand_weight", failing)
+    monkeypatch.setattr(expanding, "expand_weight", failing)
     with pytest.raises(MemoryError):
         expand(model, inplace=True)
     assert len(calls) == 2
@@ -68,7 +68,7 @@ def test_outputs_that_change_are_an_error_that_changes_nothing(monkeypatch: pyte
         fxexpand.VerificationError, match=r"^0: the rewritten site differs by a relative 0\.003"
     ):
         expand(model, inplace=True)
-    monkeypatch.setattr(surgery, "require_small", lambda error, *_: error)
+    monkeypatch.setattr(expanding, "require_small", lambda error, *_: error)
     with pytest.raises(fxexpand.VerificationError, match="outputs changed"):
         expand(model, inplace=True, example_inputs=X)
     assert_untouched(model, before)

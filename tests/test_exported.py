@@ -191,7 +191,7 @@ def test_the_tensors_of_a_decomposed_batch_norm_are_checked_and_go_with_it() -> 
         fxexpand.fuse(torch.export.export(model, (x,)).run_decompositions())
 
 
-def test_a_weight_held_by_a_graph_itself_is_refused() -> None:
+def test_a_weight_held_by_a_graph_itself_is_expanded() -> None:
     class Direct(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -200,6 +200,11 @@ def test_a_weight_held_by_a_graph_itself_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight)
 
-    exported = torch.export.export(Direct(), (torch.randn(2, 3),))
-    (row,) = fxexpand.report(fxexpand.expand(exported)).rows
-    assert row.action == "refused" and "a GraphModule holds it" in row.reason
+    model, x = Direct().double(), torch.randn(2, 3, dtype=torch.float64)
+    big = fxexpand.expand(torch.export.export(model, (x,)), example_inputs=(x,))
+    (row,) = fxexpand.report(big).rows
+    assert row.action == "expanded" and "in weight space" in row.reason
+    assert_same(big(x), model(x), EXACT)
+    small = fxexpand.fuse(big, scope="expanded")
+    assert list(small.state_dict()) == ["weight"]
+    assert_same(small(x), model(x), EXACT)

@@ -1,4 +1,4 @@
-"""``expand`` and ``fuse`` on a GraphModule: its layers like any others, its own tensors refused."""
+"""``expand`` and ``fuse`` on a GraphModule: its layers like any others, and its own tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxexpand import expand, fuse, report
-from fxexpand.passes import Expand, Factorize, Fuse
+from fxexpand.layers import ExpandedConv2d
+from fxexpand.passes import Expand, Factorize, Fuse, check
 from fxexpand.tracing.graphs import trace
 from tests.compare import assert_same
 from tests.networks import ConvNet, perturb, train_steps
@@ -29,7 +30,7 @@ def test_a_traced_network_makes_the_round_trip() -> None:
     assert_same(small.eval()(x), big.eval()(x), rel=1e-10)
 
 
-def test_a_tensor_that_the_graph_holds_is_refused() -> None:
+def test_a_tensor_that_the_graph_holds_is_expanded() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -40,10 +41,17 @@ def test_a_tensor_that_the_graph_holds_is_refused() -> None:
             result: Tensor = self.layer(F.linear(x, self.weight))
             return result
 
-    big = expand(fx.symbolic_trace(Holder()))
-    assert [row.site for row in report(big).changed] == ["layer"]
-    (refusal,) = report(big).refusals
-    assert refusal.site == "weight" and "Expand before tracing" in refusal.reason
+    traced, x = fx.symbolic_trace(Holder().double()), torch.randn(5, 4, dtype=torch.float64)
+    big: Any = expand(traced, example_inputs=x)
+    assert [row.site for row in report(big).changed] == ["weight", "layer"] and not report(big).refusals
+    train_steps(big, x)
+    original = {name: torch.randn_like(tensor) for name, tensor in traced.state_dict().items()}
+    for _ in range(2):
+        small = fuse(big, scope="expanded")
+        assert list(small.state_dict()) == list(original) and small.code == traced.code
+        assert_same(small(x), big(x), rel=1e-10)
+        big.load_state_dict(original)  # under the original names
+    assert_same(small.get_parameter("weight"), original["weight"], rel=1e-10)
 
 
 KINDS = ("fuse", "expand", "Fuse", "Expand", "Factorize")
@@ -125,9 +133,12 @@ def test_what_a_graph_calls_whole_keeps_its_parts() -> None:
     model: Any = perturb(Inside().double()).eval()
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     traced = trace(model, leaf=lambda name, module: name == "block")
-    for run in (Fuse(), Expand(), Factorize(rank=2)):
+    for run in (Fuse(), Factorize(rank=2)):
         result = run(traced)
         assert not result.modified and "as a whole" in str(result.report)
+    expanded = check(Expand(), traced, x).graph_module
+    assert type(expanded.get_submodule("block.conv")) is ExpandedConv2d
+    assert_same(Fuse()(expanded).graph_module(x), model(x), rel=1e-10)
     model.block.register_forward_hook(lambda *_: None)
     for inputs in (None, x):
         assert_same(fuse(model, inputs)(x), model(x), rel=1e-10)

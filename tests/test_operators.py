@@ -24,7 +24,7 @@ from fxexpand.passes.operators import SYNONYMS, Call, bind, row
 from fxexpand.passes.operators.arithmetic import same
 from fxexpand.passes.operators.layout import reorders
 from fxexpand.passes.operators.table import HOMES, Values, call_of_module
-from fxexpand.surgery.uses import Use, parameter_uses
+from fxexpand.passes.uses import Use, parameter_uses
 from tests.compare import assert_same
 from tests.networks import perturb
 

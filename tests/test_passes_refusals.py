@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 
 from fxexpand.errors import UnusableWeightError
 from fxexpand.kernel.lower import to_module
-from fxexpand.passes import Expand, Fuse
+from fxexpand.layers import ExpandedLinear
+from fxexpand.passes import Expand, Factorize, Fuse, check
 from fxexpand.recipes import Chain, Recipe
 from fxexpand.tracing.edit import ModuleUses
 from fxexpand.tracing.graphs import trace
@@ -51,34 +52,31 @@ class Entangled(nn.Module):
         return result
 
 
-def test_sites_that_are_more_than_their_calls_are_refused_with_a_reason() -> None:
+def test_sites_that_are_more_than_their_calls_are_expanded_as_in_the_model() -> None:
     model = Entangled().double().eval()
     graph_module = trace(model)
     x = torch.randn(3, 4, dtype=torch.float64)
-    result = Expand()(graph_module)
-    assert [row.site for row in result.report.changed] == ["free"]
-    assert_same(result.graph_module(x), model(x), EXACT)
-    expected = {
-        "hooked": "hooks",
-        "tied": "shared",
-        "tie": "shared",
-        "read": "read outside",
-        "read.weight": "read by the graph",
-        "normed": "ParametrizedLinear",
-        "attention": "MultiheadAttention",
-        "plain": "read by the graph",
-        "replaced": "forward of its own",
+    result = check(Expand(), graph_module, x)
+    expanded: Any = result.graph_module
+    assert {row.site for row in result.report.changed} == {  # type: ignore[attr-defined]
+        *("free", "hooked", "tied.weight", "read", "attention.in_proj_weight", "attention.out_proj"),
+        *("plain", "replaced"),
     }
-    refused = {row.site: row.reason for row in result.report.refusals}
-    assert refused.keys() == expected.keys()
-    assert all(
-        text in refused[site] and "fxexpand.expand" in refused[site] for site, text in expected.items()
-    )
+    assert type(expanded.hooked) is ExpandedLinear and called(expanded)[:2] == ["free.0", "free.1"]
+    assert expanded.tied.parametrizations.weight is expanded.tie.parametrizations.weight
+    assert {"read.parametrizations.weight", "parametrizations.plain"} <= set(called(expanded))
+    (refused,) = result.report.refusals  # type: ignore[attr-defined]
+    assert refused.site == "normed" and "computed by _WeightNorm" in refused.reason
     fused = Fuse()(graph_module)
     assert {row.site for row in fused.report.refusals} >= {"hooked", "tied", "tie"}
     assert {"hooked", "tied", "tie", "replaced", "attention"} <= set(called(fused.graph_module))
     assert_same(fused.graph_module(x), model(x), EXACT)
-    assert_same(Fuse()(result.graph_module).graph_module(x), model(x), EXACT)
+    back = check(Fuse(), expanded, x).graph_module
+    assert called(back) == called(fused.graph_module)
+    assert list(back.state_dict()) == list(fused.graph_module.state_dict())
+    refused = {row.site: row.reason for row in Factorize(rank=1)(graph_module).report.refusals}
+    assert "hooks" in refused["hooked"] and "read outside" in refused["read"]
+    assert all("fxexpand.factorize" in refused[site] for site in ("hooked", "read", "plain", "tied.weight"))
 
 
 class Failing(Recipe):

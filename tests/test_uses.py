@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxexpand.surgery.uses import UnknownUse, Use, observed_uses, parameter_uses
+from fxexpand.passes.uses import UnknownUse, Use, observed_uses, parameter_uses
 
 X = torch.randn(2, 5, 4)
 

@@ -26,12 +26,12 @@ from fxexpand.deploy.onnx import export_onnx
 from fxexpand.deploy.sessions import feeds, open_session, required
 from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.layers.rewritten import Rewritten, original_class
+from fxexpand.passes.sites import own_modules
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.finite import require_finite
 from fxexpand.running.inputs import ExampleInputs, call, copy, tensors
 from fxexpand.running.outputs import tensors_of
-from fxexpand.surgery.sites import own_modules
 
 if TYPE_CHECKING:
     import onnxruntime

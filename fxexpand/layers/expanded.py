@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxexpand.errors import FxExpandError, InexactError
-from fxexpand.kernel.algebra import macs, native_weight
+from fxexpand.kernel.algebra import native_weight
 from fxexpand.kernel.lower import is_channels_last, laid_out_as
-from fxexpand.kernel.modules import LAYERS, kernel_of
+from fxexpand.kernel.modules import LAYERS
 from fxexpand.layers.products import (
     MatrixChain,
     Plan,
@@ -284,7 +284,7 @@ EXPANDED = by_original(
 
 def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, form: Form) -> None:
     """Turn a layer of an exact type in ``EXPANDED`` into its expanded subclass, in place; cannot fail."""
-    saved = chain_macs(expansion) - macs(kernel_of(module))
+    saved = chain_macs(expansion) - module.get_parameter("weight").numel()
     rewrite_layer(
         module,
         EXPANDED[type(module)],

@@ -3,7 +3,7 @@
 Weights that no expanded layer can replace are expanded so: embeddings, packed attention projections,
 recurrent weights, layers with their own forward, weights shared by several modules, plain parameters used in
 F.linear or matmul. ``torch.nn.utils.parametrize`` replaces the parameter by a property, so every reader sees
-the product.
+the product. A GraphModule takes no property: its graph calls the ParametrizationList instead.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fxexpand.layers.rewritten import replace_original
 from fxexpand.recipes import Recipe, fold
 from fxexpand.running.finite import require_finite
 
+LISTS = "parametrizations"  # the child that holds a module's ParametrizationLists, as torch names it
 _ORDER = "_fxexpand_order"  # attribute with the order of a module's parameters before any was expanded
 
 
@@ -180,23 +181,27 @@ class _KeptProducts(threading.local):
 _KEPT = _KeptProducts()
 
 
-def expand_weight(owners: Sequence[tuple[nn.Module, str]], expansion: WeightExpansion) -> None:
-    """Replace a parameter by ``expansion`` in every module that owns it, with one set of factors for all."""
-    shared: nn.Module | None = None
-    for module, name in owners:
+def expand_weight(owners: Sequence[tuple[nn.Module, str, bool]], expansion: WeightExpansion) -> None:
+    """Replace a parameter by ``expansion`` in every module that owns it, with one set of factors for all.
+
+    Args:
+        owners: each with the name of the parameter in it, and whether only generated code reads it there,
+            which then has to call ``parametrizations.<name>``.
+    """
+    first, attribute, _ = owners[0]
+    shared = parametrize.ParametrizationList([expansion], first.get_parameter(attribute), unsafe=True)
+    for module, name, generated in owners:
         module.__dict__.setdefault(_ORDER, list(module._parameters))
-        parametrize.register_parametrization(
-            module, name, nn.Identity() if shared else expansion, unsafe=True
-        )
-        if shared is None:
-            shared = _lists(module)[name]
-        _lists(module)[name] = shared
+        if generated:
+            del module._parameters[name]
+            module._modules.setdefault(LISTS, nn.Module())
+        else:
+            parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
+            _extend_class(module)
+        module.get_submodule(LISTS)._modules[name] = shared.train(module.training)
         hooks = module._load_state_dict_pre_hooks.values()
         if load_original not in [getattr(hook, "hook", None) for hook in hooks]:
             module.register_load_state_dict_pre_hook(load_original)  # type: ignore[no-untyped-call]
-        _keep_products_per_forward(module)
-        if isinstance(module, nn.RNNBase):
-            _compute_flat_weights(module)
 
 
 def restore_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -205,23 +210,23 @@ def restore_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
     ``parametrize.remove_parametrizations`` deletes the property from a class that deep copies of the module
     share, which would break them; here the module gets another class.
     """
-    lists = _lists(module)
+    lists, cls = module.get_submodule(LISTS)._modules, type(module)
     del lists[name]
-    cls = type(module)
-    if len(lists):
+    if not lists:
+        del module._modules[LISTS]
+    if name in vars(cls) and lists:  # a class of parametrize, which has a property for each parameter
         members = {
             key: value for key, value in vars(cls).items() if key not in (name, "__dict__", "__weakref__")
         }
         module.__class__ = type(cls.__name__, cls.__bases__, members)
-    else:
-        del module._modules["parametrizations"]
+    elif name in vars(cls):
         module.__class__ = cls.__bases__[0]
     module.register_parameter(name, parameter)
-    order: list[str] = module.__dict__[_ORDER]
+    order: list[str] = module.__dict__.get(_ORDER, [])
     for key in sorted(module._parameters, key=lambda key: order.index(key) if key in order else len(order)):
         module._parameters[key] = module._parameters.pop(key)
     if not list(expanded_weights(module)):
-        del module.__dict__[_ORDER]
+        module.__dict__.pop(_ORDER, None)
         _drop_hooks(module)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
@@ -231,9 +236,8 @@ def expanded_weights(
     module: nn.Module,
 ) -> Iterator[tuple[str, parametrize.ParametrizationList, WeightExpansion]]:
     """(name, its ParametrizationList, its expansion) of each parameter that is expanded in weight space."""
-    if not parametrize.is_parametrized(module):
-        return
-    for name, parametrization in _lists(module).items():
+    lists = getattr(module, LISTS, None)
+    for name, parametrization in lists._modules.items() if isinstance(lists, nn.Module) else ():
         if isinstance(parametrization, parametrize.ParametrizationList):
             expansion = parametrization[0]
             if isinstance(expansion, WeightExpansion):
@@ -251,7 +255,7 @@ def load_original(
     """A hook before loading: the original parameter in a checkpoint is replaced by its factors."""
     error_msgs: list[str] = _[-1]
     for name, parametrization, expansion in expanded_weights(module):
-        inside = f"{prefix}parametrizations.{name}.original"
+        inside = f"{prefix}{LISTS}.{name}.original"
         error_msgs += replace_original(
             state_dict,
             prefix + name,
@@ -271,9 +275,13 @@ def _numbered(inside: str, factors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{inside}{i}": factor for i, factor in enumerate(factors)}
 
 
-def _keep_products_per_forward(module: nn.Module) -> None:
-    """For modules that read a weight several times, as nn.MultiheadAttention does to choose its kernel."""
-    cls: Any = type(module)  # made for this module by parametrize
+def _extend_class(module: nn.Module) -> None:
+    """Add to the class that parametrize made for ``module``: one product per forward, and pickling.
+
+    Some modules read a weight several times, as nn.MultiheadAttention does to choose its kernel. And torch
+    refuses to pickle such a class, which has no address.
+    """
+    cls: Any = type(module)
     original = cls.__bases__[0].forward
 
     @wraps(original)
@@ -285,7 +293,27 @@ def _keep_products_per_forward(module: nn.Module) -> None:
                 stack.enter_context(expansion.kept_product())
             return original(self, *args, **kwargs)
 
-    cls.forward = forward
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        base = cls.__bases__[0]
+        state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
+        return _new, (base,), state, None, None, _unpickled
+
+    cls.forward, cls.__reduce_ex__ = forward, reduce
+    if isinstance(module, nn.RNNBase):
+        _compute_flat_weights(module)
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
+def _unpickled(module: Any, state: dict[str, Any]) -> None:
+    """Give a new module of the original class the class that computes the weights, and its attributes."""
+    parametrize._inject_new_class(module)
+    for name in state["_modules"][LISTS]._modules:
+        parametrize._inject_property(module, name)
+    _extend_class(module)
+    module.__setstate__(state)
 
 
 def _compute_flat_weights(module: nn.RNNBase) -> None:
@@ -307,9 +335,3 @@ def _drop_hooks(module: nn.Module) -> None:
     loads: dict[int, Any] = module._load_state_dict_pre_hooks
     for key in [key for key, hook in loads.items() if hook.hook is load_original]:
         del loads[key]
-
-
-def _lists(module: nn.Module) -> nn.ModuleDict:
-    lists = module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    return lists

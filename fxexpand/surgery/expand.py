@@ -2,154 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import overload
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from fxexpand.errors import InexactError, RefusedError, SelectionError
-from fxexpand.kernel.algebra import Kernel
-from fxexpand.kernel.modules import kernel_of
-from fxexpand.layers.expanded import FORMS, Form, expand_layer
-from fxexpand.layers.parametrized import (
-    WeightExpansion,
-    expand_weight,
-)
-from fxexpand.layers.products import exact_products
-from fxexpand.recipes import Init, Recipe, fold
+from fxexpand.errors import SelectionError
+from fxexpand.layers.expanded import FORMS, Form
+from fxexpand.passes.expand import Expansion
+from fxexpand.passes.planner import planned
+from fxexpand.passes.sites import find_sites
+from fxexpand.recipes import Init, Recipe
 from fxexpand.recipes.chain import Chain
 from fxexpand.recipes.recipe import INITS
 from fxexpand.recipes.selection import Select, Selection
-from fxexpand.recipes.structure import leaves
 from fxexpand.reporting.progress import progress_bar
-from fxexpand.reporting.rows import Action, Report, Row
 from fxexpand.running.copying import copied
-from fxexpand.running.finite import require_finite
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.outputs import outputs_of
-from fxexpand.running.verify import Scratch, block_error, require_small
-from fxexpand.surgery.sites import Site, find_sites
-from fxexpand.surgery.transaction import Model, Plan, commit_and_compare, require_module
+from fxexpand.surgery.transaction import Model, commit_and_compare, require_module
 from fxexpand.tracing.export import module_of
-
-
-@torch.inference_mode(False)  # whose tensors never train
-def plan_expansion(
-    sites: Sequence[Site],
-    selection: Selection,
-    *,
-    init: Init,
-    form: Form,
-    generator: torch.Generator | None,
-    strict: bool,
-    progress: Callable[[Iterable[Site]], Iterable[Site]] = iter,
-) -> Plan:
-    """Build the block of every selected site; the model is not touched.
-
-    Raises:
-        RefusedError: ``strict`` and a selected site is refused.
-        UnusableWeightError: a selected weight holds NaN or Inf.
-        SelectionError: a pattern matches no site.
-    """
-    rows: list[Row] = []
-    steps: list[Callable[[], None]] = []
-    modules: dict[nn.Module, None] = {}
-    scratch = Scratch()
-    for site in progress(sites):
-        recipe = selection.recipe_for(site.name, site.module, site.aliases)
-        if site.action != "expand" or recipe is None:
-            if recipe is None:
-                rows.append(_row(site, "left", "not selected"))
-            else:
-                rows.append(_row(site, "refused" if site.action == "refuse" else "left", site.reason))
-        else:
-            weight = site.weight
-            assert weight is not None
-            require_finite(weight, site.owners[0].name, site.kind)
-            try:
-                block, kernel = _block(site, recipe, weight, init, form, generator)
-            except InexactError as error:
-                rows.append(_row(site, "refused", str(error)))
-            else:
-                block.requires_grad_(weight.requires_grad)
-                measured = init == "preserve" and not weight.is_meta
-                deviation: float | None = None
-                if measured:
-                    deviation = require_small(block_error(block, kernel, scratch), weight.dtype, site.name)
-                after = sum(p.numel() for p in block.parameters())
-                rows.append(
-                    replace(_row(site, "expanded", _into(site, recipe)), params_after=after, error=deviation)
-                )
-                steps.append(_step(site, block, recipe, form))
-                modules.update(dict.fromkeys(owner.module for owner in site.owners))
-        if strict and rows[-1].action == "refused":
-            raise RefusedError(rows[-1].message)
-    selection.require_used(site.name for site in sites)
-    return Plan(Report("expand", tuple(rows)), tuple(steps), tuple(modules))
-
-
-def _block(
-    site: Site,
-    recipe: Recipe,
-    weight: Tensor,
-    init: Init,
-    form: Form,
-    generator: torch.Generator | None,
-) -> tuple[nn.Sequential, Kernel]:
-    """The training-time block of a site, and the kernel it replaces (without the layer's bias)."""
-    if site.space == "layer":
-        kernel = replace(kernel_of(site.module), bias=None)
-        if form == "collapsed" and recipe.needs_activations:
-            raise InexactError("form='collapsed' has no activations for a BatchNorm. Use form='auto'")
-    else:
-        if recipe.needs_activations:
-            raise InexactError("it is expanded as a weight, and a BatchNorm needs activations")
-        if form == "chain":
-            raise InexactError(
-                "it is expanded as a weight, and form='chain' needs activations. Use form='auto'"
-            )
-        assert site.view is not None
-        kernel = site.view.kernel(weight.detach())
-    with exact_products(weight):
-        block = recipe.build(kernel, init=init, generator=generator)
-    padding = getattr(site.module, "padding_idx", None)
-    if init != "preserve" and isinstance(site.module, nn.Embedding | nn.EmbeddingBag) and padding is not None:
-        _silence(block, padding)
-    return block, kernel
-
-
-def _silence(block: nn.Sequential, column: int) -> None:
-    """Zero a column of the weight, which then stays zero, as nothing reaches it in training.
-
-    Raises: InexactError: the block cannot keep it zero.
-    """
-    with torch.no_grad():
-        leaves(block)[0].get_parameter("weight")[:, column] = 0.0
-        if not next(block.parameters()).is_meta and bool(fold(block).weight[:, column].any()):
-            raise InexactError("the row of padding_idx would not be zero with this recipe. Use Chain")
-
-
-def _step(site: Site, block: nn.Sequential, recipe: Recipe, form: Form) -> Callable[[], None]:
-    if site.space == "layer":
-        return lambda: expand_layer(site.module, block, recipe, form)
-    assert site.view is not None
-    expansion = WeightExpansion(site.view, recipe, block)
-    return lambda: expand_weight([(owner.module, owner.attribute) for owner in site.owners], expansion)
-
-
-def _row(site: Site, action: Action, reason: str) -> Row:
-    weight = site.weight
-    count = 0 if weight is None or is_lazy(weight) else weight.numel()
-    return Row(site.name, site.kind, action, reason, params_before=count, params_after=count)
-
-
-def _into(site: Site, recipe: Recipe) -> str:
-    where = "" if site.space == "layer" else " in weight space"
-    tied = f", shared by {', '.join(owner.name for owner in site.owners)}" if len(site.owners) > 1 else ""
-    return f"{recipe}{where}{tied}"
 
 
 @overload
@@ -241,12 +113,11 @@ def expand(
     compared = example_inputs if init == "preserve" else None
     before = outputs_of(model, compared) if compared is not None else []
     target = model if inplace else copied(model)
-    plan = plan_expansion(
+    plan = planned(
+        "expand",
         find_sites(target, example_inputs),
         selection,
-        init=init,
-        form=form,
-        generator=generator,
+        Expansion(init, form, generator),
         strict=strict,
         progress=progress_bar("expand", progress),
     )

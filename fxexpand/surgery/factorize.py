@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from fxexpand.lowrank.costs import Target, totals, unfit
 from fxexpand.lowrank.criteria import Method, Ranks
 from fxexpand.lowrank.cuts import Cut, Scheme
-from fxexpand.lowrank.decisions import Decision, decide
-from fxexpand.lowrank.factored import FACTORIZED, Factorized, factorize_layer, factors, tied_factors
-from fxexpand.lowrank.factorize_report import FactorRow
+from fxexpand.lowrank.decisions import Decision
+from fxexpand.lowrank.factored import Factorized, factorize_layer, factors, tied_factors
 from fxexpand.lowrank.lp import Body
-from fxexpand.passes.factorize import Factorize, require_lenient, require_matched, summed
-from fxexpand.recipes import Chain
-from fxexpand.recipes.selection import Select, Selection
+from fxexpand.passes.factorize import Edit, Factorize, plan_factoring, unfactorable
+from fxexpand.passes.planner import commit, restoring
+from fxexpand.recipes.selection import Select
 from fxexpand.reporting.progress import progress_bar
 from fxexpand.running.copying import copied
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.outputs import outputs_of
-from fxexpand.surgery.sites import Site, find_sites
-from fxexpand.surgery.transaction import REPORT, require_module, restoring
+from fxexpand.surgery.transaction import REPORT, require_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -101,23 +97,20 @@ def factorize(
     An error leaves ``model`` as it was.
     """
     require_module(model, "factorize")
-    options = Factorize(rank, energy, threshold, flops, params, latency, method, p, body, scheme, select)
-    criterion, approach = options.criterion, options.approach
+    options = Factorize(
+        *(rank, energy, threshold, flops, params, latency, method, p, body, scheme),
+        select=select,
+        example_inputs=example_inputs,
+        calibration=calibration,
+        strict=strict,
+    )
     before = outputs_of(model, example_inputs) if example_inputs is not None else []
     result = model if inplace else copied(model)
-    rows, targets = _targets(find_sites(result, example_inputs), Selection(select, Chain()), result)
     bar = progress_bar("factorize", progress)
-    decisions, counted = decide(result, targets, criterion, approach, example_inputs, calibration, bar)
-    found = {decision.target.name: decision for decision in decisions}
-    require_matched(criterion, targets)
-    table = [found[name].row if row is None else row for name, row in rows.items()]
-    require_lenient(table, strict)
-    steps = [step for decision in decisions if decision.cut is not None for step in _steps(decision)]
-    count = totals(result)
-    with restoring([result, *(module for target in targets for module in target.modules)]):
-        for step in steps:
-            step()
-        report = summed(table, decisions, count, totals(result), counted)
+    plan = plan_factoring(result, options, unfactorable, _layers_become_pairs, bar)
+    with restoring([result, *plan.modules]):
+        commit(plan)
+        report = plan.report_on(result)
         if example_inputs is not None:
             after = outputs_of(result, example_inputs)
             report = replace(report, output_error=_output_error(after, before))
@@ -142,55 +135,8 @@ def cuts(model: nn.Module) -> dict[str, Cut]:
     return {name: module.cut for name, module in model.named_modules() if isinstance(module, Factorized)}
 
 
-def _targets(
-    sites: Iterable[Site], selection: Selection, model: nn.Module
-) -> tuple[dict[str, FactorRow | None], list[Target]]:
-    """A row for each site, None for those to decide on, and these."""
-    inside = {
-        part for module in model.modules() if isinstance(module, Factorized) for part in module.children()
-    }
-    paths: dict[nn.Module, tuple[str, ...]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths[module] = (*paths.get(module, ()), path)
-    rows: dict[str, FactorRow | None] = {}
-    targets: list[Target] = []
-    for site in sites:
-        if site.module in inside:
-            continue
-        count = 0 if site.weight is None or is_lazy(site.weight) else site.weight.numel()
-        row = FactorRow(site.name, site.kind, "left", site.reason, params_before=count, params_after=count)
-        if selection.recipe_for(site.name, site.module, site.aliases) is None:
-            rows[site.name] = replace(row, reason="not selected")
-        elif site.action != "expand":
-            rows[site.name] = replace(row, action="refused" if site.action == "refuse" else "left")
-        else:
-            reason = _blocker(site)
-            rows[site.name] = replace(row, action="refused", reason=reason) if reason else None
-            if reason is None:
-                assert site.weight is not None
-                modules = [owner.module for owner in site.owners]
-                modules.sort(key=lambda module: isinstance(module, nn.Embedding))
-                known = tuple(path for module in modules for path in paths[module])
-                targets.append(Target(site.name, site.kind, tuple(modules), site.weight, known))
-    selection.require_used(rows)
-    return rows, targets
-
-
-def _blocker(site: Site) -> str | None:
-    assert site.weight is not None
-    modules = [owner.module for owner in site.owners]
-    named = all(owner.attribute == "weight" for owner in site.owners)
-    if named and all(type(module) in FACTORIZED for module in modules):
-        return unfit(modules, site.weight)
-    other = next(m for m in modules if type(m) not in FACTORIZED or not named)
-    kind = type(other).__name__
-    if isinstance(other, nn.modules.conv._ConvNd | nn.Linear):
-        return f"a {kind} has no factored form"
-    return f"{kind} reads it as one matrix, in a forward of its own; two layers cannot stand in"
-
-
-def _steps(decision: Decision) -> list[Callable[[], None]]:
-    """What to do for each owner of a weight; the factors are computed here."""
+def _layers_become_pairs(decision: Decision) -> Edit:
+    """The factors, and the edit that puts them in each owner of a weight."""
     cut, target = decision.cut, decision.target
     assert cut is not None and decision.spectrum is not None
     left, right = decision.spectrum.factors(cut.rank)
@@ -198,7 +144,8 @@ def _steps(decision: Decision) -> list[Callable[[], None]]:
     pair = factors(first, cut, left, right)
     pairs = [(first, pair), *((other, tied_factors(other, cut, left, right, pair)) for other in others)]
 
-    def step(module: nn.Module, parts: tuple[nn.Module, nn.Module]) -> Callable[[], None]:
-        return lambda: factorize_layer(module, *parts, cut)
+    def edit() -> None:
+        for module, parts in pairs:
+            factorize_layer(module, *parts, cut)
 
-    return [step(module, parts) for module, parts in pairs]
+    return edit, target.modules

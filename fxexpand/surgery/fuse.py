@@ -10,21 +10,21 @@ from torch import nn
 
 from fxexpand.errors import RefusedError, SelectionError
 from fxexpand.passes.fixed_point import to_fixed_point
+from fxexpand.passes.folding import plan_folding
+from fxexpand.passes.planner import commit, restoring
 from fxexpand.reporting.progress import at_work, progress_bar
 from fxexpand.reporting.rows import Report
 from fxexpand.running.copying import copied
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.outputs import outputs_of
 from fxexpand.running.verify import require_same_outputs
-from fxexpand.surgery.fold import expansion_factors, plan_folding
+from fxexpand.surgery.fold import expansion_factors
 from fxexpand.surgery.fuse_plan import FusePlan, commit_fusing, plan_fusing
 from fxexpand.surgery.transaction import (
     REPORT,
     Model,
-    commit,
     commit_and_compare,
     require_module,
-    restoring,
 )
 from fxexpand.tracing.export import module_of
 from fxexpand.tracing.submodules import Parts

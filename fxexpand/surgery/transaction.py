@@ -1,56 +1,18 @@
-"""Rewrite the sites of a model in place: all values are computed first, then everything is put in at once."""
+"""Carry a plan out on a model, compare its outputs and note the report; refuse models that take no plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.layers.sharding import sharded_part
+from fxexpand.passes.planner import Plan, commit, restoring
 from fxexpand.reporting.rows import Report
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.running.verify import require_same_outputs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be done: ``steps`` cannot fail on their own account; ``modules`` are those they touch."""
-
-    report: Report
-    steps: tuple[Callable[[], None], ...]
-    modules: tuple[nn.Module, ...]
-
-
-def commit(plan: Plan) -> None:
-    """Carry a plan out; should a step fail all the same, the model is put back as it was."""
-    with restoring(plan.modules):
-        for step in plan.steps:
-            step()
-
-
-@contextmanager
-def restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """On any error, give the modules the class and the attributes that they have now."""
-    before = [(module, type(module), _shallow(module.__dict__)) for module in modules]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes in before:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        raise
-
-
-def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a module's attributes whose dictionaries (parameters, children, hooks) are copies too."""
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in attributes.items()}
-
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,11 +34,13 @@ class ModuleUses:
     """Which calls and which names each module of a graph has: whether a replacement of it shows elsewhere.
 
     Attributes:
+        graph_module: the graph.
         calls: the nodes that call a module, by its id.
         around: the modules that the graph calls as a whole while it also calls a part of them by itself.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
         self.calls: dict[int, list[fx.Node]] = {}
         called: dict[nn.Module, None] = {}
         for node in graph_module.graph.find_nodes(op="call_module"):
@@ -72,6 +74,50 @@ class ModuleUses:
             if held[0] in self._read:
                 return f"{held[0]} is also read outside the module"
         return None
+
+    def call_blocker(self, module: nn.Module) -> str | None:
+        """Why calls of other modules cannot stand in for those of ``module``; None where they can."""
+        calls = self.calls.get(id(module), ())
+        if not calls:
+            return "the graph does not call it"
+        reason = self.blocker(module)
+        if reason is None and any(operand(call) is None for call in calls):
+            return "it is called with more than its input"
+        return reason
+
+
+class Read(NamedTuple):
+    """A node of a graph module that reads a parameter, or that calls the module which computes one."""
+
+    graph_module: fx.GraphModule
+    node: fx.Node
+
+
+def parameter_reads(model: nn.Module) -> dict[int, list[Read]]:
+    """The reads in all graph modules of ``model``, by the id of the parameter or of the module."""
+    found: dict[int, list[Read]] = {}
+    for graph_module in [module for module in model.modules() if isinstance(module, fx.GraphModule)]:
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr" or (node.op == "call_module" and not node.all_input_nodes):
+                path, _, name = str(node.target).rpartition(".")
+                holder = graph_module.get_submodule(path)
+                held = holder._parameters.get(name, holder._modules.get(name))
+                found.setdefault(id(held), []).append(Read(graph_module, node))
+    return found
+
+
+def reread(read: Read, op: Literal["get_attr", "call_module"], target: str) -> None:
+    """Have a node read a parameter as such (``get_attr``), or call the module that computes it.
+
+    The graph module is to be compiled again afterwards.
+    """
+    graph, node = read.graph_module.graph, read.node
+    with graph.inserting_before(node):
+        new = graph.create_node(op, target)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    new.name = node.name
 
 
 def tensor_at(graph_module: fx.GraphModule, target: str) -> Tensor:

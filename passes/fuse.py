@@ -90,16 +90,16 @@ def rows(extraction: Extraction, fusions: Sequence[Fusion]) -> list[Row]:
     for fusion in fusions:
         for candidate in fusion.values.values():
             fused.update(dict.fromkeys(extraction.kernels(candidate), fusion.row))
-    found: dict[tuple[str, str], Row] = {}
+    by_site: dict[tuple[str, str], Row] = {}
     for node in extraction.order:
         row = fused.get(node)
         if row is not None:
-            found.setdefault((row.site, row.action), row)
+            by_site.setdefault((row.site, row.action), row)
         if row is None or (node in extraction.notes and extraction.notes[node].refused):
             row = _row_of_unfused(extraction, node)
             if row is not None:
-                found.setdefault((row.site, row.action), row)
-    return list(found.values())
+                by_site.setdefault((row.site, row.action), row)
+    return list(by_site.values())
 
 
 def _row_of_unfused(extraction: Extraction, node: fx.Node) -> Row | None:

@@ -60,18 +60,18 @@ class Fusion:
 
 def grouped(extraction: Extraction) -> list[Group]:
     """The chosen values, calls of the same modules in the same way together; no numbers are computed yet."""
-    groups: dict[object, dict[fx.Node, Candidate]] = {}
+    by_calls: dict[object, dict[fx.Node, Candidate]] = {}
     for node, candidate in extraction.chosen.items():
-        groups.setdefault(_calls(extraction, candidate) or node, {})[node] = candidate
+        by_calls.setdefault(_calls(extraction, candidate) or node, {})[node] = candidate
     gone = extraction.gone()
     calls = (node for node in extraction.order if node.op == "call_module" and node not in gone)
     kept = {str(node.target) for node in calls}
-    found = []
-    for values in groups.values():
+    groups = []
+    for values in by_calls.values():
         name = _name(extraction, next(iter(values.values())), kept)
         kept.add(name)
-        found.append(Group(name, values))
-    return found
+        groups.append(Group(name, values))
+    return groups
 
 
 def _calls(extraction: Extraction, candidate: Candidate) -> object:

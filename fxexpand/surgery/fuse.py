@@ -114,12 +114,12 @@ def fuse(
     with at_work("fuse", progress) as show, restoring([*target.modules()]):
         commit(plan)
         rounds = _Rounds(target, example_inputs, verify, inplace, show)
-        found = to_fixed_point(rounds.fold, [plan.report])
-        if strict and found.refusals:
-            raise RefusedError(found.refusals[0].message)
-        if before and compared is not None and found.changed:
-            require_same_outputs(before, rounds.model, compared, len(found.changed), found.title)
-    rounds.model.__dict__[REPORT] = found
+        report = to_fixed_point(rounds.fold, [plan.report])
+        if strict and report.refusals:
+            raise RefusedError(report.refusals[0].message)
+        if before and compared is not None and report.changed:
+            require_same_outputs(before, rounds.model, compared, len(report.changed), report.title)
+    rounds.model.__dict__[REPORT] = report
     return rounds.model
 
 

@@ -143,7 +143,7 @@ class _Planner:
         """Fuse one graph; returns the paths of modules in it that are left, to be read by themselves."""
         with split_norms(reading.traced.graph_module):
             plan = plan_graph(module, reading, self._parts, part=bool(name))
-            found = plan.rows(self._place(name, module, plan))
+            rows = plan.rows(self._place(name, module, plan))
         for path, graph_module in plan.graphs.items():
             old = module.get_submodule(path)
             if old not in self._modules:  # the copy of a module with hooks
@@ -151,8 +151,8 @@ class _Planner:
             result = Fuse(inplace=True, verify=self._verify)(graph_module)
             keep_attributes(result.graph_module, old)
             self.plan.replaced[old] = result.graph_module
-            found += [replace(row, site=_joined(path, row.site)) for row in result.report.rows]
-        self.plan.rows += [replace(row, site=_joined(name, row.site)) for row in found]
+            rows += [replace(row, site=_joined(path, row.site)) for row in result.report.rows]
+        self.plan.rows += [replace(row, site=_joined(name, row.site)) for row in rows]
         return [*plan.alone]
 
     def _place(self, name: str, module: nn.Module, plan: GraphPlan) -> list[Fusion]:
@@ -188,7 +188,7 @@ def _joined(name: str, path: str) -> str:
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """A module with the same parts. Its hooks run around what is inside, which may be rewritten."""
+    """A copy without hooks, of the same parts: hooks run around these, which may be rewritten."""
     bare = copy.copy(module)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         vars(bare)[name] = OrderedDict()

@@ -51,11 +51,11 @@ def plan_graph(module: nn.Module, reading: Reading, parts: Parts, part: bool) ->
     tree = ModuleTree(extraction, module, reading.traced.multi_argument_calls)
     placements = Placements(extraction, groups, tree, one_path)
     shared = _shared(module, placements, parts)
-    owned = ModuleGraphs(extraction, module, tree, placements, part, one_path, shared)
+    module_graphs = ModuleGraphs(extraction, module, tree, placements, part, one_path, shared)
     conflict = conflicts(module, reading, placements, parts)
-    alone = [path for path in conflict.alone if not within_any(path, owned.chosen)]
-    graphs = {path: graph for path, graph in owned.chosen.items() if not within_any(path, alone)}
-    reasons = conflict.reasons | dict.fromkeys(owned.left_out, NO_GRAPH if one_path else NO_PLACE)
+    alone = [path for path in conflict.alone if not within_any(path, module_graphs.chosen)]
+    graphs = {path: graph for path, graph in module_graphs.chosen.items() if not within_any(path, alone)}
+    reasons = conflict.reasons | dict.fromkeys(module_graphs.left_out, NO_GRAPH if one_path else NO_PLACE)
     reasons |= dict.fromkeys(shared, SHARED)
     placed = []
     for group in groups:

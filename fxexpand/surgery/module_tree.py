@@ -69,12 +69,12 @@ class ModuleTree:
     def uses(self, paths: Iterable[str]) -> list[fx.Node]:
         """The nodes that call one of the modules, or one around it, or read a tensor of it."""
         touching, calls = self._by_module
-        found: dict[fx.Node, None] = {}
+        nodes: dict[fx.Node, None] = {}
         for path in paths:
-            found |= dict.fromkeys(touching.get(path, ()))
+            nodes |= dict.fromkeys(touching.get(path, ()))
             for around in _prefixes(path):
-                found |= dict.fromkeys(calls.get(around, ()))
-        return list(found)
+                nodes |= dict.fromkeys(calls.get(around, ()))
+        return list(nodes)
 
     @cached_property
     def _by_module(self) -> tuple[dict[str, list[fx.Node]], dict[str, list[fx.Node]]]:

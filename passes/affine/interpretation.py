@@ -155,12 +155,12 @@ class Interpretation:
 
     def _with_extended(self, candidate: Candidate) -> tuple[Candidate, ...]:
         """The candidate, and before it those that reach further back."""
-        found = [candidate]
+        reaching = [candidate]
         while True:
-            merged, unprofitable = self._extended(found[0])
+            merged, unprofitable = self._extended(reaching[0])
             if merged is None:
-                return (*unprofitable, *found)[:CANDIDATES]
-            found = [merged, *(found if len(found) == 1 else found[-1:])]
+                return (*unprofitable, *reaching)[:CANDIDATES]
+            reaching = [merged, *(reaching if len(reaching) == 1 else reaching[-1:])]
 
     def _extended(self, candidate: Candidate) -> tuple[Candidate | None, list[Candidate]]:
         """The candidate merged with one of its source's, if that is profitable; else those that are not."""
@@ -205,14 +205,14 @@ class Interpretation:
         self, node: fx.Node, terms: Sequence[tuple[fx.Node, Map]], combine: Callable[[Map, Map], Map]
     ) -> tuple[Candidate, ...]:
         """Maps of one source, one of which may be the source itself, as one map."""
-        found = self._term(node, *terms[0], first=True)
+        sums = self._term(node, *terms[0], first=True)
         for i, (value, term) in enumerate(terms[1:], start=1):
             again = any(value is other for other, _ in terms[:i])
-            pairs = itertools.product(found, self._term(node, value, term, first=not again))
+            pairs = itertools.product(sums, self._term(node, value, term, first=not again))
             joined = (self._both(node, one, two, combine) for one, two in pairs)
-            found = self._best(each for each in joined if each is not None)
+            sums = self._best(each for each in joined if each is not None)
         own, stop = (*self._multi_outputs(node), node), self._order[node]
-        whole = (replace(each, own=own, parts=(each,), credited=(), stop=stop) for each in found)
+        whole = (replace(each, own=own, parts=(each,), credited=(), stop=stop) for each in sums)
         extended = self._best(longer for each in whole for longer in self._with_extended(each))
         return tuple(sorted(extended, key=lambda each: self._order[each.source]))
 
@@ -233,13 +233,13 @@ class Interpretation:
         """
         alone = self._readers[value] <= {node}
         saved = alone and first
-        found = []
+        terms = []
         for candidate in self.candidates.get(value, ()):
             try:
                 scaled = after(term, candidate.map)
             except InexactError:
                 continue
-            found.append(
+            terms.append(
                 replace(
                     candidate,
                     map=scaled,
@@ -251,7 +251,7 @@ class Interpretation:
                 )
             )
         place = self._order[node]
-        return [*found, Candidate(value, term, (), place, place, place)]
+        return [*terms, Candidate(value, term, (), place, place, place)]
 
     def _both(
         self, node: fx.Node, one: Candidate, two: Candidate, combine: Callable[[Map, Map], Map]

@@ -249,6 +249,8 @@ def test_copies_made_inside_accumulate_stand_on_their_own() -> None:
 
 def test_torch_tools_on_the_weight_of_an_expanded_layer_are_refused() -> None:
     big = linear()
+    with pytest.raises(AttributeError, match=r"ExpandedLinear\.weight is that of the factors.*\(expansion\)"):
+        big[0].register_parameter("weight", nn.Parameter(torch.zeros(2, 2)))
     with pytest.raises(AttributeError, match="Fuse the layer first"):
         torch.nn.utils.parametrizations.orthogonal(big[0])
     with warnings.catch_warnings(), pytest.raises((TypeError, AttributeError), match="weight"):

@@ -24,10 +24,8 @@ from fxexpand.kernel.algebra import compose
 from fxexpand.kernel.modules import kernel_of
 from fxexpand.lowrank.cuts import SCHEMES, Cut, Scheme, factors_of, matrix_of, schemes_of, weight_of
 from fxexpand.lowrank.factored import (
+    FACTORIZED,
     Factorized,
-    FactorizedConv2d,
-    FactorizedEmbedding,
-    FactorizedLinear,
     Rows,
 )
 from fxexpand.lowrank.factorize_report import FactorizeReport
@@ -151,7 +149,7 @@ def test_a_table_must_save_parameters_and_keeps_its_padding() -> None:
     model: Any = nn.Sequential(of_rank(nn.Embedding(50, 16, padding_idx=3), 3))
     tokens = torch.randint(0, 50, (2, 7))
     small: Any = factorize(model, tokens, energy=1.0)
-    assert isinstance(small[0], FactorizedEmbedding) and isinstance(small[0], nn.Embedding)
+    assert isinstance(small[0], FACTORIZED[nn.Embedding]) and isinstance(small[0], nn.Embedding)
     assert_same(small(tokens), model(tokens), EXACT)
     assert small[0](torch.tensor([3])).abs().max() == 0
     full = factorize(nn.Sequential(nn.Embedding(9, 8)), energy=1.0)
@@ -166,7 +164,7 @@ def test_tied_weights_stay_tied() -> None:
     small: Any = factorize(model, tokens, energy=1.0, select="tokens")
     assert_same(small(tokens), model(tokens), EXACT)
     table, head = small.tokens, small.head
-    assert isinstance(table, FactorizedEmbedding) and isinstance(head, FactorizedLinear)
+    assert isinstance(table, FACTORIZED[nn.Embedding]) and isinstance(head, FACTORIZED[nn.Linear])
     assert table.get_submodule("0").weight is head.get_submodule("1").weight
     assert isinstance(table.get_submodule("1"), Rows)
     assert table.get_submodule("1").weight is head.get_submodule("0").weight
@@ -186,7 +184,7 @@ def test_what_cannot_be_factored_is_refused_with_a_reason() -> None:
     assert rows["recurrent.weight_ih_l0"].action == "refused"
     net = factorize(perturb(ConvNet()), rank=1)
     assert "ConvTranspose2d has no factored form" in rows_of(net)["up"].reason
-    assert isinstance(net.stem, FactorizedConv2d)
+    assert isinstance(net.stem, FACTORIZED[nn.Conv2d])
 
 
 def test_class_names_hooks_mode_and_gradients_are_kept() -> None:

@@ -151,6 +151,17 @@ def test_a_weight_is_not_assigned_beside_the_factors() -> None:
     assert list(model.state_dict()) == ["0.0.weight", "0.1.weight", "0.1.bias"]
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(9, 9), nn.Embedding(9, 9)])
+def test_the_weight_of_a_factored_layer_cannot_be_parametrized(layer: nn.Module) -> None:
+    """The forward would never read it."""
+    model = factorize(nn.Sequential(layer), rank=2)
+    with pytest.raises(AttributeError, match=r"weight: is computed from the factors \(0 and 1\)"):
+        torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert type(model[0]).__name__.startswith("Factorized") and "weight" not in dict(
+        model[0].named_children()
+    )
+
+
 def test_a_checkpoint_with_nan_is_an_error_that_names_it() -> None:
     model = nn.Sequential(nn.Linear(9, 9))
     small, broken = factorize(model, rank=2), dict(model.state_dict())

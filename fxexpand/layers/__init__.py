@@ -6,35 +6,9 @@ the cheapest order, ``accumulation`` shares their products over micro-batches, `
 decay per factor, ``sharding`` knows FSDP.
 """
 
-from fxexpand.layers.expanded import (
-    EXPANDED,
-    FORMS,
-    Expanded,
-    ExpandedConv1d,
-    ExpandedConv2d,
-    ExpandedConv3d,
-    ExpandedConvTranspose1d,
-    ExpandedConvTranspose2d,
-    ExpandedConvTranspose3d,
-    ExpandedLinear,
-    Form,
-    expand_layer,
-)
+from fxexpand.layers.expanded import EXPANDED, FORMS, Expanded, Form, expand_layer
 from fxexpand.layers.rewritten import Rewritten, restore_layer
 
-__all__ = [
-    "EXPANDED",
-    "FORMS",
-    "Expanded",
-    "ExpandedConv1d",
-    "ExpandedConv2d",
-    "ExpandedConv3d",
-    "ExpandedConvTranspose1d",
-    "ExpandedConvTranspose2d",
-    "ExpandedConvTranspose3d",
-    "ExpandedLinear",
-    "Form",
-    "Rewritten",
-    "expand_layer",
-    "restore_layer",
-]
+__all__ = ["EXPANDED", "FORMS", "Expanded", "Form", "Rewritten", "expand_layer", "restore_layer"]
+
+globals().update({kind.__name__: kind for kind in EXPANDED.values()})  # such as ExpandedLinear

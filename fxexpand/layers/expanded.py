@@ -29,7 +29,7 @@ from fxexpand.layers.products import (
     matrix_chain,
     surely_below,
 )
-from fxexpand.layers.rewritten import Rewritten, by_original, effective_shape, kernel_like, rewrite_layer
+from fxexpand.layers.rewritten import Rewritten, effective_shape, kernel_like, rewrite_layer, subclasses
 from fxexpand.layers.sharding import placed_as, sharded_part
 from fxexpand.recipes import Recipe, fold, has_norm
 from fxexpand.recipes.structure import chain_macs, fold_cost, leaves, telling_weight
@@ -243,43 +243,7 @@ class Expanded(Rewritten):
         return f"{original}, recipe={self.recipe}, form={self.form}".removeprefix(", ")
 
 
-class ExpandedLinear(Expanded, nn.Linear):
-    """See ``Expanded``."""
-
-
-class ExpandedConv1d(Expanded, nn.Conv1d):
-    """See ``Expanded``."""
-
-
-class ExpandedConv2d(Expanded, nn.Conv2d):
-    """See ``Expanded``."""
-
-
-class ExpandedConv3d(Expanded, nn.Conv3d):
-    """See ``Expanded``."""
-
-
-class ExpandedConvTranspose1d(Expanded, nn.ConvTranspose1d):
-    """See ``Expanded``."""
-
-
-class ExpandedConvTranspose2d(Expanded, nn.ConvTranspose2d):
-    """See ``Expanded``."""
-
-
-class ExpandedConvTranspose3d(Expanded, nn.ConvTranspose3d):
-    """See ``Expanded``."""
-
-
-EXPANDED = by_original(
-    ExpandedLinear,
-    ExpandedConv1d,
-    ExpandedConv2d,
-    ExpandedConv3d,
-    ExpandedConvTranspose1d,
-    ExpandedConvTranspose2d,
-    ExpandedConvTranspose3d,
-)
+EXPANDED = subclasses(Expanded, LAYERS)
 
 
 def expand_layer(module: nn.Module, expansion: nn.Sequential, recipe: Recipe, form: Form) -> None:

@@ -7,7 +7,8 @@ modules. Code that meets such a layer asks the attributes of ``Rewritten``, not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -129,9 +130,18 @@ class Rewritten(nn.Module):
         )
 
 
-def by_original(*kinds: Kind) -> dict[type[nn.Module], Kind]:
-    """Rewritten classes by the class of the layer that they take the place of."""
-    return {kind.__bases__[1]: kind for kind in kinds}
+def subclasses(base: Kind, originals: Iterable[type[nn.Module]]) -> dict[type[nn.Module], Kind]:
+    """A subclass of ``base`` and of each stock class, by the stock class: ``ExpandedLinear`` for ``Linear``.
+
+    They become attributes of the module of ``base``, where pickles look for them.
+    """
+    made: dict[type[nn.Module], Kind] = {}
+    for original in originals:
+        name = f"{base.__name__}{original.__name__}"
+        members = {"__module__": base.__module__, "__doc__": f"See ``{base.__name__}``."}
+        made[original] = type(name, (base, original), members)  # type: ignore[assignment]
+        setattr(sys.modules[base.__module__], name, made[original])
+    return made
 
 
 def rewrite_layer(

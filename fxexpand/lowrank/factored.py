@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from fxexpand.kernel.algebra import Kernel, cast, compose
 from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.kernel.modules import kernel_of
-from fxexpand.layers.rewritten import Rewritten, by_original, kernel_like, rewrite_layer
+from fxexpand.layers.rewritten import Rewritten, kernel_like, rewrite_layer, subclasses
 from fxexpand.lowrank.cuts import Cut, factors_of, matrix_of
 from fxexpand.lowrank.projection import spectrum
 
@@ -134,13 +134,13 @@ class Factorized(Rewritten):
 
     def factor(self, weight: Tensor) -> dict[str, Tensor]:
         """The weights of both factors of ``weight``, at the rank that the layer has."""
-        first, second = self.factors()
         kernel = kernel_like(self, weight)
         left, right = spectrum(matrix_of(kernel, self.cut.scheme)).factors(self.cut.rank)
-        one, two = factor_weights(self, kernel, self.cut, left, right)
-        if isinstance(first, nn.Embedding) and first.padding_idx is not None:
-            one[first.padding_idx] = 0.0
-        return {"0.weight": one, "1.weight": two.mT if isinstance(second, Rows) else two}
+        first, second = factor_kernels(kernel, self.cut, left, right)
+        one, two = first.weight, second.weight
+        if isinstance(self, nn.Embedding):
+            one, two = table_factors(self, first, second)
+        return {"0.weight": one, "1.weight": two.mT if isinstance(self._modules["1"], Rows) else two}
 
     def reset_parameters(self) -> None:
         """Draw the factors as torch does for layers of their sizes."""
@@ -155,29 +155,7 @@ class Factorized(Rewritten):
         return f"{super().extra_repr()}, cut={self.cut.scheme}:{self.cut.rank}".removeprefix(", ")
 
 
-class FactorizedLinear(Factorized, nn.Linear):
-    """See ``Factorized``."""
-
-
-class FactorizedConv1d(Factorized, nn.Conv1d):
-    """See ``Factorized``."""
-
-
-class FactorizedConv2d(Factorized, nn.Conv2d):
-    """See ``Factorized``."""
-
-
-class FactorizedConv3d(Factorized, nn.Conv3d):
-    """See ``Factorized``."""
-
-
-class FactorizedEmbedding(Factorized, nn.Embedding):
-    """See ``Factorized``."""
-
-
-FACTORIZED = by_original(
-    FactorizedLinear, FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedEmbedding
-)
+FACTORIZED = subclasses(Factorized, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding))
 
 
 def _kernel_of(factor: nn.Module) -> Kernel:
@@ -186,15 +164,19 @@ def _kernel_of(factor: nn.Module) -> Kernel:
     return kernel_like(factor, weight) if isinstance(weight, Tensor) else kernel_of(factor)
 
 
-def factor_weights(
-    module: nn.Module, kernel: Kernel, cut: Cut, left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The weights of both factors, in the layout of the layers from ``factors`` and the kernel's dtype."""
-    dtype = kernel.weight.dtype
-    if isinstance(module, nn.Embedding):
-        return left[0].to(dtype), right[0].mT.to(dtype).contiguous()
-    first, second = (cast(part, dtype).weight for part in factors_of(kernel, cut.scheme, left, right))
-    return laid_out_as(first, kernel.weight), laid_out_as(second, kernel.weight)
+def factor_kernels(kernel: Kernel, cut: Cut, left: Tensor, right: Tensor) -> tuple[Kernel, Kernel]:
+    """The kernels of both factors, in the dtype and layout of ``kernel``."""
+    parts = (cast(part, kernel.weight.dtype) for part in factors_of(kernel, cut.scheme, left, right))
+    first, second = (replace(part, weight=laid_out_as(part.weight, kernel.weight)) for part in parts)
+    return first, second
+
+
+def table_factors(module: nn.Embedding, first: Kernel, second: Kernel) -> tuple[Tensor, Tensor]:
+    """The narrower table ``(tokens, r)`` and the weight ``(d, r)`` of the Linear after it."""
+    table = second.weight
+    if module.padding_idx is not None:
+        table[module.padding_idx] = 0.0  # rounding must not leave values in a row that gets no gradient
+    return table, first.weight.mT.contiguous()
 
 
 def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[nn.Module, nn.Module]:
@@ -209,22 +191,17 @@ def factors(module: nn.Module, cut: Cut, left: Tensor, right: Tensor) -> tuple[n
     """
     old = module._parameters["weight"]
     assert old is not None
-    kernel = kernel_like(module, old.detach())
-    one, two = factor_weights(module, kernel, cut, left, right)
+    kernels = factor_kernels(kernel_like(module, old.detach()), cut, left, right)
     if isinstance(module, nn.Embedding):
+        one, two = table_factors(module, *kernels)
         padding, grows = module.padding_idx, module.scale_grad_by_freq
-        if padding is not None:
-            one[padding] = 0.0  # rounding must not leave values in a row that gets no gradient
         first: nn.Module = nn.Embedding(
-            one.shape[0], one.shape[1], padding, scale_grad_by_freq=grows, _weight=one
+            len(one), one.shape[1], padding, scale_grad_by_freq=grows, _weight=one
         )
         second: nn.Module = nn.Linear(two.shape[1], two.shape[0], bias=False, device="meta")
         second.weight = nn.Parameter(two)
     else:
-        plan = factors_of(kernel, cut.scheme, left.to(one.dtype), right.to(one.dtype))
-        first, second = (
-            to_module(replace(part, weight=weight)) for part, weight in zip(plan, (one, two), strict=True)
-        )
+        first, second = map(to_module, kernels)
     for part in (first, second):
         part.requires_grad_(old.requires_grad)
         part.train(module.training)

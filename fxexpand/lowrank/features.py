@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxexpand.errors import SelectionError, UnusableWeightError
-from fxexpand.lowrank.measures import Kind, entropy_of, roy_of, stable_of
+from fxexpand.lowrank.measures import MEASURES, Kind
 
 FeatureKernel = Literal["gram", "cosine", "cosine_distance"]
 
@@ -43,10 +43,10 @@ def kernel_rank(
         SelectionError: an unknown option, no points or no dimensions.
         UnusableWeightError: NaN, Inf or no values.
     """
-    if measure not in get_args(Kind):
-        raise SelectionError(f"measure={measure!r}: choose from {', '.join(get_args(Kind))}.")
+    if measure not in MEASURES:
+        raise SelectionError(f"measure={measure!r}: choose from {', '.join(MEASURES)}.")
     spectrum = kernel_spectrum(features, kind, centered=centered, batched=batched)
-    return {"roy": roy_of, "entropy": entropy_of, "stable": stable_of}[measure](spectrum)
+    return MEASURES[measure](spectrum)
 
 
 def kernel_spectrum(

@@ -15,6 +15,7 @@ M. Huh et al., "The Low-Rank Simplicity Bias in Deep Networks", TMLR 2023, plot 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from math import prod
 from typing import Literal, get_args
 
@@ -53,13 +54,9 @@ def effective_rank(
         SelectionError: for an unknown option, fewer than two dimensions or groups that do not divide ``out``.
     """
     spectrum = scaled_spectrum(matrix, groups=groups, batched=batched, unfolding=unfolding)[0]
-    if kind == "stable":
-        return stable_of(spectrum)
-    if kind == "entropy":
-        return entropy_of(spectrum)
-    if kind == "roy":
-        return roy_of(spectrum)
-    raise SelectionError(f"kind={kind!r}: choose 'roy', 'entropy' or 'stable'.")
+    if kind not in MEASURES:
+        raise SelectionError(f"kind={kind!r}: choose 'roy', 'entropy' or 'stable'.")
+    return MEASURES[kind](spectrum)
 
 
 def spectral_entropy(
@@ -212,6 +209,19 @@ def stable_of(spectrum: Tensor) -> Tensor:
     """The sum of squares over the largest square, 0 where all singular values are 0."""
     largest = spectrum.amax(-1, keepdim=True)
     return (spectrum / torch.where(largest > 0, largest, torch.ones_like(largest))).square().sum(-1)
+
+
+MEASURES: dict[Kind, Callable[[Tensor], Tensor]] = {
+    "roy": roy_of,
+    "entropy": entropy_of,
+    "stable": stable_of,
+}
+
+
+def summary_of(spectrum: Tensor) -> dict[str, float]:
+    """The measures that every report has, by their names there."""
+    names: dict[str, Kind] = {"effective_rank": "roy", "entropy": "entropy", "stable_rank": "stable"}
+    return {name: float(MEASURES[kind](spectrum)) for name, kind in names.items()}
 
 
 def numerical_of(spectrum: Tensor, tolerance: float) -> Tensor:

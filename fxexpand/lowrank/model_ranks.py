@@ -19,12 +19,10 @@ from fxexpand.lowrank.features import kernel_rank, kernel_spectrum
 from fxexpand.lowrank.measures import (
     Unfolding,
     energy_of,
-    entropy_of,
     numerical_of,
     rounding_unit,
-    roy_of,
     scaled_spectrum,
-    stable_of,
+    summary_of,
     unfold,
 )
 from fxexpand.lowrank.sketch import sketch
@@ -231,9 +229,7 @@ def _weight_row(
         kind=kind,
         shape=tuple(weight.shape),
         full_rank=full,
-        effective_rank=float(roy_of(spectrum)),
-        entropy=float(entropy_of(spectrum)),
-        stable_rank=float(stable_of(spectrum)),
+        **summary_of(spectrum),
         numerical_rank=int(numerical_of(spectrum, rounding_unit(matrices))),
         energy_rank=int(energy_of(spectrum, ENERGY)),
         nuclear_norm=float(spectrum.sum() * scale),
@@ -287,9 +283,7 @@ def _feature_row(name: str, kind: str, values: Tensor, centered: bool) -> Featur
         kind=kind,
         points=values.shape[0],
         dimensions=values[0].numel(),
-        effective_rank=float(roy_of(spectrum)),
-        entropy=float(entropy_of(spectrum)),
-        stable_rank=float(stable_of(spectrum)),
+        **summary_of(spectrum),
         cosine_distance=float(kernel_rank(values, "cosine_distance", centered=centered)),
     )
 

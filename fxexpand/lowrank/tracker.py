@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
-from fxexpand.lowrank.measures import entropy_of, roy_of, scaled_spectrum, stable_of
+from fxexpand.lowrank.measures import scaled_spectrum, summary_of
 from fxexpand.lowrank.model_ranks import layer_weights
 from fxexpand.lowrank.rank_plots import plot_ranks, plot_spectra
 from fxexpand.reporting.files import write_whole
@@ -215,9 +215,7 @@ class RankTracker:
         places = [round(i * (count - 1) / max(kept - 1, 1)) for i in range(kept)]
         largest = spectrum[0].clamp(min=torch.finfo(spectrum.dtype).tiny)
         return LayerSpectrum(
-            effective_rank=float(roy_of(spectrum)),
-            entropy=float(entropy_of(spectrum)),
-            stable_rank=float(stable_of(spectrum)),
+            **summary_of(spectrum),
             indices=tuple(place + 1 for place in places),
             values=tuple((spectrum[places] / largest).tolist()),
         )

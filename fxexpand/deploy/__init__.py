@@ -1,16 +1,17 @@
 """How does a model leave torch, and does what was written compute the same?
 
-``onnx`` writes a model as a file and proves it in onnxruntime, whose ``sessions`` it opens; ``folding``
-fuses the model first, ``free_sizes`` says which sizes of the inputs stay free, ``onnx_files`` reads files and
-moves them into place. ``quantization`` measures int8; ``latency`` is a room of its own. ``options`` has the
-options of ``export_onnx`` and ``measure_latency``.
+``onnx`` exports a model: ``folding`` fuses it, ``onnx_writing`` writes it, ``free_sizes`` says which sizes of
+the inputs stay free, ``onnx_proof`` compares the file in onnxruntime, whose ``sessions`` it opens,
+``onnx_files`` reads files and moves them into place, ``onnx_report`` has the result. ``quantization`` measures
+int8; ``latency`` is a room of its own. ``options`` has the options of ``export_onnx`` and ``measure_latency``.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxexpand.deploy.onnx import OnnxReport, export_onnx
+    from fxexpand.deploy.onnx import export_onnx
+    from fxexpand.deploy.onnx_report import OnnxReport
     from fxexpand.deploy.quantization import Int8Report, RangeReport, WeightRange, check_int8, weight_ranges
 
 __all__ = [

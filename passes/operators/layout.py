@@ -89,7 +89,7 @@ def exchanged(ndim: int, one: Any, two: Any) -> Sequence[int] | None:
     if not isinstance(one, int) or not isinstance(two, int) or ndim < 2:
         return None
     order = list(range(ndim))
-    order[one], order[two] = order[two], order[one]
+    order[one % ndim], order[two % ndim] = order[two % ndim], order[one % ndim]
     return order
 
 

@@ -170,8 +170,10 @@ class _Flow:
             self._note_weights(call, args, lookup)
             held = self._kept(call, [*args, *kwargs.values()], lookup)
         name = _shown(target) if call is None else call.name
+        if held and call is not None and call.operator.keeps == "first":
+            return _Value(held, operands[0].data)  # an index by inputs still gives numbers of the weight
         if held:
-            for key in held if result.data and call is not None and call.operator.keeps != "first" else ():
+            for key in held if result.data else ():
                 self._stops.setdefault(key, name)
             return _Value(held, result.data)
         self.stop(name, operands)

@@ -185,7 +185,7 @@ row(
 # Linear maps that are read for their weights alone.
 _products: dict[str, Any] = {"open": True, "kind": "matmul", "weights": FACTORS}
 row("bmm", "input other", **_products)
-row("grouped_mm", "input other", keywords={"mat_a": "input", "mat_b": "other"}, **_products)
+row("grouped_mm _grouped_mm", "input other", keywords={"mat_a": "input", "mat_b": "other"}, **_products)
 row("transformers.grouped_mm_fallback", "input other", **_products)
 row("baddbmm", "bias input other", keywords=ADDED, **_products)
 row("addbmm", "bias input other", keywords=ADDED, **_products)

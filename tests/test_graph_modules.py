@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxexpand import expand, fuse, report
-from fxexpand.layers import ExpandedConv2d
+from fxexpand.layers import EXPANDED
 from fxexpand.passes import Expand, Factorize, Fuse, check
 from fxexpand.tracing.graphs import trace
 from tests.compare import assert_same
@@ -137,7 +137,7 @@ def test_what_a_graph_calls_whole_keeps_its_parts() -> None:
         result = run(traced)
         assert not result.modified and "as a whole" in str(result.report)
     expanded = check(Expand(), traced, x).graph_module
-    assert type(expanded.get_submodule("block.conv")) is ExpandedConv2d
+    assert type(expanded.get_submodule("block.conv")) is EXPANDED[nn.Conv2d]
     assert_same(Fuse()(expanded).graph_module(x), model(x), rel=1e-10)
     model.block.register_forward_hook(lambda *_: None)
     for inputs in (None, x):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from fxexpand.errors import UnusableWeightError
 from fxexpand.kernel.lower import to_module
-from fxexpand.layers import ExpandedLinear
+from fxexpand.layers import EXPANDED
 from fxexpand.passes import Expand, Factorize, Fuse, check
 from fxexpand.recipes import Chain, Recipe
 from fxexpand.tracing.edit import ModuleUses
@@ -62,7 +62,7 @@ def test_sites_that_are_more_than_their_calls_are_expanded_as_in_the_model() -> 
         *("free", "hooked", "tied.weight", "read", "attention.in_proj_weight", "attention.out_proj"),
         *("plain", "replaced"),
     }
-    assert type(expanded.hooked) is ExpandedLinear and called(expanded)[:2] == ["free.0", "free.1"]
+    assert type(expanded.hooked) is EXPANDED[nn.Linear] and called(expanded)[:2] == ["free.0", "free.1"]
     assert expanded.tied.parametrizations.weight is expanded.tie.parametrizations.weight
     assert {"read.parametrizations.weight", "parametrizations.plain"} <= set(called(expanded))
     (refused,) = result.report.refusals  # type: ignore[attr-defined]

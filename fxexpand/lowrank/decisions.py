@@ -1,4 +1,4 @@
-"""Which layers to factor, where to cut them and at which rank: decided before anything is changed."""
+"""Decisions on which layers to factor, with which cut and rank, before anything is changed."""
 
 from __future__ import annotations
 

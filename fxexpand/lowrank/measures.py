@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from math import prod
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ from fxexpand.errors import SelectionError, UnusableWeightError
 
 Kind = Literal["roy", "entropy", "stable"]
 Unfolding = Literal["channel", "spatial"]
+
+
+class MatrixOptions(TypedDict, total=False):
+    """How a tensor is read as matrices: the keyword arguments of ``effective_rank``."""
+
+    groups: int
+    batched: bool
+    unfolding: Unfolding
 
 
 def effective_rank(
@@ -59,37 +67,26 @@ def effective_rank(
     return MEASURES[kind](spectrum)
 
 
-def spectral_entropy(
-    matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
-) -> Tensor:
+def spectral_entropy(matrix: Tensor, **options: Unpack[MatrixOptions]) -> Tensor:
     """The entropy in nats of the normalised singular values; see ``effective_rank``."""
-    return effective_rank(matrix, "entropy", groups=groups, batched=batched, unfolding=unfolding)
+    return effective_rank(matrix, "entropy", **options)
 
 
-def stable_rank(
-    matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
-) -> Tensor:
+def stable_rank(matrix: Tensor, **options: Unpack[MatrixOptions]) -> Tensor:
     """``||W||_F^2 / ||W||_2^2``, insensitive to small singular values; see ``effective_rank``."""
-    return effective_rank(matrix, "stable", groups=groups, batched=batched, unfolding=unfolding)
+    return effective_rank(matrix, "stable", **options)
 
 
-def nuclear_norm(
-    matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
-) -> Tensor:
-    """The sum of the singular values, in the unit of the matrix; see ``effective_rank`` for the arguments."""
-    spectrum, scale = scaled_spectrum(matrix, groups=groups, batched=batched, unfolding=unfolding)
+def nuclear_norm(matrix: Tensor, **options: Unpack[MatrixOptions]) -> Tensor:
+    """The sum of the singular values, in the unit of the matrix; see ``effective_rank``."""
+    spectrum, scale = scaled_spectrum(matrix, **options)
     return spectrum.sum(-1) * scale
 
 
 def numerical_rank(
-    matrix: Tensor,
-    tolerance: float | None = None,
-    *,
-    groups: int = 1,
-    batched: bool = False,
-    unfolding: Unfolding = "channel",
+    matrix: Tensor, tolerance: float | None = None, **options: Unpack[MatrixOptions]
 ) -> Tensor:
-    """How many singular values exceed ``tolerance`` times the largest, as int64 (no gradient).
+    """The number of singular values above ``tolerance`` times the largest, as int64 (no gradient).
 
     Args:
         tolerance: by default ``max(rows, columns)`` times the rounding unit of the matrix's own dtype: a
@@ -100,22 +97,15 @@ def numerical_rank(
     Source: G. Golub and C. Van Loan, "Matrix Computations", section 5.4.1.
     """
     if tolerance is None:
-        tolerance = rounding_unit(matrix if batched else unfold(matrix, unfolding, groups=groups))
+        tolerance = rounding_unit(_blocks(matrix, **options))
     if not 0.0 <= tolerance < 1.0:
         raise SelectionError(f"numerical rank: tolerance={tolerance}: choose 0 or more, but below 1.")
     with torch.no_grad():
-        spectrum = scaled_spectrum(matrix, groups=groups, batched=batched, unfolding=unfolding)[0]
+        spectrum = scaled_spectrum(matrix, **options)[0]
         return numerical_of(spectrum, tolerance)
 
 
-def energy_rank(
-    matrix: Tensor,
-    energy: float = 0.9,
-    *,
-    groups: int = 1,
-    batched: bool = False,
-    unfolding: Unfolding = "channel",
-) -> Tensor:
+def energy_rank(matrix: Tensor, energy: float = 0.9, **options: Unpack[MatrixOptions]) -> Tensor:
     """The fewest singular values whose squares sum to ``energy`` of all squares, as int64 (no gradient).
 
     The best approximation of that rank has a relative Frobenius error of at most ``sqrt(1 - energy)``.
@@ -123,15 +113,13 @@ def energy_rank(
     if not 0.0 < energy <= 1.0:
         raise SelectionError(f"energy rank: energy={energy}: choose a share above 0 and up to 1.")
     with torch.no_grad():
-        spectrum = scaled_spectrum(matrix, groups=groups, batched=batched, unfolding=unfolding)[0]
+        spectrum = scaled_spectrum(matrix, **options)[0]
         return energy_of(spectrum, energy)
 
 
-def singular_values(
-    matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
-) -> Tensor:
+def singular_values(matrix: Tensor, **options: Unpack[MatrixOptions]) -> Tensor:
     """The singular values in float64, ``(*batch, n)``, largest first; for a grouped kernel, of all blocks."""
-    spectrum, scale = scaled_spectrum(matrix, groups=groups, batched=batched, unfolding=unfolding)
+    spectrum, scale = scaled_spectrum(matrix, **options)
     return spectrum * scale.unsqueeze(-1)
 
 
@@ -166,15 +154,7 @@ def scaled_spectrum(
 
     Raises: see ``effective_rank``.
     """
-    if batched and groups != 1:
-        raise SelectionError("effective rank: groups are for a single kernel, batched is for plain matrices.")
-    if batched and unfolding != "channel":
-        raise SelectionError(
-            "effective rank: unfoldings are for a single kernel, batched for plain matrices."
-        )
-    if batched:
-        _require_matrix(matrix)
-    blocks = matrix if batched else unfold(matrix, unfolding, groups=groups)
+    blocks = _blocks(matrix, groups=groups, batched=batched, unfolding=unfolding)
     if matrix.is_meta:
         raise UnusableWeightError("is on the meta device and has no values. Materialise the model first.")
     if not bool(torch.isfinite(matrix).all()):
@@ -190,6 +170,22 @@ def scaled_spectrum(
         values = values.flatten()
         values = values.sort(descending=True).values if groups > 1 else values
     return values, scale
+
+
+def _blocks(
+    matrix: Tensor, *, groups: int = 1, batched: bool = False, unfolding: Unfolding = "channel"
+) -> Tensor:
+    """The matrices ``(*batch, rows, columns)`` of a tensor."""
+    if batched and groups != 1:
+        raise SelectionError("effective rank: groups are for a single kernel, batched is for plain matrices.")
+    if batched and unfolding != "channel":
+        raise SelectionError(
+            "effective rank: unfoldings are for a single kernel, batched for plain matrices."
+        )
+    if not batched:
+        return unfold(matrix, unfolding, groups=groups)
+    _require_matrix(matrix)
+    return matrix
 
 
 def entropy_of(spectrum: Tensor) -> Tensor:
@@ -225,7 +221,7 @@ def summary_of(spectrum: Tensor) -> dict[str, float]:
 
 
 def numerical_of(spectrum: Tensor, tolerance: float) -> Tensor:
-    """How many singular values exceed ``tolerance`` times the largest."""
+    """The number of singular values above ``tolerance`` times the largest."""
     return (spectrum > tolerance * spectrum.amax(-1, keepdim=True)).sum(-1)
 
 

@@ -11,4 +11,10 @@ from fxexpand.layers.rewritten import Rewritten, restore_layer
 
 __all__ = ["EXPANDED", "FORMS", "Expanded", "Form", "Rewritten", "expand_layer", "restore_layer"]
 
-globals().update({kind.__name__: kind for kind in EXPANDED.values()})  # such as ExpandedLinear
+
+def __getattr__(name: str) -> type[Expanded]:
+    """The class of an expanded layer by its name, such as ``ExpandedLinear``."""
+    for kind in EXPANDED.values():
+        if kind.__name__ == name:
+            return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

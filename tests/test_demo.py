@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxexpand
+from fxexpand.deploy.latency.timing import torch_threads
 from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Chain
 from fxexpand.training.data import digits
@@ -136,7 +137,7 @@ def test_the_threads_are_given_back(found: Findings) -> None:
     assert torch.get_num_threads() == 1  # conftest's
     torch.set_num_threads(2)
     try:
-        with experiment._one_thread():
+        with torch_threads(1):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:

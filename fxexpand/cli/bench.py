@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -96,7 +95,9 @@ def _dtype(name: str) -> torch.dtype | None:
 
 def _usual_backends() -> tuple[str, ...]:
     """Eager, and onnxruntime where it is installed; the others compile for minutes and are asked for."""
-    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+    from fxexpand.deploy.sessions import onnx_installed
+
+    if onnx_installed():
         return ("eager", "onnxruntime")
     note('no onnxruntime figures: run pip install "fxexpand[onnx]"')
     return ("eager",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ from fxexpand.running.inputs import ExampleInputs, tensors
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+def onnx_installed() -> bool:
+    """Whether all libraries of the extra ``onnx`` are installed."""
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def required(name: str) -> Any:

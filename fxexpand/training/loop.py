@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel
 from fxexpand.errors import FxExpandError
 from fxexpand.layers.accumulation import accumulate
 from fxexpand.lowrank import rank_report
-from fxexpand.reporting.plain import plain
 from fxexpand.running.evaluation import evaluating
 from fxexpand.training.data import Batches
 from fxexpand.training.options import Precision, Schedule, cosine
@@ -123,11 +122,6 @@ class History:
     rank_steps: tuple[int, ...]
     ranks: dict[str, tuple[float, ...]]
     step_ms: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        found: dict[str, Any] = plain(self)
-        return found
 
 
 def fit(

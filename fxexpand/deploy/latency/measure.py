@@ -9,8 +9,8 @@ import itertools
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from fxexpand.deploy.latency.backends import Candidate
 from fxexpand.deploy.latency.candidates import Conditions, Unavailable, device_of, dtype_of, ready
 from fxexpand.deploy.latency.intervals import Interval, median_interval
-from fxexpand.deploy.latency.timing import calls_per_round, peak_bytes, samples_in_turns
+from fxexpand.deploy.latency.timing import calls_per_round, peak_bytes, samples_in_turns, torch_threads
 from fxexpand.deploy.options import BACKENDS, LatencyOptions
 from fxexpand.errors import SelectionError
 from fxexpand.reporting.plain import plain
@@ -220,7 +220,7 @@ def _measured(
     conditions = Conditions(place, options.dtype, options.channels_last, options.tolerance)
     with ExitStack() as stack:
         stack.enter_context(evaluating(*models.values()))
-        stack.enter_context(_threads(options.threads))
+        stack.enter_context(torch_threads(options.threads))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fxexpand-latency-")))
         candidates, unavailable = ready(
             models, example_inputs, options.backends, sizes, conditions, folder,
@@ -274,17 +274,6 @@ def _differences(
             ratio, low, high = interval.median, interval.low, interval.high
             found.append(Difference(a.model, b.model, a.backend, ratio, low, high, a.batch))
     return tuple(found)
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _tf32_allowed() -> bool:

@@ -37,22 +37,7 @@ def latency_page(name: str, found: LatencyReport, folded: Report) -> str:
         "timed. Then the models took turns in every round, in a random order, so that drift of the machine "
         "falls on all alike; ratios are those within a round. A difference is real where its interval, which "
         "holds jointly for all of them, excludes 1; otherwise it is noise.</p>",
-        "<h2>What was fused</h2>",
-        f"<p>{escape(folded.summary)}</p>",
-        table(
-            ("site", "becomes", "parameters", "after", "relative error"),
-            [
-                (
-                    row.site,
-                    row.kind,
-                    short(row.params_before),
-                    short(row.params_after),
-                    "-" if row.error is None else f"{row.error:.1e}",
-                )
-                for row in folded.changed
-            ],
-        ),
-        *([] if not folded.refusals else [bullets([row.message for row in folded.refusals])]),
+        *_fused(folded),
         "<h2>Where and how</h2>",
         bullets(
             [
@@ -65,6 +50,23 @@ def latency_page(name: str, found: LatencyReport, folded: Report) -> str:
         ),
     ]
     return document(f"fxexpand bench: {name}", parts)
+
+
+def _fused(folded: Report) -> list[str]:
+    """The layers that were fused, and those that were refused."""
+    rows = [
+        (
+            row.site,
+            row.kind,
+            short(row.params_before),
+            short(row.params_after),
+            "-" if row.error is None else f"{row.error:.1e}",
+        )
+        for row in folded.changed
+    ]
+    head = ("site", "becomes", "parameters", "after", "relative error")
+    refusals = [bullets([row.message for row in folded.refusals])] if folded.refusals else []
+    return ["<h2>Fused layers</h2>", f"<p>{escape(folded.summary)}</p>", table(head, rows), *refusals]
 
 
 def _rows(found: LatencyReport) -> list[tuple[str, ...]]:

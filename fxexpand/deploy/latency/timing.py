@@ -107,6 +107,18 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 @contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch inside; None leaves their number."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _stderr_closed() -> Iterator[None]:
     """Nothing reaches stderr, not from C++ either: the profiler logs its start and its stop there."""
     sys.stderr.flush()

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fxexpand.deploy import export_onnx
 from fxexpand.deploy.latency import LatencyReport, measure_latency
-from fxexpand.deploy.sessions import feeds, open_session
+from fxexpand.deploy.latency.timing import torch_threads
+from fxexpand.deploy.sessions import feeds, onnx_installed, open_session
 from fxexpand.errors import FxExpandError, VerificationError
 from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Chain
@@ -29,12 +30,12 @@ from fxexpand.running.flops import count_flops
 from fxexpand.running.outputs import worst_error
 from fxexpand.surgery.expand import expand
 from fxexpand.surgery.fuse import fuse
-from fxexpand.training.data import Batches, Data, batches, digits
+from fxexpand.training.data import Batches, batches, digits
 from fxexpand.training.demo import page
 from fxexpand.training.demo.findings import Findings, Proof, Run
 from fxexpand.training.demo.network import NETWORK, Digits
 from fxexpand.training.loop import fit, logits
-from fxexpand.training.options import Schedule
+from fxexpand.training.options import DemoOptions, Schedule
 
 # Largest relative error of the logits in float32: five layers, each within 1e-5 of what it replaces.
 TOLERANCE = 5e-5
@@ -86,54 +87,48 @@ def run(
         FxExpandError: training diverged.
         OSError: a file cannot be written.
     """
-    with _one_thread():
-        return _run(folder, seeds, train_size, schedule, recipe, torch.device(device), rounds, progress)
+    # One thread: a network this small gains little from a second one, and two threads that wait for each
+    # other at every operator are many times slower where another program takes one of the cores.
+    with torch_threads(1):
+        options, place = DemoOptions(seeds, train_size, rounds), torch.device(device)
+        return _run(folder, options, schedule, recipe, place, progress)
 
 
 def _run(
     folder: Path,
-    seeds: int,
-    train_size: int,
+    options: DemoOptions,
     schedule: Schedule,
     recipe: Chain,
     device: torch.device,
-    rounds: int,
     progress: bool | None,
 ) -> Findings:
     begin = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    onnx = onnx_installed()
     plots = importlib.util.find_spec("matplotlib") is not None
     skipped = [*([] if onnx else [ONNX_MISSING]), *([] if plots else [PLOTS_MISSING])]
-    steps = schedule.epochs * -(-train_size // schedule.batch_size)
+    seeds, steps = options.seeds, schedule.epochs * -(-options.train_size // schedule.batch_size)
 
     with _bars({"training": 2 * seeds * steps, "proofs": 2 if onnx else 1}, progress) as notify:
-        pairs = [_pair(seed, train_size, schedule, recipe, device, notify) for seed in range(seeds)]
+        pairs = [_pair(seed, options.train_size, schedule, recipe, device, notify) for seed in range(seeds)]
         first = pairs[0]
-        proofs = [*first.run.proofs, _write_weights(first, folder / "model.safetensors")]
-        notify("proofs", 1)
-        (folder / ONNX_FILE).unlink(missing_ok=True)  # if none is written, none of an earlier run stays
-        if onnx:
-            proofs += _write_onnx(first, folder / ONNX_FILE)
-            notify("proofs", 1)
-    try:
-        latency = _latency(first, onnx, rounds, device, progress, skipped)
-    except VerificationError as error:
-        latency = None
-        proofs.append(Proof("same outputs when timed", math.nan, TOLERANCE, problem=str(error)))
+        proofs = _write_files(first, folder, onnx, notify)
+    latency, problem = _latency(first, onnx, options.rounds, device, progress, skipped)
+    runs = (replace(first.run, proofs=(*proofs, *problem)), *(pair.run for pair in pairs[1:]))
     example, batch = first.test[:1].to(device), first.test[: schedule.batch_size].to(device)
     networks = {"plain": first.plain, "expanded": first.expanded, "fused": first.fused}
+    single = {name: count_flops(model, example) for name, model in networks.items()}
     findings = Findings(
         data="scikit-learn digits",
-        sizes=(train_size, len(first.test)),
+        sizes=(options.train_size, len(first.test)),
         network=NETWORK,
         recipe=repr(recipe),
         schedule=schedule,
-        full_ranks={_layer(row.name): row.full_rank for row in rank_report(first.plain).rows},
-        runs=(replace(first.run, proofs=tuple(proofs)), *(pair.run for pair in pairs[1:])),
-        spectra=_spectra(first.plain, first.expanded),
-        parameters={name: count_flops(model, example).parameters for name, model in networks.items()},
-        flops={name: count_flops(model, example).total for name, model in networks.items()},
+        full_ranks={row.name.removesuffix(".weight"): row.full_rank for row in rank_report(first.plain).rows},
+        runs=runs,
+        spectra=_spectra(first.plain, first.expanded, list(runs[0].plain.ranks)),
+        parameters={name: found.parameters for name, found in single.items()},
+        flops={name: found.total for name, found in single.items()},
         batch_flops={name: count_flops(model, batch).total for name, model in networks.items()},
         latency=latency,
         skipped=tuple(skipped),
@@ -145,6 +140,17 @@ def _run(
     write_whole(folder / "report.json", json.dumps(findings.to_dict(), indent=1, allow_nan=False) + "\n")
     write_whole(folder / "report.html", page.html(findings))
     return findings
+
+
+def _write_files(trained: Trained, folder: Path, onnx: bool, notify: Notify) -> list[Proof]:
+    """Write the weights and the ONNX file; all proofs of the network, with those of the files."""
+    proofs = [*trained.run.proofs, _write_weights(trained, folder / "model.safetensors")]
+    notify("proofs", 1)
+    (folder / ONNX_FILE).unlink(missing_ok=True)  # if none is written, none of an earlier run stays
+    if onnx:
+        proofs += _write_onnx(trained, folder / ONNX_FILE)
+        notify("proofs", 1)
+    return proofs
 
 
 def _pair(
@@ -164,7 +170,7 @@ def _pair(
         histories.append(fit(model, train, test, schedule, on_step=lambda: notify("training", 1)))
     fused, proofs = _fused(expanded.eval(), plain.eval(), test)
     history = Run(seed, histories[0], histories[1], (at_start, *proofs))
-    return Trained(history, plain, expanded, fused, _images(data, test))
+    return Trained(history, plain, expanded, fused, torch.cat([images for images, _ in test]))
 
 
 def _fused(expanded: nn.Module, plain: nn.Module, test: Batches) -> tuple[nn.Module, list[Proof]]:
@@ -240,10 +246,10 @@ def _latency(
     device: torch.device,
     progress: bool | None,
     skipped: list[str],
-) -> LatencyReport | None:
-    """Latency of one image. The plain network has the fused weights: only the same function is compared.
+) -> tuple[LatencyReport | None, list[Proof]]:
+    """Latency of one image; a proof that fails where the three networks differ.
 
-    Raises: VerificationError: the three differ.
+    The plain network has the fused weights: only the same function is compared.
     """
     plain = Digits().to(device).eval()
     plain.load_state_dict(trained.fused.state_dict())
@@ -252,15 +258,17 @@ def _latency(
     every = ("eager", "onnxruntime") if onnx else ("eager",)
     for backends in dict.fromkeys((every, ("eager",))):
         try:
-            return measure_latency(models, image, backends=backends, rounds=rounds, progress=progress)
-        except VerificationError:
-            raise
+            return measure_latency(models, image, backends=backends, rounds=rounds, progress=progress), []
+        except VerificationError as error:
+            return None, [Proof("same outputs when timed", math.nan, TOLERANCE, problem=str(error))]
         except FxExpandError as error:
             skipped.append(f"latency on {' and '.join(backends)}: {error}")
-    return None
+    return None, []
 
 
-def _spectra(plain: nn.Module, expanded: nn.Module) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+def _spectra(
+    plain: nn.Module, expanded: nn.Module, layers: list[str]
+) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
     """Singular values by layer, each divided by the largest."""
 
     def values(model: nn.Module, layer: str) -> tuple[float, ...]:
@@ -268,16 +276,7 @@ def _spectra(plain: nn.Module, expanded: nn.Module) -> dict[str, tuple[tuple[flo
         spectrum = torch.linalg.svdvals(weight.detach().flatten(1).double())
         return tuple((spectrum / spectrum[0]).tolist())
 
-    layers = [_layer(row.name) for row in rank_report(plain).rows]
     return {layer: (values(plain, layer), values(expanded, layer)) for layer in layers}
-
-
-def _layer(weight: str) -> str:
-    return weight.removesuffix(".weight")
-
-
-def _images(data: Data, test: Batches) -> Tensor:
-    return torch.cat([images for images, _ in test])
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
@@ -288,19 +287,6 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device}, one thread"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread: a network this small gains little from a second one, and two threads that wait for each
-    other at every operator are many times slower where another program takes one of the cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -6,10 +6,9 @@ managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` is t
 ``contract`` holds the rules that all keep.
 
 ``sites`` finds the weights of linear maps in a model or graph, ``uses`` how the code uses them and
-``readings`` how that reads them as kernels; ``planner`` makes a plan of sites and commits it, for passes and
-for functions on models, and ``folding`` plans the way back. ``fusions`` makes the layers of ``fuse``,
-``norms`` splits norms while a graph is fused, and ``fixed_point`` repeats its rounds; ``operators`` and
-``affine`` are rooms inside.
+``readings`` how that reads them as kernels; ``planner`` plans sites, commits plans and repeats rounds, for
+passes and for functions on models, and ``folding`` plans the way back. ``fusions`` makes the layers of
+``fuse``, and ``norms`` splits norms while a graph is fused; ``operators`` and ``affine`` are rooms inside.
 """
 
 from fxexpand.passes.contract import check

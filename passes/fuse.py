@@ -10,11 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxexpand.kernel.modules import LAYERS, describe
 from fxexpand.passes.affine.extraction import Extraction
-from fxexpand.passes.fixed_point import to_fixed_point
 from fxexpand.passes.folding import plan_folding
 from fxexpand.passes.fusions import Fusion, grouped, new_layer
 from fxexpand.passes.norms import owner_name, split_norms
-from fxexpand.passes.planner import commit, restoring
+from fxexpand.passes.planner import commit, restoring, to_fixed_point
 from fxexpand.passes.result import Result, require_graph_module
 from fxexpand.reporting.rows import Action, Report, Row
 from fxexpand.running.copying import copied
@@ -69,8 +68,9 @@ def _commit(extraction: Extraction, fusions: Sequence[Fusion]) -> None:
     graph_module, order = extraction.graph_module, extraction.order
     new: dict[fx.Node, fx.Node] = {}
     for fusion in fusions:
-        put(graph_module, fusion.name, fusion.module)
-    values = {node: (fusion.name, each) for fusion in fusions for node, each in fusion.values.items()}
+        put(graph_module, fusion.group.name, fusion.module)
+    groups = [fusion.group for fusion in fusions]
+    values = {node: (group.name, each) for group in groups for node, each in group.values.items()}
     nodes, shapes_read = list(order), extraction.shapes_read()
     for node in sorted(values, key=order.__getitem__):
         name, candidate = values[node]
@@ -88,7 +88,7 @@ def rows(extraction: Extraction, fusions: Sequence[Fusion]) -> list[Row]:
     """A row for each fusion and for each affine operator that is left, in the graph's order."""
     fused: dict[fx.Node, Row] = {}
     for fusion in fusions:
-        for candidate in fusion.values.values():
+        for candidate in fusion.group.values.values():
             fused.update(dict.fromkeys(extraction.kernels(candidate), fusion.row))
     by_site: dict[tuple[str, str], Row] = {}
     for node in extraction.order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -43,19 +43,12 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """A new layer, and the values it computes.
-
-    Attributes:
-        name: the name of the layer.
-        values: the nodes that it replaces, each with its candidate.
-        targets: the modules and parameters that they called and read.
-    """
+    """The new layer of a group; ``targets`` are the modules and parameters that the merged nodes use."""
 
     row: Row
     module: nn.Module
-    name: str
-    values: dict[fx.Node, Candidate]
-    targets: Sequence[str]
+    group: Group
+    targets: Collection[str]
 
 
 def grouped(extraction: Extraction) -> list[Group]:
@@ -130,9 +123,8 @@ def new_layer(extraction: Extraction, group: Group, verify: bool = True) -> Fusi
         params_after=_count(module.parameters()),
         error=error,
     )
-    targets = [str(node.target) for node in (*kernels, *nodes) if node.op == "call_module"]
-    targets += [name for node in reading for name in reader.read(node)]
-    return Fusion(row, module, group.name, group.values, list(dict.fromkeys(targets)))
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    return Fusion(row, module, group, called.union(*(reader.read(node) for node in reading)))
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -113,6 +113,28 @@ def commit(plan: Plan) -> None:
                 module.recompile()
 
 
+def to_fixed_point(fold: Callable[[], Report], earlier: Sequence[Report] = ()) -> Report:
+    """Call ``fold`` until it changes nothing: a fold takes readers away, so that more may be merged.
+
+    Args:
+        fold: plans and commits one round; its report has a row for each site.
+        earlier: reports of what was done before, to be in the result too.
+    """
+    reports = [*earlier, fold()]
+    while reports[-1].changed:
+        reports.append(fold())
+    return combined(reports)
+
+
+def combined(reports: Sequence[Report]) -> Report:
+    """One report of rounds one after the other: all that was changed, and what the last one left alone."""
+    last = reports[-1]
+    changed = [row for report in reports for row in report.changed]
+    sites = {row.site for row in changed}
+    rest = [row for row in last.rows if row.action == REFUSED or row.site not in sites]
+    return Report(last.title, (*changed, *(row for row in rest if row not in changed)), last.traced)
+
+
 @contextmanager
 def restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
     """On any error, give the modules the class, the attributes and the graph that they have now."""

@@ -64,7 +64,7 @@ INSIDE = {
         "affine.candidates",
         *("affine.layouts", "affine.writes", "affine.interpretation", "affine.extraction"),
         *("affine", "result", "contract", "uses", "readings", "sites", "planner"),
-        *("expand", "folding", "norms", "fusions", "fixed_point", "fuse", "factorize"),
+        *("expand", "folding", "norms", "fusions", "fuse", "factorize"),
     ],
     "surgery": [
         *("transaction", "expand", "fold"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fxexpand.passes.fixed_point import combined
+from fxexpand.passes.planner import combined
 from fxexpand.running.inputs import ExampleInputs
 from fxexpand.surgery.fuse import fuse
 from fxexpand.surgery.fuse_plan import ONE_GRAPH

@@ -8,10 +8,9 @@ from typing import Literal, TypeAlias, get_args, overload
 import torch
 from torch import nn
 
-from fxexpand.errors import RefusedError, SelectionError
-from fxexpand.passes.fixed_point import to_fixed_point
+from fxexpand.errors import SelectionError
 from fxexpand.passes.folding import plan_folding
-from fxexpand.passes.planner import commit, restoring
+from fxexpand.passes.planner import commit, require_lenient, restoring, to_fixed_point
 from fxexpand.reporting.progress import at_work, progress_bar
 from fxexpand.reporting.rows import Report
 from fxexpand.running.copying import copied
@@ -20,12 +19,7 @@ from fxexpand.running.outputs import outputs_of
 from fxexpand.running.verify import require_same_outputs
 from fxexpand.surgery.fold import expansion_factors
 from fxexpand.surgery.fuse_plan import FusePlan, commit_fusing, plan_fusing
-from fxexpand.surgery.transaction import (
-    REPORT,
-    Model,
-    commit_and_compare,
-    require_module,
-)
+from fxexpand.surgery.transaction import REPORT, Model, commit_and_compare, require_module
 from fxexpand.tracing.export import module_of
 from fxexpand.tracing.submodules import Parts
 
@@ -115,8 +109,7 @@ def fuse(
         commit(plan)
         rounds = _Rounds(target, example_inputs, verify, inplace, show)
         report = to_fixed_point(rounds.fold, [plan.report])
-        if strict and report.refusals:
-            raise RefusedError(report.refusals[0].message)
+        require_lenient(report.rows, strict)
         if before and compared is not None and report.changed:
             require_same_outputs(before, rounds.model, compared, len(report.changed), report.title)
     rounds.model.__dict__[REPORT] = report

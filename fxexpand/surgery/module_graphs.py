@@ -73,12 +73,9 @@ class ModuleGraphs:
     def _slight(self, group: Group) -> bool:
         """Whether all it saves is the scale of a LayerNorm: not worth a graph in place of a class."""
         kernels = self._extraction.kernels(group.first)
-        norms = [
-            node
-            for node in kernels
-            if node.op == "call_module" and isinstance(self._extraction.module(node), LayerNormAffine)
-        ]
-        return len(kernels) - len(norms) == 1 < len(kernels)
+        called = [self._extraction.module(node) for node in kernels if node.op == "call_module"]
+        scales = sum(isinstance(module, LayerNormAffine) for module in called)
+        return len(kernels) - scales == 1 < len(kernels)
 
     def _undivided(self, groups: Sequence[Group]) -> list[Group]:
         """Those that share no node with a group that stays away: one value goes for all or for none."""

@@ -95,12 +95,10 @@ def after(outer: Map, inner: Map) -> Map:
     """
     if inner.outputs is None and inner.inputs is None:
         inner = replace(inner, inputs=outer.inputs, shape=None)
-    rank = _common(outer.rank, inner.rank)
-    given = inner.inputs if inner.outputs is None else inner.outputs
+    rank, given = _common(outer.rank, inner.rank), inner.outputs or inner.inputs
     if None not in (given, outer.inputs) and given != outer.inputs:
         raise ApartError(f"it takes {outer.inputs} channels and gets {given}.")
-    outputs = inner.outputs if outer.outputs is None else outer.outputs
-    return _joined("after", outer, inner, rank, inner.inputs, outputs)
+    return _joined("after", outer, inner, rank, inner.inputs, outer.outputs or inner.outputs)
 
 
 def plus(one: Map, two: Map) -> Map:
@@ -109,8 +107,7 @@ def plus(one: Map, two: Map) -> Map:
     Raises: InexactError with the reason.
     """
     rank, inputs = _common(one.rank, two.rank), one.inputs or two.inputs
-    gives = [m.inputs if m.outputs is None else m.outputs for m in (one, two)]
-    gives = [inputs if g is None else g for g in gives]
+    gives = [m.outputs or m.inputs or inputs for m in (one, two)]
     if None not in gives and gives[0] != gives[1]:
         raise InexactError(f"the terms have {gives[0]} and {gives[1]} channels.")
     outputs = None if one.outputs is None and two.outputs is None else gives[0]
@@ -123,11 +120,10 @@ def beside(one: Map, two: Map) -> Map:
     Raises: InexactError with the reason.
     """
     rank, inputs = _common(one.rank, two.rank), one.inputs or two.inputs
-    gives = [inputs if m.outputs is None else m.outputs for m in (one, two)]
-    outputs = None if gives[0] is None or gives[1] is None else gives[0] + gives[1]
-    if outputs is None:
+    gives = [m.outputs or inputs for m in (one, two)]
+    if gives[0] is None or gives[1] is None:
         raise ApartError("how many channels are stacked is not known.")
-    return _joined("beside", one, two, rank, inputs, outputs)
+    return _joined("beside", one, two, rank, inputs, gives[0] + gives[1])
 
 
 def fitted(moved: Map, beside: Map) -> Map:

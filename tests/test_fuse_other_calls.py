@@ -167,7 +167,7 @@ def compare(model: nn.Module, example: Tensor | None, *calls: tuple[Any, ...]) -
     return small
 
 
-@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("kind", CASES)
 def test_a_fold_holds_for_every_call(kind: type[Net], example: Tensor | None) -> None:
     compare(made(kind), example, (X,), (SMALL,), (-X,), (X,))
@@ -195,7 +195,7 @@ class Word(Net):
         return h.relu() if how == "relu" else h
 
 
-@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize(("kind", "value"), [(Flag, True), (FlagBySize, True), (Word, "relu")])
 def test_a_fold_holds_for_other_arguments(kind: type[Net], value: Any, example: Tensor | None) -> None:
     small = compare(made(kind), example, (X,), (SMALL,), (X, value), (SMALL, value))
@@ -254,7 +254,7 @@ class Classifier(Net):
         return nn.BCEWithLogitsLoss()(h, labels)
 
 
-@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
 def test_a_loss_for_labels_ends_no_fold_and_leaves_the_config_alone(example: Tensor | None) -> None:
     labels = torch.tensor([1, 3])
     model = made(Classifier)
@@ -279,7 +279,7 @@ class Unreadable(Net):
         return self.norm(self.tail[1](self.tail[0](h).relu()))
 
 
-@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
 def test_what_follows_code_without_a_graph_is_not_known(example: Tensor | None) -> None:
     small = compare(made(Unreadable), example, (X,), (X, torch.tensor(2)))
     assert isinstance(small.body, nn.Conv2d) and isinstance(small.tail[1], nn.BatchNorm2d)
@@ -303,7 +303,7 @@ class Cut(nn.Module):
         return x if length is None else x[:, :, : int(length)]
 
 
-@pytest.mark.parametrize("example", [None, X], ids=["blind", "with inputs"])
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
 def test_what_is_around_a_part_without_a_graph_is_known(example: Tensor | None) -> None:
     small = compare(made(PartUnreadable), example, (X,), (X, torch.tensor(2)))
     assert isinstance(small.norm, nn.Identity)

@@ -86,9 +86,9 @@ def test_layers_beside_a_part_without_a_graph_are_folded() -> None:
     assert isinstance(small[3].norm, nn.BatchNorm2d)
     assert actions(small) == {"0": "fused", "4": "fused", "3.conv": "refused", "3.norm": "refused"}
     assert "the whole has none: symbolically traced variables" in fxexpand.report(small).traced
-    blind = fxexpand.fuse(model)
-    assert set(actions(blind).values()) == {"refused"}
-    assert "example_inputs may help" in fxexpand.report(blind).refusals[0].reason
+    uninformed = fxexpand.fuse(model)
+    assert set(actions(uninformed).values()) == {"refused"}
+    assert "example_inputs may help" in fxexpand.report(uninformed).refusals[0].reason
 
 
 class Odd5(nn.Module):

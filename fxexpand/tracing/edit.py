@@ -324,7 +324,7 @@ def _viewed(
 
 
 def _emit(origin: fx.Node, target: str, part: nn.Module, x: fx.Node) -> fx.Node:
-    """The nodes that run ``part``, found under ``target``, on ``x``; returns the last."""
+    """Add the nodes that run ``part``, which is at ``target``, on ``x``; returns the last."""
     if type(part) not in (nn.Sequential, Skip):
         node = origin.graph.call_module(target, (x,))
     else:

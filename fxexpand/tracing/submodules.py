@@ -71,7 +71,7 @@ def _named_arguments(
 
 
 def _switches(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What a trace fixes, and which arguments there are."""
+    """The arguments that a trace fixes, and the names of the others."""
     return {
         name: value if value is None or isinstance(value, bool | str) else Tensor
         for name, value in arguments.items()
@@ -137,7 +137,7 @@ class Parts:
         Code elsewhere may then call that module, so that it must go on computing what it does.
         """
         top = root.get_submodule(owner)
-        if top not in self._inside:  # found once: many layers have the same owner
+        if top not in self._inside:  # computed once: many layers have the same owner
             self._inside[top] = {id(module._modules) for module in top.modules()}
         inside = self._inside[top]
         for path in paths:

@@ -17,7 +17,7 @@ from fxexpand.passes.affine.shapes import shape_readers
 from fxexpand.passes.operators.table import call_of
 from fxexpand.recipes.structure import LastDimBatchNorm
 from fxexpand.tracing.edit import operand, put, remove
-from fxexpand.tracing.graphs import hooked
+from fxexpand.tracing.tracer import hooked
 
 NORM = "__norm"  # the end of the name of the affine part
 

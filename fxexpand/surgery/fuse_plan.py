@@ -24,9 +24,9 @@ from fxexpand.reporting.rows import Report, Row
 from fxexpand.running.copying import keep_attributes
 from fxexpand.surgery.graph_plan import GraphPlan, plan_graph
 from fxexpand.tracing.edit import ModuleUses
-from fxexpand.tracing.graphs import hooked
 from fxexpand.tracing.recording import Failed
 from fxexpand.tracing.submodules import Parts, Reading
+from fxexpand.tracing.tracer import hooked
 
 ONE_GRAPH = "as one graph"
 

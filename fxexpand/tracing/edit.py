@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxexpand.errors import InexactError
 from fxexpand.kernel.library_layers import weight_by_hooks
 from fxexpand.recipes import Skip
-from fxexpand.tracing.graphs import hooked
+from fxexpand.tracing.tracer import hooked
 
 FACTOR = "fxexpand_factor"  # attribute of a module inside an expanded layer: its path in there
 OF_ONE_VALUE = ("tensor_meta", "val", "example_value")  # keys of a meta that no other node may take over

@@ -26,7 +26,6 @@ from fxexpand.tracing.guards import UntraceableError as UntraceableError
 from fxexpand.tracing.guards import arguments_by_name, guard, mode_of, require_argument
 from fxexpand.tracing.recording import Failed, Traced, record
 from fxexpand.tracing.tracer import FAILURES, Leaf, RegionTracer, TraceOptions, first_line
-from fxexpand.tracing.tracer import hooked as hooked
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from fxexpand.passes.affine.steps import Affine, Identity, Step, Sum
 from fxexpand.recipes import Branches
 from fxexpand.recipes.structure import LastDimBatchNorm
 from fxexpand.tracing.edit import ModuleUses, tensor_at
-from fxexpand.tracing.graphs import hooked
+from fxexpand.tracing.tracer import hooked
 
 
 class Reader:

@@ -183,7 +183,7 @@ class ProductCache:
 
 
 def exact_products(like: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: a half-precision product would add its rounding once per factor."""
+    """A context without autocast: a half-precision product would add its rounding once per factor."""
     device = like.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()

@@ -308,7 +308,7 @@ def _allocated(choices: Sequence[Sequence[Choice]], criterion: Criterion, whole:
 
 
 def _budget_decision(analysis: Analysis, uncounted: str | None, cut: Cut | None, *, alone: bool) -> Decision:
-    """Args: alone: no cut of the target saves anything."""
+    """The decision on one target under a budget; ``alone``: no cut of it saves anything."""
     if analysis.refusal:
         return analysis.unchanged("refused", analysis.refusal)
     if uncounted is not None:

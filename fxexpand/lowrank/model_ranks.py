@@ -171,10 +171,10 @@ def rank_report(
             is measured at its first call. Only one output is in memory at a time.
         before: a model with the same names, for a column to compare with: the model before training, or
             before its expansion. It gets the inputs in its own dtype.
-        unfolding: how a kernel becomes a matrix, see ``fxexpand.rank.spectra.unfold``.
+        unfolding: how a kernel becomes a matrix, see ``fxexpand.lowrank.measures.unfold``.
         centered: subtract the mean of the features (double-centre the kernel).
         sketched: a number of singular values by which larger weights (smaller side more than twice this) are
-            measured, at a fraction of the time, with bounds; see ``fxexpand.rank.sketch``. By default all
+            measured, at a fraction of the time, with bounds; see ``fxexpand.lowrank.sketch``. By default all
             measures are exact.
 
     Raises:

@@ -66,7 +66,7 @@ class TrainedRankPruning:
             the nuclear norm alone.
         scheme: how convolutions are read as matrices; layers without a spatial cut are read channel-wise.
         exclude: ``"first"`` and ``"last"`` layer, ``"pointwise"`` and ``"strided"`` convolutions.
-        select: which layers; see ``fxexpand.selection.Selection``.
+        select: which layers; see ``fxexpand.recipes.selection.Selection``.
 
     Raises: SelectionError: an option out of range, or no layer is left.
     """

@@ -146,7 +146,7 @@ class _Known:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
         self._uses = _Uses(model, example_inputs)
-        self._held = _held_elsewhere(model)
+        self._attributes = _held_in_attributes(model)
         self._reads = parameter_reads(model)
         self._owners: dict[int, list[Owner]] = {}
         for path, module in own_modules(model):
@@ -179,23 +179,30 @@ class _Known:
         if any(site_of(owner.path, owner.module) is not None for owner in owners):
             return _Verdict(LEFT, "a factor of a layer that was rewritten")
         verdicts = [_verdict(parameter, owner, self._uses) for owner in owners]
-        for verdict in verdicts:
-            if verdict.action == REFUSED:
-                return verdict
-        willing = [verdict for verdict in verdicts if verdict.action == "expand"]
-        if not willing:
-            return verdicts[0]
-        held = self._held.get(id(parameter))
-        if held is not None:
-            return _Verdict(
-                REFUSED,
-                f"the same tensor is also held in the plain attribute {held}, which would keep the old one. "
-                "Read it through its module instead",
-            )
+        first = {verdict.action: verdict for verdict in reversed(verdicts)}
+        if REFUSED in first or "expand" not in first:
+            return first.get(REFUSED, verdicts[0])
+        reason = self._read_elsewhere(parameter, owners)
+        if reason is not None:
+            return _Verdict(REFUSED, reason)
         if len(owners) == 1 and not read:
-            return willing[0]
-        view = next((verdict.view for verdict in willing if verdict.view is not None), None)
+            return verdicts[0]
+        view = next((verdict.view for verdict in verdicts if verdict.view is not None), None)
         return _Verdict("expand", view=view or layer_view(owners[0].module, "weight", parameter))
+
+    def _read_elsewhere(self, parameter: nn.Parameter, owners: tuple[Owner, ...]) -> str | None:
+        """Why something would read the old tensor, or find none, if this one were computed."""
+        attribute = self._attributes.get(id(parameter))
+        if attribute is not None:
+            return (
+                f"the same tensor is also held in the plain attribute {attribute}, which would keep the old "
+                "one. Read it through its module instead"
+            )
+        readers = (self._uses.reader_around(owner) for owner in owners if owner.generated)
+        reader = next((reader for reader in readers if reader is not None), None)
+        if reader is None:
+            return None
+        return f"the forward of {reader} reads it too, around the graph that holds it. Expand before tracing"
 
 
 def _is_generated(model: nn.Module, path: str) -> bool:
@@ -216,18 +223,33 @@ class _Uses:
         self._traced: dict[int, dict[str, Use] | UnknownUse] = {}
         self._observed: dict[str, Use] | None = None
 
+    def _of_forward(self, module: nn.Module) -> dict[str, Use] | UnknownUse:
+        if id(module) not in self._traced:
+            try:
+                self._traced[id(module)] = parameter_uses(module)
+            except UnknownUse as error:
+                self._traced[id(module)] = error
+        return self._traced[id(module)]
+
+    def reader_around(self, owner: Owner) -> str | None:
+        """The class of a module around the owner whose own forward reads the parameter, if it has a graph."""
+        path = owner.path
+        while path:
+            path = path.rpartition(".")[0]
+            module, name = self._model.get_submodule(path), owner.name.removeprefix(f"{path}.")
+            if not isinstance(module, fx.GraphModule) and not _only_holds(module):
+                found = self._of_forward(module)
+                if isinstance(found, dict) and name in found and found[name].kind != "unused":
+                    return type(module).__name__
+        return None
+
     def of(self, owner: Owner) -> Use | str:
         """How the owner uses the parameter, or why that is not known."""
         while _only_holds(owner.module) and owner.path:
             path, _, key = owner.path.rpartition(".")
             parent = self._model.get_submodule(path)
             owner = Owner(path, parent, f"{key}.{owner.attribute}")
-        if id(owner.module) not in self._traced:
-            try:
-                self._traced[id(owner.module)] = parameter_uses(owner.module)
-            except UnknownUse as error:
-                self._traced[id(owner.module)] = error
-        found = self._traced[id(owner.module)]
+        found = self._of_forward(owner.module)
         if isinstance(found, dict) and owner.attribute in found:
             use = found[owner.attribute]
             if use.kind != "unused":
@@ -306,7 +328,7 @@ def _parametrized(module: nn.Module) -> Iterator[tuple[str, str, Action, str]]:
             yield name, kind, REFUSED, f"computed by {by}. Remove that parametrization first"
 
 
-def _held_elsewhere(model: nn.Module) -> dict[int, str]:
+def _held_in_attributes(model: nn.Module) -> dict[int, str]:
     """Parameters that modules also hold in plain attributes (lists, dicts), by id: where."""
     found: dict[int, str] = {}
 

@@ -54,6 +54,32 @@ def test_a_tensor_that_the_graph_holds_is_expanded() -> None:
     assert_same(small.get_parameter("weight"), original["weight"], rel=1e-10)
 
 
+def test_a_tensor_that_code_around_the_graph_reads_too_is_refused() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x @ self.first, self.second)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner: Any = fx.symbolic_trace(Inner().double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.inner(x) @ self.inner.second
+            return result
+
+    model, x = Outer(), torch.randn(3, 4, dtype=torch.float64)
+    big = expand(model, example_inputs=x)
+    assert [row.site for row in report(big).changed] == ["inner.first"]
+    (refusal,) = report(big).refusals
+    assert refusal.site == "inner.second" and "the forward of Outer reads it too" in refusal.reason
+    assert_same(fuse(big, scope="expanded")(x), model(x), rel=1e-10)
+
+
 KINDS = ("fuse", "expand", "Fuse", "Expand", "Factorize")
 
 

@@ -1,7 +1,6 @@
 """The size of files and functions: lines, cyclomatic complexity, parameters.
 
-``PENDING`` names the functions and files that are beyond a limit today. Each entry must still be beyond it,
-so the list can only shrink: divide a function along its cases, and remove its entry.
+Divide a function that is beyond a limit along its cases, and a file by concept.
 """
 
 from __future__ import annotations
@@ -25,18 +24,6 @@ BODY_LINES = 45  # without the docstring
 PARAMETERS = 8  # outside the public API
 COMPLEXITY = 20  # the upper end of radon's C
 HIGH_COMPLEXITY, MOST_HIGH = 15, 5  # at most five functions of the product are above 15
-
-PENDING: dict[str, set[str]] = {
-    "complexity": set(),
-    "high complexity": {
-        "passes/operators/table.py:bind",
-    },
-    "body": set(),
-    "parameters": set(),
-    "lines": {
-        "tests/test_operators.py",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -101,40 +88,27 @@ def functions() -> list[Function]:
     return [function for path in source_files() for function in measured(path)]
 
 
-def require_pending(kind: str, beyond: dict[str, int]) -> None:
-    """Each name beyond the limit is pending, and each pending name is beyond the limit."""
-    new = {name: value for name, value in beyond.items() if name not in PENDING[kind]}
-    assert not new, f"{kind}: divide these along their cases: {new}"
-    assert not PENDING[kind] - set(beyond), f"{kind}: remove these from PENDING"
-
-
 def test_no_function_is_too_complex(functions: list[Function]) -> None:
-    require_pending("complexity", {f.name: f.complexity for f in functions if f.complexity > COMPLEXITY})
+    assert not {f.name: f.complexity for f in functions if f.complexity > COMPLEXITY}
 
 
 def test_few_functions_are_of_high_complexity(functions: list[Function]) -> None:
-    high = {f.name: f.complexity for f in functions if HIGH_COMPLEXITY < f.complexity <= COMPLEXITY}
-    rest = {name: value for name, value in high.items() if name not in PENDING["high complexity"]}
-    assert len(rest) <= MOST_HIGH, f"divide some of these along their cases: {rest}"
-    require_pending("high complexity", {name: high[name] for name in high if name not in rest})
+    assert len([f.name for f in functions if f.complexity > HIGH_COMPLEXITY]) <= MOST_HIGH
 
 
 def test_bodies_are_short(functions: list[Function]) -> None:
-    require_pending("body", {f.name: f.body for f in functions if f.body > BODY_LINES})
+    assert not {f.name: f.body for f in functions if f.body > BODY_LINES}
 
 
 def test_parameters_are_few(functions: list[Function]) -> None:
     """The public API may have more: its options are documented one by one."""
-    many = {f.name: f.parameters for f in functions if f.parameters > PARAMETERS and not f.public}
-    require_pending("parameters", many)
+    assert not {f.name: f.parameters for f in functions if f.parameters > PARAMETERS and not f.public}
 
 
 def test_files_are_short() -> None:
     files = [*source_files(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files
-    }
-    require_pending("lines", {name: length for name, length in lengths.items() if length > FILE_LINES})
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {str(path): length for path, length in lengths.items() if length > FILE_LINES}
 
 
 def test_the_measures_are_those_of_their_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ HEAD = """\
 A model is `timm:NAME`, `torchvision:NAME`, `transformers:TYPE` or `package.module:factory`, where
 the factory takes no arguments; the current folder is searched first. Nothing is downloaded: weights
 are random, or come from `--weights FILE`, safetensors or a state dict of `torch.save`, which is
-read with `weights_only=True`. A file that holds anything but tensors is refused, and nothing in it
-is run. A model of timm or torchvision gets a head of as many classes as the file has.
+read with `weights_only=True`. A file that holds anything but tensors is refused, and no code in it
+runs. A model of timm or torchvision gets a head of as many classes as the file has.
 
-What a model takes is known for models of the libraries; `--input 1,3,224,224` says it otherwise,
+The inputs are known for models of the libraries; `--input 1,3,224,224` gives them for others,
 once per argument, with a dtype where it is not float32: `--input 1,16:int64`.
 
 Every option may stand in a TOML file, under its name; the command line comes first:

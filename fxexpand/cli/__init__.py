@@ -20,8 +20,8 @@ from fxexpand.cli.failures import reported
 # The file of a command, its function and the command have one name. The order is that of the help.
 COMMANDS = {
     "demo": "Train a network plain and expanded, fuse it, prove the result.",
-    "inspect": "Show how a model is read, and what fusing and expanding would change.",
-    "fuse": "Fold everything affine, and save the weights of what is left.",
+    "inspect": "Show how a model is read, and the layers that fuse and expand would change.",
+    "fuse": "Fold everything affine, and save the weights of the fused network.",
     "export": "Write a model as ONNX, and compare the file with the model.",
     "bench": "Measure latency: a model as it is, and fused.",
     "train": "Train a model, expanded, and save the fused weights.",
@@ -32,7 +32,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class Command(TyperCommand):
-    """One command, whose every failure is one line on stderr and an exit code; a traceback with --debug."""
+    """One command. Each failure is one line on stderr and an exit code; with --debug, a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         with reported(debug=bool(ctx.find_root().params.get("debug"))):

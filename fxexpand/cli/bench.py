@@ -94,7 +94,7 @@ def _dtype(name: str) -> torch.dtype | None:
 
 
 def _usual_backends() -> tuple[str, ...]:
-    """Eager, and onnxruntime where it is installed; the others compile for minutes and are asked for."""
+    """Eager, and onnxruntime where it is installed; the other backends compile for minutes."""
     from fxexpand.deploy.sessions import onnx_installed
 
     if onnx_installed():

@@ -1,4 +1,4 @@
-"""The options of a command, from the dataclasses that it takes; ``--config`` reads the same ones from a file.
+"""The options of a command come from the dataclasses that it takes; ``--config`` reads them from a file.
 
 A field that ``option`` made is written once: its default and help are those of the Python function, of the
 command, of its configuration file and of docs/cli.md.

@@ -1,4 +1,4 @@
-"""How a command ends that does not succeed: one line on stderr, an exit code, a traceback only on request."""
+"""A command that fails prints one line on stderr and ends with an exit code; a traceback is on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-_LONGEST = 400  # characters of an error that is not ours: torch's run to pages
+_LONGEST = 400  # characters of the message of another library: those of torch run to pages
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -42,12 +42,12 @@ def reported(debug: bool) -> Iterator[None]:
         fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except MemoryError:
         fail("out of memory. Take a smaller --input, or another --device.")
-    except Exception as error:  # whatever it is, a person at a terminal gets a line, and a way to see it all
+    except Exception as error:  # one line for any error, with the way to see all of it
         fail(f"{type(error).__name__}: {first_cause(error)} (all of it: fxexpand --debug ...)")
 
 
 def first_cause(error: BaseException) -> str:
-    """The first line of what an error was raised from in the end; its type where that has no text."""
+    """The first line of the innermost cause of an error; the type of the cause where it has no text."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = _of_worker(str(error)).strip().splitlines() or [type(error).__name__]
@@ -55,7 +55,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def _of_worker(message: str) -> str:
-    """What went wrong in a process that reads images: torch passes its whole traceback on as the message."""
+    """The last line of an error of a process that reads images, whose traceback torch passes on."""
     _, passed_on, traceback = message.partition("\nOriginal Traceback (most recent call last):\n")
     if not passed_on:
         return message

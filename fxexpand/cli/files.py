@@ -1,4 +1,4 @@
-"""Where a command will write is tried before it works for minutes."""
+"""Output files are tried before a command computes for minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def require_safetensors(path: Path) -> None:
-    """That weights can be written at ``path``, under a name that says what the file is.
+    """Require that weights can be written at ``path``, and that its ending is .safetensors.
 
     Raises: SelectionError: another ending, or see ``require_writable``.
     """
@@ -25,10 +25,10 @@ def require_safetensors(path: Path) -> None:
 
 
 def weights_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
-    """The state dict as safetensors; tensors under two names once, which ``load_state_dict`` accepts.
+    """The state dict as safetensors; a tensor under two names is written twice.
 
     Args:
-        about: what the file's metadata says, each value as JSON.
+        about: the metadata of the file, each value as JSON.
     """
     from safetensors.torch import save
 
@@ -37,7 +37,7 @@ def weights_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
 
 
 def require_writable(path: Path) -> None:
-    """That a file can be written at ``path``; nothing is left there.
+    """Require that a file can be written at ``path``; nothing is left there.
 
     Raises: SelectionError: its folder does not exist or cannot be written to, or it is a folder itself.
     """
@@ -57,9 +57,9 @@ def require_writable(path: Path) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """That files can be written into the folder ``path``, which is not made yet.
+    """Require that files can be written into the folder ``path``, which is not made yet.
 
-    Raises: SelectionError: it, or what it would be in, is a file or cannot be written to.
+    Raises: SelectionError: the folder, or the one above it, is a file or cannot be written to.
     """
     above = next(each for each in (path, *path.parents) if each.exists())
     if not above.is_dir():

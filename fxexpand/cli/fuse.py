@@ -26,7 +26,7 @@ def fuse(
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Fold everything affine, and save the weights of what is left.
+    """Fold everything affine, and save the weights of the fused network.
 
     With --scope expanded, the file holds the weights of the original network under its own names.
     """
@@ -45,7 +45,7 @@ def fuse(
                 network = expand(network, recipe_of(recipe), inplace=True)
             network = source.filled(network)
             given = source.known_inputs(network)
-        # fuse checks the scope before it does anything
+        # the scope is checked first of all
         fused = fuse_model(network, given, scope=scope, strict=strict)  # type: ignore[call-overload]
         report = report_of(fused)
         data = weights_of(fused, {"fxexpand": __version__, "model": source.model, "scope": scope})
@@ -69,7 +69,7 @@ def _loading(
     grown: bool,
     path: Path,
 ) -> str:
-    """The program, which begins with ``lines``, that makes such a network and loads the file into it."""
+    """A program, after ``lines``, that builds the fused network and loads the file into it."""
     lines = [*lines]
     if recipe is not None and (scope == "all" or grown):
         words = recipe if "(" in recipe else f"{recipe}()"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """What a network costs: nodes of its graphs, parameters, and FLOPs where there is an input."""
+    """The cost of a network: nodes of its graphs, parameters, and FLOPs where there is an input."""
 
     nodes: int
     params: int
@@ -29,7 +29,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Traces:
-    """How a network was read: in how many graphs, and why not in one."""
+    """The number of graphs in which a network was read, and the reasons why there is no single one."""
 
     graphs: int
     nodes: int
@@ -56,7 +56,7 @@ def inspect(
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Show how a model is read, and what fusing and expanding would change.
+    """Show how a model is read, and the layers that fuse and expand would change.
 
     Nothing is written. FLOPs are those of the input; without one there are none.
     """

@@ -100,7 +100,7 @@ class Source:
         return given
 
     def required_inputs(self, model: nn.Module) -> ExampleInputs:
-        """As ``known_inputs``.
+        """The inputs of ``known_inputs``.
 
         Raises: SelectionError: there are none, or the model does not take them.
         """
@@ -130,7 +130,7 @@ class PlacedSource(Source):
 
 
 def give_classes(name: str, model: nn.Module, classes: int) -> bool:
-    """Give a model of timm or torchvision a head of so many outputs; whether it had another."""
+    """Give a model of timm or torchvision a head of ``classes`` outputs; whether the head has changed."""
     from torch import nn
 
     from fxexpand.zoo import load_model
@@ -156,7 +156,7 @@ def give_classes(name: str, model: nn.Module, classes: int) -> bool:
 
 
 def _classes_in(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> int | None:
-    """The outputs of the head of a file, where nothing but these differs from the model's tensors."""
+    """The number of outputs of the head in a file, where only the head differs from the model."""
     state = model.state_dict()
     found = {
         shape[0]
@@ -167,7 +167,7 @@ def _classes_in(shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> int 
 
 
 def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Those of the tensors, by name; none if the file cannot be read, which ``load_weights`` explains."""
+    """The shapes of the tensors by name; none if the file cannot be read, which ``load_weights`` explains."""
     import torch
     from safetensors import safe_open
 
@@ -182,7 +182,7 @@ def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device called ``name``, on which a tensor has been made.
+    """The device of that name, tried with one tensor.
 
     Raises: SelectionError: there is no such device, or it does not work.
     """

@@ -1,4 +1,4 @@
-"""What the commands print: the result on stdout, everything else on stderr, in 80 columns without colours."""
+"""Results go to stdout, everything else to stderr, in 80 columns without colours."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def stdout_kept() -> Iterator[None]:
-    """Send to stderr what a model's own code or a library prints: stdout is for the result."""
+    """Send the prints of a model and of libraries to stderr: stdout is for the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """Show on a terminal that something goes on, and for how long."""
+def working(task: str) -> Iterator[None]:
+    """Show on a terminal the task that is at work, and for how long."""
     if not sys.stderr.isatty():
         yield
         return
@@ -54,12 +54,12 @@ def working(what: str) -> Iterator[None]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task(what, total=None)
+        bar.add_task(task, total=None)
         yield
 
 
 def sites(report: Report, *, every: bool = True) -> str:
-    """A report in 80 columns: what was changed as a table, and the others by their reason.
+    """A report in 80 columns: a table of the changed sites, and the others by their reason.
 
     Args:
         every: list each site; otherwise two for each reason, and how many there are.
@@ -79,7 +79,7 @@ def sites(report: Report, *, every: bool = True) -> str:
 
 
 def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
-    """A table in 80 columns; a name, the first cell, that is too long for it has a line of its own."""
+    """A table in 80 columns; a name (the first cell) that is too long has a line of its own."""
     from fxexpand.reporting.table import table
 
     taken = sum(2 + max(len(row[i]) for row in (head, *rows)) for i in range(1, len(head)))
@@ -93,7 +93,7 @@ def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence
 
 
 def _changed(report: Report) -> list[str]:
-    """The table of what was changed."""
+    """The table of the changed sites."""
     from fxexpand.reporting.table import short
 
     if not report.changed:
@@ -108,14 +108,14 @@ def _changed(report: Report) -> list[str]:
 
 
 def _reason(reasons: list[str]) -> str:
-    """Reasons that differ in one number as one; else the first of them."""
+    """One reason for several that differ in a number; else the first of them."""
     first = reasons[0].rstrip(".")
     numbers = sorted({match[0] for reason in reasons if (match := _NUMBER.search(reason))}, key=float)
     return _NUMBER.sub(f"{numbers[0]} to {numbers[-1]}", first, count=1) if len(numbers) > 1 else first
 
 
 def wrapped(text: str, indent: str = "  ") -> str:
-    """Lines of at most 80 columns; what follows the first is indented further."""
+    """Lines of at most 80 columns; all but the first are indented further."""
     import textwrap
 
     return textwrap.fill(

@@ -61,7 +61,7 @@ def rank(
 
 
 def _tables(found: RankReport) -> str:
-    """The measures that fit 80 columns; --json has all."""
+    """Tables of the measures that fit 80 columns; --json has all of them."""
     compared = ("before",) if found.compared else ()
     weights = [
         (
@@ -69,7 +69,7 @@ def _tables(found: RankReport) -> str:
             str(row.full_rank),
             *((_number(row.before),) if found.compared else ()),
             *(
-                # Of a sketched weight all else is that of its largest singular values alone.
+                # the other measures of a sketched weight are those of its largest singular values alone
                 (f"{row.bounds[0]:.2f}..{row.bounds[1]:.2f}", "-", "-", "-")
                 if row.bounds
                 else (

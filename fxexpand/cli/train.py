@@ -49,7 +49,7 @@ def train(
 
         recipe = None if settings.recipe.lower() == "none" else recipe_of(settings.recipe)
         settings = replace(settings, recipe="none" if recipe is None else str(recipe))
-        require_folder(out)  # now, not after an epoch
+        require_folder(out)  # an error comes now, not after an epoch
         if settings.fsdp and "WORLD_SIZE" not in os.environ:
             raise SelectionError(
                 "--fsdp shards over processes: start them with torchrun -m fxexpand train ..."
@@ -88,7 +88,7 @@ def _data(name: str, root: Path | None) -> Data:
 
 
 def _network(name: str, weights: Path | None, data: Data, seed: int) -> nn.Module:
-    """The model, with as many outputs as there are classes where its library can give it these."""
+    """The model; if its library can, with as many outputs as there are classes."""
     import torch
 
     from fxexpand.cli.options import Source, give_classes

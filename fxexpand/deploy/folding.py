@@ -1,4 +1,4 @@
-"""Fuse a model for a file, which holds one path through its code in any case."""
+"""Fuse a model for a file, which holds a single path through its code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fxexpand.tracing.tracer import FAILURES
 
 
 def fused(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> nn.Module:
-    """``fuse(model)``; what code without a graph keeps apart is then folded in the program of the call.
+    """``fuse(model)``, then the same in the program of the call where the model has no single graph.
 
-    ``fuse`` itself leaves that alone, since the result must hold for all paths through the code, in both
-    modes. The program is that of ``torch.export``, from which the file is made anyway.
+    ``fuse`` alone must hold for all paths through the code, in both modes; the file holds one. The program is
+    that of ``torch.export``, from which the file is made anyway.
     """
     parts = fuse(model, example_inputs)
     first = report(parts)
@@ -28,7 +28,7 @@ def fused(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) 
         return parts
     try:
         program = program_of(parts, example_inputs, dynamic_shapes)
-    except FAILURES:  # torch.onnx has more ways
+    except FAILURES:  # torch.onnx may still export it
         return parts
     whole = fuse(program, example_inputs)
     second = report(whole)

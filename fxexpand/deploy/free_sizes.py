@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from fxexpand.errors import SelectionError
 from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, tensors
 
-# Names of the dimensions after batch and channels, by rank.
+# Names of the dimensions after batch and channels, by the number of all dimensions.
 SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 # By how much an input grows to prove that its size is free: most networks ask for multiples of 32.
 STEP = 32
@@ -24,8 +24,8 @@ def dynamic_shapes(
 ) -> dict[str, Any] | None:
     """For each parameter of ``forward``, as ``torch.export`` takes it; None where nothing is left free.
 
-    Dimension 0 is "batch" in the tensors where it is as long as the first's; the spatial ones are those from
-    2 on of floating-point tensors of rank 3 to 5. Of one name and one length they are one dimension.
+    Dimension 0 is "batch" in each tensor where it is as long as in the first; the spatial ones are those from
+    2 on of floating-point tensors with 3 to 5 dimensions. Dimensions of one name and one length are one.
 
     Raises: SelectionError: no tensor has a dimension of the kind.
     """
@@ -79,7 +79,7 @@ def axis_names(
 
 
 def larger(example_inputs: ExampleInputs) -> ExampleInputs:
-    """The same inputs, ``STEP`` longer in every spatial dimension, by repeating what is there."""
+    """The same inputs, ``STEP`` longer in every spatial dimension: their values are repeated."""
     return mapped(_grown, example_inputs)
 
 

@@ -61,20 +61,20 @@ def export_onnx(
         model: in evaluation mode, on any device.
         path: the file to write; replaced only when everything succeeded.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        dynamic_batch: leave the first dimension free, of every tensor where it is as long as the first's.
+        dynamic_batch: leave dimension 0 free in each tensor where it is as long as in the first.
         verify: compare with the model in onnxruntime, at batch sizes 1, that of the inputs, and one more;
             with free spatial sizes, at larger ones too.
         opset: of the default ONNX domain; None takes torch's default.
         tolerance: largest relative error; None takes 1e-4 in float32 (``TOLERANCES``).
-        fuse: call ``fxexpand.fuse`` first, and fold what is left in the program of this call where the model
-            is no single graph; ``model`` itself is not changed, and is what the file is compared with.
-        dynamic_spatial: leave the dimensions from 2 on free, of floating-point tensors of rank 3 to 5.
-        dynamic_shapes: what to leave free instead, as ``torch.export`` takes it.
+        fuse: call ``fxexpand.fuse`` first, then fuse the program of this call where the model has no single
+            graph; ``model`` is not changed, and the file is compared with it.
+        dynamic_spatial: leave dimensions from 2 on free, of floating-point tensors with 3 to 5 dimensions.
+        dynamic_shapes: the dimensions to leave free instead, as ``torch.export`` takes them.
         external_data: put the weights into a second file, ``path`` + ``.data``; None does so above 1.9 GB.
-            That of the file that is replaced goes with it.
+            The second file of a replaced file is removed.
         compare_with: count the operators of this model too, exported in the same way.
-        metadata: more entries for the file's metadata, which holds the versions, the class, the SHA-256 of
-            the weights of ``model`` as given, and what was fused.
+        metadata: more entries beside the versions, the class, the SHA-256 of the weights of ``model`` as
+            given, and the fused sites.
         translations: ONNX functions (onnxscript) for operators of torch that have none, by operator.
 
     Raises:
@@ -135,7 +135,7 @@ def _exported(model: nn.Module, target: Path, written: ExportedCall, options: On
 
 
 def _target(path: Path) -> Path:
-    """The file to write: that to which a link points, so that the weights go beside it.
+    """The file to write; a symbolic link is followed, so that the weights go beside its target.
 
     Raises: SelectionError: it is a folder, or its folder does not exist.
     """
@@ -148,7 +148,7 @@ def _target(path: Path) -> Path:
 
 
 def _moved(draft: Path, target: Path) -> tuple[Path, ...]:
-    """Move the file and that of its weights into place; a second file of an earlier target goes."""
+    """Move the file and that of its weights into place; an unused second file is removed."""
     files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)  # the weights first
     left_over = len(files) == 1 and has_second_file(target)
     move_together(files, target.parent)
@@ -160,7 +160,7 @@ def _moved(draft: Path, target: Path) -> tuple[Path, ...]:
 def _opset(program: onnx.ModelProto, asked: int | None) -> int:
     """The opset of the default domain.
 
-    Raises: SelectionError: it is not the one that was asked for, of which torch only logs.
+    Raises: SelectionError: it is not the one that was asked for; torch only logs that.
     """
     found = int(next(each.version for each in program.opset_import if each.domain in ("", "ai.onnx")))
     if asked not in (None, found):
@@ -176,7 +176,7 @@ def _refuse_training(model: nn.Module) -> None:
 
 
 def _metadata(source: nn.Module, written: nn.Module) -> dict[str, str]:
-    """Where the weights come from, and what was done to them."""
+    """The versions, the origin of the weights, and the fused sites."""
     entries = {
         "fxexpand.version": __version__,
         "torch.version": str(torch.__version__),

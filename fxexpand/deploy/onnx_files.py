@@ -1,4 +1,4 @@
-"""What an ONNX file holds, and how several files come into place together."""
+"""The contents of an ONNX file, and several files moved into place together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def count_operators(program: onnx.ModelProto) -> dict[str, int]:
-    """How often each operator occurs, most frequent first, subgraphs and functions included."""
+    """The count of each operator, largest first, subgraphs and functions included."""
     counts: Counter[str] = Counter()
 
     def visit(nodes: Any) -> None:
@@ -40,7 +40,7 @@ def dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 
 def second_file(path: Path) -> Path:
-    """Where the weights go that do not fit into the ONNX file at ``path``."""
+    """The file for the weights that do not fit into the ONNX file at ``path``."""
     return path.with_name(f"{path.name}.data")
 
 
@@ -68,7 +68,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def move_together(files: Sequence[Path], folder: Path) -> None:
-    """Move the files into the folder; if one cannot be moved, all that was there before is there again.
+    """Move the files into the folder; if one cannot be moved, all earlier files are put back.
 
     Raises: OSError: the one that stopped it.
     """

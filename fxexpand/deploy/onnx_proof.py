@@ -37,7 +37,7 @@ def proved_error(
 
 
 def tolerance_of(model: nn.Module, example_inputs: ExampleInputs) -> float:
-    """That of the coarsest floating-point dtype; of float32 where there is none that has a tolerance."""
+    """The tolerance of the coarsest floating-point dtype; of float32 where none has a tolerance."""
     found = {tensor.dtype for tensor in (*model.parameters(), *tensors(example_inputs))}
     return max((TOLERANCES[each] for each in found & TOLERANCES.keys()), default=TOLERANCES[torch.float32])
 
@@ -57,7 +57,7 @@ def _verified(
         with evaluating(reference):
             given = feeds(session, inputs)
             try:
-                # A copy: what the model writes to its inputs must reach neither the user nor the session.
+                # A copy: the model may write to its inputs, and neither user nor session may see that.
                 expected = tensors_of(call(reference, copy_inputs(inputs)))
             except (RuntimeError, ValueError, IndexError, AssertionError) as problem:
                 raise VerificationError(

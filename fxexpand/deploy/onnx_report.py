@@ -1,4 +1,4 @@
-"""The report of an ONNX file: what was written, and what was proved of it."""
+"""The report of an ONNX file: its contents, and the proof that it computes the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxexpand.reporting.table import short, table
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written, and what was proved of it.
+    """An ONNX file that was written, and the proof that it computes the same.
 
     ``inputs`` and ``outputs`` map names to shapes, where a name in place of a length is a free dimension.
     ``error`` is the largest relative error over ``batch_sizes``; None where ``verify=False``.

@@ -80,9 +80,11 @@ def exported_call(model: nn.Module, example_inputs: ExampleInputs, options: Onnx
 def _require_tensors(model: nn.Module, example_inputs: ExampleInputs) -> None:
     with evaluating(model):
         output = call(model, copy_inputs(example_inputs))
-    odd = [type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, torch.Tensor | None)]
-    if odd or not tensors_of(output):
-        what = f"{'an' if odd[0][0] in 'aeiou' else 'a'} {odd[0]}" if odd else "no tensor"
+    others = [
+        type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, torch.Tensor | None)
+    ]
+    if others or not tensors_of(output):
+        what = f"{'an' if others[0][0] in 'aeiou' else 'a'} {others[0]}" if others else "no tensor"
         raise FxExpandError(
             f"{type(model).__name__}: returns {what}; an ONNX file returns tensors alone. Leave such outputs "
             "out (a cache of transformers: use_cache=False), or wrap the model in a module that does."
@@ -144,7 +146,7 @@ def _rename(program: torch.onnx.ONNXProgram, names: Sequence[Mapping[int, str]])
 def _as_torch_reads(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call: torch.onnx would take a dict that is the last of the arguments for the keywords."""
+    """The same call with a last argument that is a dict by its name: torch.onnx takes it for the keywords."""
     if kwargs or not args or not isinstance(args[-1], dict):
         return args, kwargs
     name, value = list(inspect.signature(model.forward).bind(*args).arguments.items())[-1]
@@ -152,7 +154,7 @@ def _as_torch_reads(
 
 
 def _advice(name: str, error: BaseException, dynamic: bool) -> str:
-    """What torch's exporter could not do, and what to do about it."""
+    """The cause of an error of torch's exporter, and its remedy."""
     causes: list[str] = []
     at: BaseException | None = error
     while at is not None:
@@ -171,7 +173,10 @@ def _advice(name: str, error: BaseException, dynamic: bool) -> str:
 
 
 def check_onnx(path: Path) -> None:
-    """Raises: FxExpandError: the file breaks the ONNX standard."""
+    """Check the file against the ONNX standard.
+
+    Raises: FxExpandError: the file breaks it.
+    """
     onnx = required("onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -184,7 +189,7 @@ def check_onnx(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch.onnx and the libraries under it log about themselves."""
+    """Silence the logs of torch.onnx and of the libraries under it."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# The backends that are measured unless others are named; and all there are.
+# The backends that are measured by default, and all of them.
 BACKENDS: tuple[str, ...] = ("eager", "compile", "onnxruntime")
 EVERY_BACKEND = (*BACKENDS, "aotinductor", "cudagraphs", "tensorrt")
 

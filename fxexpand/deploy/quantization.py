@@ -1,4 +1,4 @@
-"""What int8 does to a network before and after fusing: the ranges of its weights, and its outputs.
+"""The effect of int8 on a network before and after fusing: ranges of weights, and errors of outputs.
 
 Folding a norm scales each output channel by ``gamma / sigma``, and folding branches adds kernels of unlike
 size: one channel may end up with a range far above the others, and one scale per tensor then leaves the
@@ -41,11 +41,11 @@ _STEPS = 127  # of a symmetric int8 weight on each side of zero
 
 @dataclass(frozen=True)
 class WeightRange:
-    """The range of one layer's weight, and what rounding it to int8 loses.
+    """The range of one layer's weight, and the error of rounding it to int8.
 
     ``spread`` is the largest absolute value over the median of the output channels' largest: how much finer a
-    scale per channel is than one per tensor. The errors are the norm of what rounding to nearest changes over
-    that of the weight, per channel, as the root mean square over the channels: all channels count alike.
+    scale per channel is than one per tensor. An error is the norm of the change by rounding to nearest over
+    the norm of the weight, per channel, as the root mean square over the channels: all channels count alike.
     """
 
     largest: float

@@ -1,8 +1,8 @@
 """Checkpoints of training runs: written whole or not at all, for any number of processes, without pickle.
 
 A checkpoint is a folder: the tensors as safetensors, which torch.distributed.checkpoint writes and reads,
-each process its own shards, and what is no tensor as JSON. Read by another number of processes, torch puts
-the shards together. (torch's own format for the same purpose unpickles a file when it is read.)
+each process its own shards, and other values as JSON. For another number of processes torch puts the shards
+together. (torch's own format unpickles a file when it is read.)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def save(folder: str | Path, step: int, tensors: dict[str, Tensor], values: dict
         state_dict_saver.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     if first:
         write_whole(draft / VALUES, text)
-        if path.exists():  # of the same step; it stays until now, as no folder is replaced in one move
+        if path.exists():  # of the same step: a folder cannot be replaced in one move
             path.rename(replaced)
         draft.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -88,7 +88,7 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def values_of(checkpoint: str | Path) -> dict[str, Any]:
-    """What is no tensor in a checkpoint.
+    """The values of a checkpoint that are not tensors.
 
     Raises: SelectionError: the file is missing or damaged.
     """
@@ -116,11 +116,11 @@ def load(checkpoint: str | Path, tensors: dict[str, Tensor], optional: Iterable[
         raise SelectionError(f"{checkpoint}: cannot be read: {error}") from error
     skipped = tuple(optional)
     wanted = {name: tensor for name, tensor in tensors.items() if name in saved}
-    odd = sorted(name for name in set(saved) ^ set(tensors) if not name.startswith(skipped))
-    if odd:
-        where = "only there" if odd[0] in saved else "missing there"
-        more = f" ({len(odd) - 1} more names differ)" if len(odd) > 1 else ""
-        raise SelectionError(f"{checkpoint}: of another model: {odd[0]!r} is {where}{more}.")
+    differing = sorted(name for name in set(saved) ^ set(tensors) if not name.startswith(skipped))
+    if differing:
+        where = "only there" if differing[0] in saved else "missing there"
+        more = f" ({len(differing) - 1} more names differ)" if len(differing) > 1 else ""
+        raise SelectionError(f"{checkpoint}: of another model: {differing[0]!r} is {where}{more}.")
     for name, tensor in wanted.items():
         if saved[name].size != tensor.shape:
             raise SelectionError(
@@ -135,8 +135,8 @@ def load(checkpoint: str | Path, tensors: dict[str, Tensor], optional: Iterable[
 def states(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """The tensors of a model and of its optimizer, by name: ``model.<name>``, ``optimizer.state.<name>...``.
 
-    Under ``fully_shard`` they are shards (DTensor). What an optimizer holds besides, learning rates and the
-    like, is left out: it comes from the options of the run. An optimizer without a state yet is given one.
+    Under ``fully_shard`` they are shards (DTensor). Learning rates and other settings of the optimizer are
+    left out: they come from the options of the run. An optimizer without a state yet is given one.
     A tensor that several modules share has one name.
     """
     again = _second_names(model)
@@ -191,7 +191,7 @@ def _meet() -> None:
 
 @contextmanager
 def _storage(problem: str) -> Iterator[None]:
-    """torch warns that one process is alone, and wraps an error of any process in one without its text."""
+    """Silence torch's warning about a single process, and raise the cause of an error of any process."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -133,13 +133,13 @@ def image_folders(root: str | Path, size: int = 224) -> Data:
     except FileNotFoundError as error:
         raise SelectionError(f"{root}: not laid out as train/<class>/* and val/<class>/*: {error}") from error
     if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise SelectionError(f"{root}: train and val differ in classes; {odd!r} is on one side only.")
+        name = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise SelectionError(f"{root}: train and val differ in classes; {name!r} is on one side only.")
     return Data(Path(root).resolve().name, train, test, len(train.classes))
 
 
 def _image(path: str) -> Any:
-    """The image at ``path``; PIL's own errors do not always say which it was."""
+    """The image at ``path``; errors of PIL do not always name the file."""
     from torchvision.datasets.folder import default_loader
 
     try:
@@ -194,10 +194,10 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Order:
-    """Which images a process trains on, settled by the seed: whatever the number of processes.
+    """The images of each step and process; the seed decides them, for any number of processes.
 
     A step takes ``batch_size`` images of the epoch's permutation; each process takes its share of them, in
-    ``micro_batches`` equal parts. What is left at the end of an epoch is not used in that epoch.
+    ``micro_batches`` equal parts. An epoch leaves out the images that do not fill a batch.
 
     Attributes:
         count: images in the data set.
@@ -225,7 +225,7 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """The number of steps of an epoch."""
         return self.count // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
@@ -248,9 +248,9 @@ def loader(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images and labels of each list of numbers.
 
-    What is random in reading an image (crops, flips) depends on ``seed``, ``epoch`` and the image's number
-    alone: not on the images before it, nor on who reads it. So a run that goes on in the middle of an epoch,
-    or on another number of processes, sees what it would have seen.
+    Random crops and flips depend on ``seed``, ``epoch`` and the number of the image alone: not on the images
+    before it, nor on the process that reads it. So a run that is resumed in the middle of an epoch, or on
+    another number of processes, sees the same images.
 
     Args:
         workers: processes that read; a data set in memory needs none.

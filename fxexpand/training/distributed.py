@@ -70,7 +70,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
         else:
             yield Processes(0, 1, device)
         if joins:
-            # Leave together: gloo may abort a process that ends while another is at work.
+            # All leave together: gloo may abort a process that ends while another computes.
             dist.barrier()
     finally:
         if joins:
@@ -79,7 +79,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Also of code in C++: gloo of torch 2.9 says that it is connected where people read results."""
+    """Send stdout to stderr, that of C++ too: gloo of torch 2.9 prints that it is connected."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

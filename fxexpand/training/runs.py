@@ -63,7 +63,7 @@ class Outcome:
     Attributes:
         full_ranks: of each weight, the most that its effective rank can be.
         parameters: trained, and in the fused network.
-        fused_error: largest relative difference of the fused network's logits from the trained one's.
+        fused_error: largest relative error of the fused network's logits against the trained one's.
         resumed: the step from which the run went on; None if it was not interrupted.
         left: layers that the recipe refuses, with the reasons.
     """

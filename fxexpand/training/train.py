@@ -37,16 +37,16 @@ from fxexpand.training.state import State
 
 
 class Watch:
-    """Told of a run's progress; this one does nothing."""
+    """Receives the progress of a run; this one ignores it."""
 
     def begin(self, step: int, steps: int) -> None:
-        """Before the first step: how many are done already, and how many there are."""
+        """Called before the first step, with the number of steps done already and of all."""
 
     def step(self) -> None:
-        """After every step."""
+        """Called after every step."""
 
     def epoch(self, epoch: Epoch) -> None:
-        """After every epoch, with its line of the log."""
+        """Called after every epoch, with its line of the log."""
 
 
 def train(
@@ -60,7 +60,7 @@ def train(
     device: torch.device | str = "cpu",
     watch: Watch | None = None,
 ) -> Outcome:
-    """Expand ``model``, train it as a classifier, and write what ``fuse`` makes of it.
+    """Expand ``model``, train it as a classifier, fuse it, and write the fused weights.
 
     In ``folder``: ``checkpoints/``, the newest one; ``log.jsonl``, a line per epoch; at the end
     ``model.safetensors``, the fused weights under the original names, of the moving average if there is one.
@@ -72,10 +72,10 @@ def train(
 
     Args:
         model: as it will be deployed; changed in place.
-        recipe: what each layer becomes; None trains the model as it is.
+        recipe: of each layer; None trains the model as it is.
         resume: go on from the newest checkpoint, if there is one: with the same weights, bit by bit, on a CPU
             and the same number of processes, as if the run had not ended.
-        watch: told of every step, in the first process.
+        watch: receives the progress, in the first process.
 
     Raises:
         SelectionError: a setting out of range; outputs that do not fit the classes; a folder that holds a
@@ -121,11 +121,11 @@ class _Run:
             clip=settings.clip,
         )
         self.state = State(self.loop, group, settings.seed)
-        # The same weights everywhere, then random numbers of its own for each process.
+        # All processes have the same weights; each has its own random numbers from here on.
         torch.manual_seed(settings.seed + group.rank)
 
     def carried_out(self, resume: bool, watch: Watch) -> Outcome:
-        """The whole of it."""
+        """Train to the end, and write the fused weights."""
         steps, settings, state = self.order.steps, self.settings, self.state
         if not resume:
             self._require_new()
@@ -178,7 +178,7 @@ class _Run:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _close_epoch(self, epoch: int, watch: Watch) -> None:
-        """Measure, note it in the log, and save."""
+        """Measure, write a line of the log, and save."""
         settings, state, begin = self.settings, self.state, time.perf_counter()
         loss = state.mean_loss(self.order.steps)
         state.total.zero_()
@@ -291,7 +291,7 @@ class _Run:
         values = checkpoint.values_of(newest)
         require_same(self.folder, self.settings, values["settings"])
         sizes = list(self.data.sizes)
-        if values.get("sizes", sizes) != sizes:  # a step would belong to another epoch, of other images
+        if values.get("sizes", sizes) != sizes:  # a step would belong to another epoch
             raise SelectionError(
                 f"{self.folder}: was trained on {values['sizes'][0]} images and tested on "
                 f"{values['sizes'][1]}, not {sizes[0]} and {sizes[1]}. Resume it with the same data."
@@ -303,7 +303,7 @@ class _Run:
         return self.loop.step
 
     def _write_fused(self) -> tuple[float, int]:
-        """Write the fused weights; how far its logits are from the trained network's, and its parameters."""
+        """Write the fused weights; the error of the fused network's logits, and its number of parameters."""
         source = self._gathered(self.model if self.loop.average is None else self.loop.average.module)
         if source is None:
             return 0.0, 0

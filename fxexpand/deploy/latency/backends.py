@@ -1,4 +1,4 @@
-"""What it takes to run a model on a backend: eagerly, compiled, or exported into another runtime."""
+"""Models made ready on a backend: eager, compiled, or exported into another runtime."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def prepare(
     """
     if backend not in EVERY_BACKEND:
         raise SelectionError(f"backend {backend!r}: choose from {', '.join(EVERY_BACKEND)}.")
-    given = inputs.copy(given)  # a model that writes to its inputs must not disturb the others
+    given = inputs.copy(given)  # a model may write to its inputs; the others must not see that
     batch = batch_size(given)
     if backend in ("onnxruntime", "tensorrt"):
         run, outputs = _session(model, given, device, folder, backend == "tensorrt")

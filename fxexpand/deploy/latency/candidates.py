@@ -40,7 +40,7 @@ class Unavailable:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What models are measured under.
+    """Device, precision and memory format of a measurement, and the tolerance of outputs.
 
     ``dtype`` None keeps each tensor's own; ``tolerance`` None takes ``TOLERANCES``.
     """
@@ -51,7 +51,7 @@ class Conditions:
     tolerance: float | None = None
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model itself where it is as asked for already, else a copy."""
+        """The model itself where it meets the conditions already, else a copy."""
         if self.dtype is None and not self.channels_last and device_of(model) == self.device:
             return model
         model = copied(model).to(device=self.device, dtype=self.dtype)
@@ -61,7 +61,7 @@ class Conditions:
         return model
 
     def lay_out(self, given: ExampleInputs) -> ExampleInputs:
-        """The inputs as asked for."""
+        """The inputs under these conditions."""
         given = inputs.move(given, self.device, self.dtype)
         if not self.channels_last:
             return given
@@ -125,7 +125,7 @@ def ready(
             outputs = candidate.outputs()
         except SelectionError:
             raise
-        except Exception as error:  # whatever a compiler, an exporter or a runtime raises is a row
+        except Exception as error:  # any error of a compiler, an exporter or a runtime becomes a row
             if not skip_unavailable:
                 raise
             reason = _one_line(error).removeprefix(f"{backend}: ")

@@ -26,7 +26,7 @@ class Interval:
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval:
     """The sample median and an order-statistic interval for the true one.
 
-    Of ``n`` independent samples the number below the true median is Binomial(n, 1/2): the ``k``-th smallest
+    The number of ``n`` independent samples below the true median is Binomial(n, 1/2): the ``k``-th smallest
     and ``k``-th largest enclose it with probability ``1 - 2 P(Bin < k)``; the largest ``k`` that suffices is
     taken.
 

@@ -1,6 +1,6 @@
 """Measure latency so that a difference can be believed.
 
-Models take turns (``fxexpand.latency.timing``) and are compared by their ratio within a round.
+Models take turns (``fxexpand.deploy.latency.timing``) and are compared by their ratio within a round.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def measure_latency(
         progress: show a bar on stderr; None shows it on a terminal.
         dtype: cast copies of the models and of the floating-point inputs. The models are compared in their
             own precision first; then each may be twice as far from that as the first model is.
-        channels_last: lay 4-d weights and inputs out so (5-d ones likewise), in copies of the models.
+        channels_last: the memory format of 4-d and 5-d weights and inputs, in copies of the models.
         batch_sizes: measure at each of these, by repeating the rows of ``example_inputs``.
         skip_unavailable: a backend that is not installed, not for this device, or that a model cannot be
             built for is a row in ``unavailable`` with the reason. By default it is an error.

@@ -1,4 +1,4 @@
-"""The latencies of one model as one HTML file that needs nothing but itself."""
+"""The latencies of one model as one HTML file without links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time calls in turns, and find how much memory one takes.
+"""Time calls in turns, and measure the memory of one.
 
 Models take turns in every round, in a random order, so that drift of the machine (clocks, heat, neighbours)
 falls on all of them alike. torch.utils.benchmark times one after another and cannot do this.
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def calls_per_round(candidate: Candidate, warmup: int, round_ms: float, device: torch.device) -> int:
-    """Warm up, then say how many calls one sample needs to last ``round_ms``."""
+    """Warm up; the number of calls with which one sample lasts ``round_ms``."""
     for _ in range(warmup):
         candidate.run()
     return max(1, min(10_000, ceil(round_ms / max(milliseconds(candidate, 1, device), 1e-4))))
@@ -108,7 +108,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch inside; None leaves their number."""
+    """Set the number of torch's threads inside; None leaves it."""
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -120,7 +120,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _stderr_closed() -> Iterator[None]:
-    """Nothing reaches stderr, not from C++ either: the profiler logs its start and its stop there."""
+    """Discard stderr, that of C++ too: the profiler logs its start and its stop there."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

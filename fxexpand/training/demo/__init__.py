@@ -1,7 +1,7 @@
 """Does it work, on real data and on this machine?
 
 ``experiment`` trains the small ``network`` plain and expanded, fuses it and proves the result; ``findings``
-has the figures and what they support, ``page`` and ``plots`` show them.
+has the figures and their meaning, ``page`` and ``plots`` show them.
 """
 
 from fxexpand.training.demo.experiment import FILES, run

@@ -1,4 +1,4 @@
-"""The main job, on real data: train a small network plain and expanded, fuse it, and prove what came out."""
+"""The demo: train a small network plain and expanded on real data, fuse it, and prove the result."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _pair(
 
 
 def _fused(expanded: nn.Module, plain: nn.Module, test: Batches) -> tuple[nn.Module, list[Proof]]:
-    """The fused network, and what is proved of it against the expanded and the plain one."""
+    """The fused network, and its proofs against the expanded and the plain one."""
     fused = fuse(expanded, scope="expanded", progress=False)
     before, after = logits(expanded, test), logits(fused, test)
     images = next(iter(test))[0][:1].to(next(plain.parameters()).device)

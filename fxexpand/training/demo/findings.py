@@ -1,4 +1,4 @@
-"""What `fxexpand demo` found: the figures, the proofs, and the sentences that the figures support."""
+"""The figures and proofs of `fxexpand demo`, and the sentences that they support."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NETWORKS = ("plain", "expanded", "fused")
 
 @dataclass(frozen=True)
 class Proof:
-    """A claim, what was measured of it, and whether it holds.
+    """A claim, its measured value, and whether it holds.
 
     ``measured`` is compared with ``limit`` (the largest value that still holds); ``absolute`` is the same
     deviation in the units of the outputs, where that makes sense. ``problem`` says what went wrong where
@@ -95,7 +95,8 @@ class Findings:
 
     ``parameters``, ``flops`` (of one image in evaluation mode) and ``batch_flops`` (of a training batch) have
     one entry for each of ``NETWORKS``. ``spectra`` holds the singular values by layer at the end of training
-    of the first seed, each divided by the largest. ``skipped`` says what was left out, and what brings it.
+    of the first seed, each divided by the largest. ``skipped`` names the steps left out, and the
+    extras that bring them.
     """
 
     data: str
@@ -159,7 +160,7 @@ class Findings:
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """What the figures say, in sentences made from them."""
+        """The sentences that the figures support."""
         learned = (self._rank_verdict(), self._accuracy_verdict())
         return (*learned, *self._latency_verdict(), self._proof_verdict())
 
@@ -205,7 +206,7 @@ class Findings:
         return f"Proofs: {len(self.failed)} of {len(self.proofs)} FAILED: {describe(self.failed)}"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The figures: label, one column for each of ``NETWORKS``, and what expansion changed."""
+        """The figures: label, one column for each of ``NETWORKS``, and the change by expansion."""
         columns = [Spread.of(self.test_accuracy(name)).text() for name in NETWORKS]
         rows = [("test accuracy, %", *columns, self.accuracy_difference.text(2, "+"))]
         for layer, full in self.full_ranks.items():
@@ -309,7 +310,7 @@ def describe(failed: Sequence[Proof]) -> str:
 
 
 def wrapped(lines: Sequence[str], width: int = 80) -> list[str]:
-    """The lines broken at ``width``; what follows the first is indented."""
+    """The lines broken at ``width``; all but the first are indented."""
     import textwrap
 
     return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]

@@ -1,4 +1,4 @@
-"""The demo's findings as one HTML file that needs nothing but itself."""
+"""The findings of the demo as one HTML file without links."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def html(findings: Findings) -> str:
         "<h1>The same network, trained plain and expanded</h1>",
         f'<p class="subtitle">{escape(findings.title)}</p>',
         bullets(findings.verdict, "verdict"),
-        "<h2>What was done</h2>",
+        "<h2>Method</h2>",
         f"<p>The network has {escape(findings.network)}. It was trained twice per seed on {train} of "
         f"{train + test} images ({escape(findings.data)}; a new split for every seed, stratified by "
         f"class): once as it is, and once after <code>fxexpand.expand</code> with the recipe "

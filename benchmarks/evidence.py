@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, versioned JSON, and its table in benchmarks/README.md."""
+"""The output of every benchmark: the machine, versioned JSON, and its table in benchmarks/README.md."""
 
 from __future__ import annotations
 

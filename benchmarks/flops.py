@@ -177,7 +177,7 @@ def measure(name: str, model: nn.Module, given: ExampleInputs, recipe: Recipe) -
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """What does not hold; empty for a good row."""
+    """The conditions that do not hold; empty for a good row."""
     found = []
     if "failed" in row:
         return [row["failed"]]

@@ -1,4 +1,4 @@
-"""What is done to every network of a benchmark: build it, give it the values of a trained one, train it."""
+"""The steps of every network in a benchmark: build it, give it values as after training, train it."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def measure(network: Network, px: int, rounds: int, exported: bool = True) -> li
 
 
 def rows_of(network: Network, px: int, report: LatencyReport) -> list[dict[str, Any]]:
-    """What a report says of each form, with its ratio to the original."""
+    """The figures of each form in a report, with its ratio to the original."""
     rows = []
     for each in report.measurements:
         row = {
@@ -82,7 +82,7 @@ def rows_of(network: Network, px: int, report: LatencyReport) -> list[dict[str, 
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What does not hold, in words."""
+    """The conditions that do not hold, in words."""
     found = []
     for row in rows:
         if "ratio" not in row or row["form"] == "expanded":

@@ -140,7 +140,7 @@ class Network:
         return model
 
     def parameters(self) -> int:
-        """How many it has."""
+        """The number of parameters."""
         if self.library == "torchvision":
             import torchvision
 

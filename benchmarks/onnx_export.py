@@ -97,7 +97,7 @@ def int8(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """What does not hold; empty for a good row."""
+    """The conditions that do not hold; empty for a good row."""
     found = [f"{form}: {file['failed']}" for form, file in row["files"].items() if "failed" in file]
     if found:
         return found

@@ -37,7 +37,7 @@ RECIPE = Chain(depth=3, width=4)  # of the training steps: the costliest of benc
 
 
 def rates(quick: bool) -> list[dict[str, Any]]:
-    """What this machine can do: ``amount`` of ``unit`` per second, or the seconds themselves."""
+    """A rate of this machine: ``amount`` of ``unit`` per second, or the seconds themselves."""
     n = 256 if quick else 2048
     single, double = torch.randn(n, n), torch.randn(n, n, dtype=torch.float64)
     few = torch.randn(32, n)

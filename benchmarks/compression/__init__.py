@@ -1,1 +1,1 @@
-"""What low rank costs and saves: factors in l_2 and l_p, compression, expansion before it."""
+"""Cost and savings of low rank: factors in l_2 and l_p, compression, expansion before it."""

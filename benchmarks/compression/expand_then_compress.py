@@ -156,7 +156,7 @@ def tables(arms: Sequence[Arm], runs: Sequence[dict[str, Any]], chain: dict[str,
 
 
 def verdict(arms: Sequence[Arm], runs: Sequence[dict[str, Any]]) -> str:
-    """What the figures say, made from them: at how many shares the interval lies on one side of zero."""
+    """A sentence from the figures: the number of shares whose interval lies on one side of zero."""
     lines = []
     for by in ("weights", "data"):
         for arm in arms[1:]:

@@ -147,7 +147,7 @@ def measure(name: str, build: Callable[[], Built], rounds: int, limit: int, **bu
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """What does not hold."""
+    """The conditions that do not hold."""
     broken = []
     if abs(row["predicted"] / row["measured"] - 1.0) > 1e-6:
         broken.append("FLOPs are not as predicted")

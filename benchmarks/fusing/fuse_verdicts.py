@@ -22,7 +22,7 @@ def exact_enough(row: dict[str, Any], method: str) -> bool:
 
 
 def _trouble(row: dict[str, Any], method: str) -> str:
-    """What a method does not do, or does wrong; "" for nothing."""
+    """The failure or the error of a method; "" for none."""
     found = row["methods"][method]
     if "failed" in found:
         return f"fails: {found['failed']}"
@@ -38,7 +38,7 @@ def _trouble(row: dict[str, Any], method: str) -> str:
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """What does not hold of ``fxexpand.fuse``; empty for a good row.
+    """The conditions that ``fxexpand.fuse`` does not meet; empty for a good row.
 
     A peer that crashes or changes the outputs is no measure of what should be left.
     """

@@ -42,7 +42,7 @@ SHOWN = 12  # reasons in the table; all are saved
 
 
 def check(network: nn.Module, x: Tensor, **options: Any) -> dict[str, Any]:
-    """What fusing does to a network, and under ``failures`` what it must not have done.
+    """The result of fusing a network, and under ``failures`` the conditions that it breaks.
 
     The keys before the colon of a failure name what was broken.
     """

@@ -51,7 +51,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def operators(model: nn.Module, inputs: ExampleInputs) -> dict[str, int]:
-    """How often a forward pass executes an operator of each kind, whoever wrote the model.
+    """The number of operators of each kind that a forward pass executes, for any model.
 
     In inference mode, where ATen hands composite operators over whole: a Linear is one operator, on an input
     of any rank and layout, with a bias or without.

@@ -101,7 +101,7 @@ def measure(network: Network) -> dict[str, Any]:
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """What of the promise does not hold; empty for a good row."""
+    """The conditions that do not hold; empty for a good row."""
     checks = {
         "a layer neither expanded nor refused": not row["missed"],
         "outputs that do not depend on the input": row["contrast"] > 1e-4,

@@ -39,7 +39,7 @@ SPREAD = (
     *("torchvision:resnet18", "torchvision:swin_t", "torchvision:alexnet", "torchvision:vgg11"),
 )
 BATCH = 8
-# Those of the largest Linear layers also at the batch they were published with (VGG's of 256, on four GPUs).
+# The networks with the largest Linear layers also at their published batch (VGG: 256, on four GPUs).
 PUBLISHED = (("torchvision:alexnet", 128), ("torchvision:vgg11", 64))
 
 

@@ -68,7 +68,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def table_rows(content: dict[str, Any]) -> list[list[str]]:
-    """What was measured beside the targets; uniform entries are compared with the same figures."""
+    """The measurements beside the targets; uniform entries are compared with the same figures."""
     series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in content["rows"]:
         key = (row["network"], row["measure"], row["width"], row["distribution"])

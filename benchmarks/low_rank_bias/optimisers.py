@@ -46,7 +46,7 @@ class Task:
         return (away @ self.covariance * away).sum((-2, -1)) / WIDTH
 
     def of(self, draw_: int) -> Task:
-        """That of one draw."""
+        """The task of one draw."""
         return Task(self.teachers[draw_], self.covariance[draw_])
 
 

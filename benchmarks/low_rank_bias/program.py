@@ -91,7 +91,7 @@ def known(folder: Path, key: str, quick: bool) -> dict[str, Any] | None:
 
 
 def page(contents: dict[str, dict[str, Any]]) -> str:
-    """What stands between the markers of the README: a table and a plot per experiment."""
+    """The text between the markers of the README: a table and a plot per experiment."""
     parts = [headline(next(iter(contents.values()))["machine"])]
     for key, content in contents.items():
         title, _, rest = text_of(key, content).partition("\n\n")

@@ -1,4 +1,4 @@
-"""What the figures of Huh et al. show, read off their plots (about ±0.01 of the axis unit).
+"""Values of the figures of Huh et al., read off their plots (about ±0.01 of the axis unit).
 
 ``V1`` are the figures of the first version (March 2021), ``V2`` those of the TMLR version. Entropies are in
 nats. Their captions do not state widths, sample counts, step sizes or stop rules; where we had to choose

@@ -149,7 +149,7 @@ def table_rows(content: dict[str, Any]) -> list[list[str]]:
 
 
 def failures(content: dict[str, Any]) -> list[str]:
-    """What the figures say that does not hold here."""
+    """The statements of the figures that do not hold here."""
     found = []
     for curve in content["curves"]:
         ranks = [sum(row) / len(row) for row in curve["converged"]]

@@ -1,1 +1,1 @@
-"""What training an expanded network costs, and what it gives."""
+"""Cost and benefit of training an expanded network."""

@@ -96,7 +96,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: data by seed, the network, and a score in per cent, the higher the better."""
+    """A task: data by seed, the network, and a score in per cent, the higher the better."""
 
     name: str
     data: Callable[[int], tuple[Split, Split, Split]]  # training, validation, test; one replica

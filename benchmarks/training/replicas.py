@@ -36,7 +36,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one replica is trained with."""
+    """The training options of one replica."""
 
     seed: int
     rate: float
@@ -57,7 +57,7 @@ class Replicas:
         self.dead = torch.zeros(len(self.models), dtype=torch.bool)
 
     def outputs(self, x: Tensor) -> Tensor:
-        """Of every replica for its own inputs, ``(replicas, points, ...)``."""
+        """The outputs of every replica for its own inputs, ``(replicas, points, ...)``."""
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], points: Tensor) -> Tensor:
             found: Tensor = functional_call(self.skeleton, (parameters, buffers), (points,))

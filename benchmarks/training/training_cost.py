@@ -9,7 +9,7 @@ compared with the original network doing the same. Quoted are medians, and media
 Memory is counted beyond parameters and optimizer state. ``kept`` is what one forward pass keeps for backward:
 activations, and products of factors. ``peak`` is the most that forward and backward hold, gradients included.
 
-On a CPU the C library is told to keep freed memory, for all ways alike.
+On a CPU the C library keeps freed memory, for all forms alike.
 
 A killed run goes on where it was, configuration by configuration.
 """
@@ -190,7 +190,7 @@ class Contest:
         row["rounds"] = len(times)
         row["ratio"] = _quartiles([times[n] / base[n] for n in times])
         row["peak_bytes"] = self.peaks[name]
-        # What the original holds without gradients, 2 % more, and the gradients of the factors.
+        # The memory of the original without gradients, 2 % more, and the gradients of the factors.
         row["allowed_bytes"] = round(1.02 * self.activations) + 4 * row["params"]
         if name in ("auto", "accumulate"):
             own = max(0.0, median(self.own["auto"]) - median(self.own["original"]))

@@ -63,7 +63,7 @@ CUDA = Setting("cuda", half=True, channels_last=True, compiler="inductor")
 
 
 class Product(nn.Module):
-    """What one writes without a library: the factors as matrices, multiplied in turn."""
+    """A layer written without a library: the factors as matrices, multiplied in turn."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Steps:
         self.towards = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
     def loss(self) -> Tensor:
-        """Of one forward pass."""
+        """The loss of one forward pass."""
         with self.setting.cast():
             outputs = self.run(self.x)
         return nn.functional.cross_entropy(outputs.float(), self.towards)
@@ -169,7 +169,7 @@ class Steps:
         self.optimizer.step()
 
     def seconds(self) -> float:
-        """Of one micro-batch's share of a step."""
+        """Seconds of the share of one micro-batch in a step."""
         return timed(self.step, self.setting.device) / self.batches
 
     def clear(self) -> None:
@@ -194,7 +194,7 @@ class Steps:
         return found
 
     def flops(self) -> int:
-        """Of forward and backward of one micro-batch, by torch's counter; free on the meta device."""
+        """FLOPs of forward and backward of one micro-batch, by torch's counter; free on the meta device."""
         with FlopCounterMode(display=False) as counter:
             self.gradients()
         return int(counter.get_total_flops()) // self.batches
@@ -286,7 +286,7 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 
 def _storage(tensor: Tensor) -> int:
-    """What tells storages apart while they live, on the meta device too."""
+    """The identity of a storage while it lives, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -23,7 +23,7 @@ HEAD = (
 
 
 def verdicts(row: dict[str, Any]) -> list[str]:
-    """What does not hold of a row of auto or accumulate; nothing of others."""
+    """The limits that a row of auto or accumulate exceeds; empty for other rows."""
     found: list[str] = []
     if row.get("failed"):
         return [row["failed"]]
@@ -48,7 +48,7 @@ def verdicts(row: dict[str, Any]) -> list[str]:
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What does not hold, in words; a rival that fails is none of it."""
+    """The limits that are exceeded, in words; the failure of a rival does not count."""
     return [
         f"{row['network'].partition(':')[2]} {row['size']} px, batch {row['batch']}, "
         f"({row['depth']}, {row['width']:g}), {row['name']}: {'; '.join(found)}"

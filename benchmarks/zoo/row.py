@@ -70,8 +70,8 @@ def measure(entry: Entry) -> dict[str, Any]:
     row["sites"], row["refused"] = len(found.changed), _counted(found.refusals)
     kept = {id(parameter) for parameter in model.parameters()}
     row["weights"], row["covered"] = len(weights), sum(key not in kept for key in weights)
-    told = {name for refusal in found.refusals for name in (refusal.site, f"{refusal.site}.weight")}
-    row["missed"] = sorted(name for key, name in weights.items() if key in kept and name not in told)[:5]
+    reported = {name for refusal in found.refusals for name in (refusal.site, f"{refusal.site}.weight")}
+    row["missed"] = sorted(name for key, name in weights.items() if key in kept and name not in reported)[:5]
     del trains, before, also
 
     row["losses"] = train(model, training)
@@ -103,7 +103,7 @@ def measure(entry: Entry) -> dict[str, Any]:
 
 
 def failures(row: dict[str, Any], limit: float = LIMIT) -> list[str]:
-    """What of the promise does not hold; empty for a good row."""
+    """The conditions that do not hold; empty for a good row."""
     errors = {
         what: row[key]
         for what, key in {
@@ -131,7 +131,7 @@ def failures(row: dict[str, Any], limit: float = LIMIT) -> list[str]:
 
 
 def _noise(model: nn.Module, inputs: ExampleInputs, expected: list[torch.Tensor]) -> float:
-    """How far training mode moves when each weight moves by its last bit.
+    """The change of outputs in training mode when each weight changes by its last bit.
 
     A BatchNorm over the two values of a batch whose difference is tiny divides rounding by it.
     """
@@ -183,7 +183,7 @@ def linear_weights(model: nn.Module) -> dict[int, str]:
 
 
 def _also(case: Case, model: nn.Module, inputs: ExampleInputs) -> list[torch.Tensor]:
-    """What another method than forward gives: features of a backbone, tokens of a language model."""
+    """The result of another method than forward: features of a backbone, tokens of a language model."""
     with evaluating(model):
         return tensors_of(case.also(model, copy_inputs(inputs))) if case.also is not None else []
 
@@ -213,6 +213,6 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _counted(refusals: Any) -> dict[str, int]:
-    """How often each reason occurs, the most frequent first; without numbers, which differ by site."""
+    """The number of times that each reason occurs, the most frequent first; its numbers are left out."""
     reasons = Counter(re.sub(r"\d+", "#", refusal.reason)[:120] for refusal in refusals)
     return dict(reasons.most_common(4))

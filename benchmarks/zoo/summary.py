@@ -59,7 +59,7 @@ def _line(library: str, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _files(names: Sequence[str]) -> str:
-    """How many files of timm have rows, and two where they define two architectures."""
+    """The number of files of timm with rows, and with two rows if they define two architectures."""
     known = Counter(file_of(entry.name) for entry in in_order("timm"))
     found = Counter(file_of(name) for name in names)
     twice = sum(found[file] >= min(2, count) for file, count in known.items())

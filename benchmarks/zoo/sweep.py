@@ -66,7 +66,7 @@ def _last_byte(file: Any) -> bytes:
 
 
 def journal_of(out: Path) -> Path:
-    """Where rows go as they come; the results beside it change only together with the published table."""
+    """The file that takes rows one by one; the published results change only together with their table."""
     return out.with_stem(f"{out.stem}-journal")
 
 

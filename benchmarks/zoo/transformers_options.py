@@ -14,7 +14,7 @@ from benchmarks.zoo.transformers_inputs import VOCABULARY, Inputs
 
 @dataclass(frozen=True)
 class Entry:
-    """How to build a model.
+    """The construction of a model.
 
     Attributes:
         model, config: names of classes in transformers.

@@ -29,7 +29,7 @@ HIDDEN = 128  # in place of 4096 in the classifiers of AlexNet and VGG
 
 
 def vision(name: str) -> Case:
-    """How a network of ``torchvision.models.list_models()`` is built and called."""
+    """The construction and the call of a network of ``torchvision.models.list_models()``."""
     from torchvision import models
 
     builder = models.get_model_builder(name)

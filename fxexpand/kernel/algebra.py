@@ -157,10 +157,6 @@ def compose_all(kernels: Sequence[Kernel]) -> Kernel:
     """
     if not kernels:
         raise ValueError("compose_all: no kernels, so no channel count. Start from identity().")
-    if len(kernels) == 1:
-        return kernels[0]
-    if len(kernels) == 2:
-        return compose(kernels[1], kernels[0])
     order = association(tuple(kernel.geometry for kernel in kernels))
     if isinstance(order, str):
         raise InexactError(order)

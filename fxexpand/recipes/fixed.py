@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fxexpand.kernel.algebra import Kernel, apply, filled, padded
-from fxexpand.kernel.geometry import Geometry, Padding
+from fxexpand.kernel.geometry import Padding
 
 
 class Fixed(nn.Module):
@@ -29,16 +30,12 @@ class Fixed(nn.Module):
 
     def __init__(self, like: Kernel, channels: int, times: int = 1) -> None:
         super().__init__()
-        self.geometry = Geometry(
+        self.geometry = replace(
+            like.geometry,
             out_channels=times * channels,
             in_channels=channels,
-            kernel_size=like.kernel_size,
-            stride=like.stride,
-            padding=like.padding,
-            dilation=like.dilation,
             groups=channels,
             transposed=False,
-            padding_mode=like.padding_mode,
             bias=False,
         )
 
@@ -113,18 +110,7 @@ class Pad(Fixed):
     def __init__(self, like: Kernel, padding: Padding) -> None:
         super().__init__(like, like.in_channels)
         ones = (1,) * like.rank
-        self.geometry = Geometry(
-            out_channels=like.in_channels,
-            in_channels=like.in_channels,
-            kernel_size=ones,
-            stride=ones,
-            padding=padding,
-            dilation=ones,
-            groups=like.in_channels,
-            transposed=False,
-            padding_mode=like.padding_mode,
-            bias=False,
-        )
+        self.geometry = replace(self.geometry, kernel_size=ones, stride=ones, padding=padding, dilation=ones)
 
     def taps(self, like: Tensor) -> Tensor:
         """A one for every channel."""

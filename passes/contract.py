@@ -90,8 +90,8 @@ class _Snapshot:
     def of(cls, graph_module: fx.GraphModule) -> _Snapshot:
         facts: dict[str, object] = {"the graph": graph_module.graph.python_code("self").src}
         for path, module in graph_module.named_modules(remove_duplicate=False):
-            held = {key: tuple(value) for key, value in vars(module).items() if key.endswith("_hooks")}
-            facts[f"the module {path}".rstrip()] = (id(module), type(module), module.training, held)
+            hooks = {key: tuple(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+            facts[f"the module {path}".rstrip()] = (id(module), type(module), module.training, hooks)
         flags = {f"the flag of {name}": (id(t), t.requires_grad) for name, t in _tensors(graph_module)}
         targets = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
         called = {target: graph_module.get_submodule(target) for target in sorted(targets)}
@@ -179,7 +179,7 @@ def _rows(before: _Snapshot, result: PassResult, report: Report) -> Iterator[str
 
 
 def _named(rows: Iterable[Row]) -> set[str]:
-    """The sites, and the words of the reasons, which name what became part of a site."""
+    """The sites, and the words of the reasons, which name the parts of a new layer."""
     return {word for row in rows for word in (row.site, *re.findall(r"[\w.]+", row.reason))}
 
 

@@ -36,7 +36,7 @@ class Expand:
     expanded in weight space: the graph calls a module that multiplies the factors where it read the weight.
 
     Attributes:
-        recipe: what to build.
+        recipe: builds the block of each site.
         select: which sites, as in ``fxexpand.expand``.
         init: initial values of the factors; ``"preserve"`` keeps the function.
         generator: of random draws.

@@ -1,4 +1,4 @@
-"""Find the weights of linear maps in a model, and say of each whether and where it can be expanded."""
+"""The weights of linear maps in a model, each with whether and where it can be expanded."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Owner(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """One weight and what can be done with it.
+    """One weight, and whether it can be expanded.
 
     Attributes:
         name: the module's path where ``space`` is ``"layer"``, else the parameter's.
-        kind: what it is, for people.
+        kind: the module with its sizes, for reports.
         owners: every module that holds the parameter.
         weight: the parameter itself; None where the weight is no parameter.
         space: ``"layer"``: the module becomes an expanded layer; ``"weight"``: the parameter is computed.

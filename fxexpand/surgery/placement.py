@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from fxexpand.passes.affine.aliasing import works_in_place, written
+from fxexpand.passes.affine.aliasing import written
 from fxexpand.passes.affine.candidates import Candidate
 from fxexpand.passes.affine.extraction import Extraction
 from fxexpand.passes.fusions import Group
@@ -100,9 +100,10 @@ class Placements:
 
     def _may_write(self, node: fx.Node) -> bool:
         """Whether a call may write into its argument; code without a graph may do so."""
-        extraction = self._extraction
-        known = node.op != "call_module" or type(extraction.module(node)).__module__.startswith(OUT_OF_PLACE)
-        return works_in_place(extraction.graph_module, node) or (self._one_path and not known)
+        if node in self._extraction.writes.nodes:
+            return True
+        without_graph = self._one_path and node.op == "call_module"
+        return without_graph and not type(self._extraction.module(node)).__module__.startswith(OUT_OF_PLACE)
 
     def _whole(self, group: Group) -> Placement | None:
         """In place of the module that does nothing else."""

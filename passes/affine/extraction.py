@@ -22,6 +22,7 @@ from fxexpand.passes.affine.maps import META, Place
 from fxexpand.passes.affine.reader import Reader
 from fxexpand.passes.affine.shapes import shape_readers
 from fxexpand.passes.affine.steps import Affine, Identity, Layout, MultiOutput, Step
+from fxexpand.passes.affine.writes import Writes
 from fxexpand.running.verify import probe_size
 from fxexpand.tracing.edit import drop_unread_items, read_results, site_of
 
@@ -33,6 +34,7 @@ class Extraction:
         order: every node with its place.
         steps: what the nodes do that do something affine.
         shape_readers: the nodes that read nothing of a value but its shape.
+        writes: the in-place operators.
         chosen: the values to fuse, each with the candidate to compute it by, which lets other nodes go.
         notes: why nodes stay apart.
     """
@@ -56,7 +58,8 @@ class Extraction:
                 if step is not None:
                     self.steps[node] = step
         readers = {node: self._through_multi_outputs(node.users) for node in self.order}
-        interpretation = Interpretation(self.reader, self.steps, self.order, readers)
+        self.writes = Writes(graph_module, self.steps, self.order)
+        interpretation = Interpretation(self.reader, self.steps, self.order, readers, self.writes)
         self._candidates = interpretation.candidates
         self.notes |= interpretation.notes
         self.chosen = self._choice()

@@ -52,6 +52,7 @@ class Interpretation:
         steps: Mapping[fx.Node, Step],
         order: Mapping[fx.Node, int],
         readers: Mapping[fx.Node, set[fx.Node]],
+        writes: Writes,
     ) -> None:
         """Args: readers: the nodes that read each value."""
         self._reader = reader
@@ -59,7 +60,7 @@ class Interpretation:
         self._order = order
         self._readers = readers
         self._layouts = Layouts(steps, reader.values)
-        self._writes = Writes(reader.graph_module, steps, order)
+        self._writes = writes
         self.notes: dict[fx.Node, Note] = {}
         self.candidates: dict[fx.Node, tuple[Candidate, ...]] = {}
         for node, step in steps.items():

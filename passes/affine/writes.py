@@ -13,7 +13,7 @@ from fxexpand.passes.affine.steps import Identity, Layout, Select, Step
 
 
 class Writes:
-    """The in-place operators of one graph."""
+    """The in-place operators of one graph; ``nodes`` are their nodes, in order."""
 
     def __init__(
         self, graph_module: fx.GraphModule, steps: Mapping[fx.Node, Step], order: Mapping[fx.Node, int]
@@ -21,8 +21,9 @@ class Writes:
         self._graph_module = graph_module
         self._steps = steps
         self._order = order
-        self._nodes = [node for node in order if works_in_place(graph_module, node)]
-        self._places = [order[node] for node in self._nodes]
+        self.nodes = dict.fromkeys(node for node in order if works_in_place(graph_module, node))
+        self._in_order = list(self.nodes)
+        self._places = [order[node] for node in self.nodes]
 
     def spare(self, candidate: Candidate) -> bool:
         """Whether no other node writes into the source or a value of the candidate while it is to be read.
@@ -30,7 +31,7 @@ class Writes:
         The one kernel runs where the first node of the candidate stands.
         """
         first, end = bisect(self._places, candidate.start), bisect(self._places, candidate.stop - 1)
-        for write in self._nodes[first:end]:
+        for write in self._in_order[first:end]:
             if write in candidate.nodes:
                 continue
             target, reads_source = self._memory(written(write)), self._order[write] < candidate.last

@@ -11,6 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -135,7 +136,7 @@ class _Planner:
         for node in graph_module.graph.find_nodes(op="call_module"):
             part = parts.get(str(node.target))
             whole = type(part).__module__.startswith("torch.nn.") and not isinstance(part, nn.Sequential)
-            if part is not None and part._modules and not whole and part not in around:
+            if part is not None and not whole and part not in around and _children_hold_tensors(part):
                 self.visit(_joined(name, str(node.target)), part)
         self._seen.update(set(parts.values()) - {inner for part in around for inner in part.modules()})
 
@@ -181,6 +182,12 @@ class _Planner:
 
 def _is_affine(module: nn.Module) -> bool:
     return type(module) in LAYERS or isinstance(module, _BatchNorm)
+
+
+def _children_hold_tensors(module: nn.Module) -> bool:
+    """Whether a child has parameters or buffers: without them, there is no layer inside to fuse."""
+    tensors = (chain(child.parameters(), child.buffers()) for child in module.children())
+    return any(True for _ in chain.from_iterable(tensors))
 
 
 def _joined(name: str, path: str) -> str:

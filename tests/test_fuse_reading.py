@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxexpand
 from fxexpand.tracing.tracer import RegionTracer

@@ -32,7 +32,7 @@ CONTENTS = _contents()
 MOVED = {
     "accumulation": "layers.accumulation",
     "calls": "tracing.submodules",
-    "closest": "reporting.closest",
+    "closest": "errors",
     "compression": "lowrank",
     "compression.allocation": "lowrank.allocation",
     "compression.costs": "lowrank.costs",

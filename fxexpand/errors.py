@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FxExpandError(Exception):
     """Base class of all errors of fxexpand."""
@@ -29,3 +32,12 @@ class VerificationError(FxExpandError, AssertionError):
 
 class ContractError(FxExpandError, AssertionError):
     """A pass breaks the contract of ``fxexpand.passes.check``; the message lists every clause it breaks."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean a, b or c?", or nothing when no name is close."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    if not found:
+        return ""
+    *first, last = found
+    return f" Did you mean {', '.join(first)}{' or ' if first else ''}{last}?"

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError
-from fxexpand.reporting.closest import closest
+from fxexpand.errors import FxExpandError, SelectionError, UnusableWeightError, closest
 from fxexpand.running.copying import copied
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call, copy, tensors

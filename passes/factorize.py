@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxexpand.errors import InexactError, SelectionError
 from fxexpand.lowrank.costs import Target, totals, unfit
-from fxexpand.lowrank.criteria import TRP_THRESHOLD, Approach, Criterion
+from fxexpand.lowrank.criteria import checked
 from fxexpand.lowrank.decisions import Decision, decide
 from fxexpand.lowrank.factored import FACTORIZED, Factorized, factors
 from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
@@ -55,25 +55,6 @@ class Factorize(FactorizeOptions):
     calibration: Sequence[ExampleInputs] | None = None
     strict: bool = False
     inplace: bool = False
-
-    @property
-    def criterion(self) -> Criterion:
-        """How ranks are chosen.
-
-        Raises: SelectionError: not exactly one criterion, or one out of range.
-        """
-        given = (self.rank, self.energy, self.threshold, self.flops, self.params, self.latency)
-        if self.method == "trp" and all(value is None for value in given):
-            return Criterion(threshold=TRP_THRESHOLD)
-        return Criterion(*given)
-
-    @property
-    def approach(self) -> Approach:
-        """How weights are approximated.
-
-        Raises: SelectionError: an unknown method or scheme.
-        """
-        return Approach(self.method, self.p, self.body, self.scheme)
 
     def __call__(self, graph_module: fx.GraphModule) -> Result:
         """Run the pass; all factors are computed before the first edit.
@@ -151,7 +132,7 @@ def plan_factoring(
         RefusedError: ``options.strict`` and a selected site is refused.
         UnusableWeightError: a selected weight holds NaN or Inf.
     """
-    criterion, approach = options.criterion, options.approach
+    options = checked(options)
     paths: dict[nn.Module, tuple[str, ...]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths[module] = (*paths.get(module, ()), path)
@@ -170,10 +151,8 @@ def plan_factoring(
 
     sites = _outside_of_factors(model, find_sites(model, options.example_inputs))
     plan = planned("factorize", sites, Selection(options.select, Chain()), step, row=FactorRow)
-    decisions, flops = decide(
-        model, targets, criterion, approach, options.example_inputs, options.calibration, progress
-    )
-    _require_matched(criterion, targets)
+    decisions, flops = decide(model, targets, options, options.example_inputs, options.calibration, progress)
+    _require_matched(options, targets)
     found = {decision.target.name: decision for decision in decisions}
     rows = [found[each.row.site].row if each.row.site in found else each.row for each in plan.all_steps]
     require_lenient(rows, options.strict)
@@ -202,9 +181,9 @@ def _outside_of_factors(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if site.module not in inside]
 
 
-def _require_matched(criterion: Criterion, targets: Sequence[Target]) -> None:
+def _require_matched(options: Factorize, targets: Sequence[Target]) -> None:
     """Raises: SelectionError: a mapping of ranks names a layer that is not there."""
-    named = criterion.rank if isinstance(criterion.rank, Mapping) else {}
+    named = options.rank if isinstance(options.rank, Mapping) else {}
     known = {name for target in targets for name in (target.name, *target.paths)}
     missing = [name for name in named if name not in known]
     if missing:

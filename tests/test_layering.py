@@ -32,7 +32,7 @@ ORDER = [
 ]
 
 INSIDE = {
-    "reporting": ["closest", "options", "plain", "files", "table", "rows", "progress", "html", "figures"],
+    "reporting": ["options", "files", "table", "rows", "progress", "html", "figures"],
     "kernel": ["geometry", "alignment", "taps", "algebra", "library_layers", "modules", "lower"],
     "recipes": [
         *("recipe", "fixed", "structure", "factors", "parts"),
@@ -54,7 +54,7 @@ INSIDE = {
     ],
     "lowrank": [
         *("measures", "sketch", "features", "model_ranks", "rank_plots", "tracker"),
-        *("cuts", "projection", "lp", "factored", "allocation", "criteria", "options"),
+        *("cuts", "projection", "lp", "factored", "allocation", "options", "criteria"),
         *("calibration", "costs", "factorize_report", "decisions", "trp"),
     ],
     "passes": [

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxexpand.lowrank.rank_plots import new_figure
+from fxexpand.reporting.figures import new_figure
 
 TITLE = "G. The end-to-end update rule (Arora et al.)"
 ROWS, COLUMNS, SAMPLES = 6, 9, 40

@@ -12,7 +12,7 @@ from benchmarks.low_rank_bias import targets
 from benchmarks.low_rank_bias.networks import Distribution, draw, identity
 from fxexpand.lowrank.features import FeatureKernel, kernel_rank
 from fxexpand.lowrank.measures import spectral_entropy
-from fxexpand.lowrank.rank_plots import new_figure
+from fxexpand.reporting.figures import new_figure
 
 TITLE = "A. Rank at initialisation"
 POINTS = 128

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxexpand.lowrank.measures import spectral_entropy
-from fxexpand.lowrank.rank_plots import new_figure
+from fxexpand.reporting.figures import new_figure
 
 TITLE = "E. Landscape of the rank"
 WIDTH, REACH, GRID = 16, 3.0, 41

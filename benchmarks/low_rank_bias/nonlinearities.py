@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks.low_rank_bias import targets
 from benchmarks.low_rank_bias.networks import Networks, descend, draw, identity, teacher
 from fxexpand.lowrank.features import kernel_rank
-from fxexpand.lowrank.rank_plots import new_figure
+from fxexpand.reporting.figures import new_figure
 
 TITLE = "D. Non-linearities"
 WIDTH, SAMPLES, POINTS = 32, 32, 128

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.low_rank_bias import targets
 from benchmarks.low_rank_bias.networks import descend, draw, teacher
 from fxexpand.lowrank.measures import spectral_entropy
-from fxexpand.lowrank.rank_plots import new_figure
+from fxexpand.reporting.figures import new_figure
 
 TITLE = "C. Optimisers"
 WIDTH, SAMPLES, RANK = 32, 20, 8

@@ -30,7 +30,7 @@ from benchmarks.low_rank_bias import (
     teachers,
     training_spectra,
 )
-from fxexpand.lowrank.rank_plots import in_style, write_figure
+from fxexpand.reporting.figures import styled, write_figure
 from fxexpand.reporting.files import write_whole
 from fxexpand.reporting.table import table
 
@@ -62,7 +62,7 @@ def experiment(key: str, folder: Path, quick: bool) -> tuple[str, dict[str, Any]
         **found,
     }
     save_short(folder / f"{key}.json", content)
-    with in_style():
+    with styled():
         write_figure(EXPERIMENTS[key].plot(content), folder / f"{key}.{'png' if key in PNG else 'svg'}")
     return key, content
 

@@ -20,7 +20,7 @@ from benchmarks.low_rank_bias import targets
 from benchmarks.low_rank_bias.networks import Networks, descend, draw, draw_low_rank, teacher
 from fxexpand.lowrank.features import kernel_rank
 from fxexpand.lowrank.measures import spectral_entropy
-from fxexpand.lowrank.rank_plots import BLUE, GREY, ORANGE, new_figure
+from fxexpand.reporting.figures import BLUE, GREY, ORANGE, new_figure
 
 TITLE = "B. Least squares with a teacher"
 WIDTH, SAMPLES, RATE, MOMENTUM, STEPS = 32, 32, 0.005, 0.9, 2000

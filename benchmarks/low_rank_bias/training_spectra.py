@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fxexpand.lowrank.rank_plots import new_figure
 from fxexpand.lowrank.tracker import RankTracker
 from fxexpand.recipes import Chain
+from fxexpand.reporting.figures import new_figure
 from fxexpand.surgery.expand import expand
 from fxexpand.training.data import batches, digits
 from fxexpand.training.loop import accuracy

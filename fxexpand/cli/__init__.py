@@ -61,7 +61,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         from fxexpand.cli.failures import fail
-        from fxexpand.reporting.closest import closest
+        from fxexpand.errors import closest
 
         if not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
             fail(

@@ -84,8 +84,7 @@ def bench(
 def _dtype(name: str) -> torch.dtype | None:
     import torch
 
-    from fxexpand.errors import SelectionError
-    from fxexpand.reporting.closest import closest
+    from fxexpand.errors import SelectionError, closest
 
     if name not in _DTYPES:
         raise SelectionError(f"dtype {name!r}: choose from {', '.join(_DTYPES)}.{closest(name, _DTYPES)}")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_origin
 
 import typer
 
-from fxexpand.reporting.closest import closest
+from fxexpand.errors import closest
 from fxexpand.reporting.options import METADATA
 
 

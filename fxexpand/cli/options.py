@@ -207,8 +207,7 @@ def recipe_of(text: str) -> Recipe:
     import dataclasses
 
     from fxexpand import recipes
-    from fxexpand.errors import SelectionError
-    from fxexpand.reporting.closest import closest
+    from fxexpand.errors import SelectionError, closest
 
     known = {
         name: kind

@@ -68,8 +68,7 @@ def train(
 
 
 def _data(name: str, root: Path | None) -> Data:
-    from fxexpand.errors import SelectionError
-    from fxexpand.reporting.closest import closest
+    from fxexpand.errors import SelectionError, closest
     from fxexpand.training.data import cifar, digits, image_folders
 
     known = ("digits", "cifar10", "cifar100", "imagenet")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fxexpand.reporting.plain import plain
+from fxexpand.reporting.rows import plain
 from fxexpand.reporting.table import short, table
 
 

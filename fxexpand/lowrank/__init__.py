@@ -3,17 +3,16 @@
 Measures: ``measures`` of one matrix, ``sketch`` of a big one within bounds, ``features`` of the outputs of
 layers; ``model_ranks`` measures a whole model, ``rank_plots`` draws it, ``tracker`` records it in training.
 Factors: ``cuts`` has the ways to cut a kernel, ``projection`` and ``lp`` compute the factors, in l_2 and in
-l_p, ``factored`` has the layers that run them. Choice of layers and ranks: ``options`` and ``criteria`` are
-those of a user, ``calibration`` and ``costs`` measure inputs and costs of layers, ``allocation`` spreads a
-budget, ``decisions`` decides before anything is changed, ``factorize_report`` reports it. ``trp`` trains
-towards low rank.
+l_p, ``factored`` has the layers that run them. Choice of layers and ranks: ``options`` are those of a user,
+``criteria`` their ranges, ``calibration`` and ``costs`` measure inputs and costs of layers, ``allocation``
+spreads a budget, ``decisions`` decides before anything is changed, ``factorize_report`` reports it. ``trp``
+trains towards low rank.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxexpand.lowrank.criteria import Method, Ranks
     from fxexpand.lowrank.cuts import Cut, Scheme
     from fxexpand.lowrank.factored import Factorized
     from fxexpand.lowrank.factorize_report import FactorizeReport, FactorRow
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from fxexpand.lowrank.lp import lp_spectrum
     from fxexpand.lowrank.measures import effective_rank, spectral_entropy, stable_rank
     from fxexpand.lowrank.model_ranks import FeatureRank, RankReport, WeightRank, layer_weights, rank_report
+    from fxexpand.lowrank.options import Method, Ranks
     from fxexpand.lowrank.projection import Spectrum, spectrum
     from fxexpand.lowrank.rank_plots import plot_ranks, plot_report, plot_spectra
     from fxexpand.lowrank.tracker import RankTracker
@@ -54,8 +54,8 @@ __all__ = [
 ]
 
 _HOMES = (
-    *("criteria", "cuts", "factored", "factorize_report", "features", "lp", "measures", "model_ranks"),
-    *("projection", "rank_plots", "tracker", "trp"),
+    *("cuts", "factored", "factorize_report", "features", "lp", "measures", "model_ranks"),
+    *("options", "projection", "rank_plots", "tracker", "trp"),
 )
 
 

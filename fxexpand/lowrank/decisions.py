@@ -17,10 +17,11 @@ from fxexpand.layers.rewritten import kernel_like
 from fxexpand.lowrank.allocation import Option, allocate
 from fxexpand.lowrank.calibration import CallSizes, Moment, Tokens, observe_calls, observe_moments
 from fxexpand.lowrank.costs import Costs, Target, timed_cuts, whole_cost
-from fxexpand.lowrank.criteria import Approach, Criterion, cut_of
+from fxexpand.lowrank.criteria import cut_of
 from fxexpand.lowrank.cuts import Cut, Scheme, matrix_of, schemes_of
 from fxexpand.lowrank.factorize_report import FactorRow
 from fxexpand.lowrank.lp import lp_spectrum
+from fxexpand.lowrank.options import FactorizeOptions
 from fxexpand.lowrank.projection import COLUMNS, Spectrum, rank_of_share, spectrum, table_spectrum
 from fxexpand.running.finite import require_finite
 from fxexpand.running.flops import count_flops
@@ -98,8 +99,7 @@ class Analysis:
 def decide(
     model: nn.Module,
     targets: Sequence[Target],
-    criterion: Criterion,
-    approach: Approach,
+    options: FactorizeOptions,
     example_inputs: ExampleInputs | None = None,
     calibration: Sequence[ExampleInputs] | None = None,
     progress: Progress = iter,
@@ -110,9 +110,9 @@ def decide(
         SelectionError: a budget that cannot be met, or one that needs example inputs.
         UnusableWeightError: a weight holds NaN or Inf.
     """
-    budget = criterion.budget
+    budget = options.budget
     if budget in ("flops", "latency") and example_inputs is None:
-        raise SelectionError(f"{budget}={getattr(criterion, budget)}: give example_inputs, to measure by.")
+        raise SelectionError(f"{budget}={getattr(options, budget)}: give example_inputs, to measure by.")
     for target in targets:
         require_finite(target.weight, target.name, target.kind)
     calls: dict[nn.Module, CallSizes] = {}
@@ -122,8 +122,8 @@ def decide(
         owners = [module for target in targets for module in target.modules]
         calls, read = observe_calls(model, owners, example_inputs)
         total = float(count_flops(model, example_inputs).total)
-    schemes = [READ if id(target.weight) in read else _schemes(target, approach) for target in targets]
-    moments = _moments(model, targets, schemes, approach, calibration)
+    schemes = [READ if id(target.weight) in read else _schemes(target, options) for target in targets]
+    moments = _moments(model, targets, schemes, options, calibration)
     analyses: list[Analysis] = []
     for i in progress(range(len(targets))):
         costs = Costs(targets[i], calls, measured=example_inputs is not None)
@@ -131,12 +131,12 @@ def decide(
         if isinstance(allowed, str):
             analyses.append(Analysis(targets[i], costs, refusal=allowed))
         else:
-            spectra = _spectra(targets[i], allowed, approach, moments[i])
+            spectra = _spectra(targets[i], allowed, options, moments[i])
             analyses.append(Analysis(targets[i], costs, spectra))
     if budget is None:
-        return [_single_decision(analysis, criterion) for analysis in analyses], total
+        return [_single_decision(analysis, options) for analysis in analyses], total
     choices = [_choices(analysis, budget, calls) for analysis in analyses]
-    chosen = _allocated(choices, criterion, whole_cost(model, budget, example_inputs, total))
+    chosen = _allocated(choices, options, whole_cost(model, budget, example_inputs, total))
     decisions = [
         _budget_decision(analysis, _uncounted(analysis.target, budget, calls), cut, alone=len(some) == 1)
         for analysis, cut, some in zip(analyses, chosen, choices, strict=True)
@@ -144,23 +144,23 @@ def decide(
     return decisions, total
 
 
-def _schemes(target: Target, approach: Approach) -> tuple[Scheme, ...] | str:
+def _schemes(target: Target, options: FactorizeOptions) -> tuple[Scheme, ...] | str:
     """The schemes by which a target may be cut, or the reason why there is none."""
     module = target.modules[0]
-    if approach.method == "lp" and isinstance(module, _ConvNd):
+    if options.method == "lp" and isinstance(module, _ConvNd):
         return "method='lp' is for matrices: Linear and Embedding"
     possible = schemes_of(kernel_like(module, target.weight.detach()))
-    if approach.scheme is None or not isinstance(module, _ConvNd):
+    if options.scheme is None or not isinstance(module, _ConvNd):
         return possible
     # With all taps on one axis, both schemes are the same cut.
-    return (approach.scheme,) if approach.scheme in possible else possible[:1]
+    return (options.scheme,) if options.scheme in possible else possible[:1]
 
 
 def _moments(
     model: nn.Module,
     targets: Sequence[Target],
     schemes: Sequence[tuple[Scheme, ...] | str],
-    approach: Approach,
+    options: FactorizeOptions,
     calibration: Sequence[ExampleInputs] | None,
 ) -> list[Moments]:
     """Second moments of each target on the calibration data, by scheme.
@@ -170,7 +170,7 @@ def _moments(
     moments: list[Moments] = [{} for _ in targets]
     if calibration is None:
         return moments
-    if approach.method == "lp":
+    if options.method == "lp":
         raise SelectionError("calibration: method='lp' goes by the weights alone.")
     observers: dict[nn.Module, list[Moment | Tokens]] = {}
     for own, target, allowed in zip(moments, targets, schemes, strict=True):
@@ -188,14 +188,14 @@ def _moments(
 
 
 def _spectra(
-    target: Target, schemes: Iterable[Scheme], approach: Approach, moments: Moments
+    target: Target, schemes: Iterable[Scheme], options: FactorizeOptions, moments: Moments
 ) -> dict[Scheme, Spectrum]:
     kernel = kernel_like(target.modules[0], target.weight.detach())
     spectra: dict[Scheme, Spectrum] = {}
     for scheme in schemes:
         matrix, moment = matrix_of(kernel, scheme), moments.get(scheme)
-        if approach.method == "lp":
-            spectra[scheme] = lp_spectrum(matrix, approach.p, approach.body)
+        if options.method == "lp":
+            spectra[scheme] = lp_spectrum(matrix, options.p, options.body)
         elif isinstance(moment, Tokens):
             spectra[scheme] = table_spectrum(matrix, moment.count)
         else:
@@ -203,16 +203,16 @@ def _spectra(
     return spectra
 
 
-def _single_decision(analysis: Analysis, criterion: Criterion) -> Decision:
+def _single_decision(analysis: Analysis, options: FactorizeOptions) -> Decision:
     """The cheapest of the cuts that the criterion selects for one target, if it saves anything."""
     target, costs, spectra = analysis.target, analysis.costs, analysis.spectra
     if analysis.refusal:
         return analysis.unchanged("refused", analysis.refusal)
-    named = _named_cut(target, criterion)
-    if named is None and isinstance(criterion.rank, Mapping):
+    named = _named_cut(target, options)
+    if named is None and isinstance(options.rank, Mapping):
         return analysis.unchanged("left", "no rank is given for it")
     if not isinstance(named, Cut):
-        cuts = [Cut(scheme, _rank(each, criterion, named)) for scheme, each in spectra.items()]
+        cuts = [Cut(scheme, _rank(each, options, named)) for scheme, each in spectra.items()]
     elif named.scheme in spectra and named.rank <= spectra[named.scheme].full:
         cuts = [named]
     else:
@@ -232,12 +232,12 @@ def _single_decision(analysis: Analysis, criterion: Criterion) -> Decision:
     return analysis.unchanged("refused", f"rank {best.rank} of {spectra[best.scheme].full} {change}")
 
 
-def _named_cut(target: Target, criterion: Criterion) -> int | Cut | None:
+def _named_cut(target: Target, options: FactorizeOptions) -> int | Cut | None:
     """The rank or cut that a mapping gives a target, under its own name or the path of one of its modules.
 
     Raises: SelectionError: two names of one weight have different ranks.
     """
-    ranks = criterion.rank
+    ranks = options.rank
     if not isinstance(ranks, Mapping):
         return None
     given = {name: cut_of(name, ranks[name]) for name in (target.name, *target.paths) if name in ranks}
@@ -247,12 +247,12 @@ def _named_cut(target: Target, criterion: Criterion) -> int | Cut | None:
     return next(iter(given.values()), None)
 
 
-def _rank(spectrum: Spectrum, criterion: Criterion, named: int | None) -> int:
-    rank = criterion.rank if named is None else named
-    if criterion.energy is not None:
-        return spectrum.rank_for(criterion.energy)
-    if criterion.threshold is not None:
-        above = (spectrum.singular_values() > criterion.threshold).any(0)  # of any group
+def _rank(spectrum: Spectrum, options: FactorizeOptions, named: int | None) -> int:
+    rank = options.rank if named is None else named
+    if options.energy is not None:
+        return spectrum.rank_for(options.energy)
+    if options.threshold is not None:
+        above = (spectrum.singular_values() > options.threshold).any(0)  # of any group
         return max(1, int(above.sum()))
     if rank == "effective":
         return max(1, math.ceil(spectrum.effective_rank() - 1e-6))
@@ -284,7 +284,9 @@ def _choices(analysis: Analysis, budget: str, calls: Mapping[nn.Module, CallSize
     return choices
 
 
-def _allocated(choices: Sequence[Sequence[Choice]], criterion: Criterion, whole: float) -> list[Cut | None]:
+def _allocated(
+    choices: Sequence[Sequence[Choice]], options: FactorizeOptions, whole: float
+) -> list[Cut | None]:
     """The cuts of small total error that meet the budget, for all targets together.
 
     Args:
@@ -292,8 +294,8 @@ def _allocated(choices: Sequence[Sequence[Choice]], criterion: Criterion, whole:
 
     Raises: SelectionError: rank 1 everywhere costs more.
     """
-    name = str(criterion.budget)
-    value = getattr(criterion, name)
+    name = str(options.budget)
+    value = getattr(options, name)
     limit = float(value) if isinstance(value, int) else value * whole
     fixed = whole - sum(some[0][1].cost for some in choices)
     try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from fxexpand.lowrank.cuts import Cut
 from fxexpand.reporting.rows import Report, Row
@@ -58,8 +57,3 @@ class FactorizeReport(Report):
         if self.output_error is not None:
             parts.append(f"of the outputs {self.output_error:.3g}")
         return f"{super().summary}; {', '.join(parts)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
-        return {**super().to_dict(), **own}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fxexpand.reporting.options import option
 
 if TYPE_CHECKING:
-    from fxexpand.lowrank.criteria import Method, Ranks
-    from fxexpand.lowrank.cuts import Scheme
+    from fxexpand.lowrank.cuts import Cut, Scheme
     from fxexpand.lowrank.lp import Body
+
+Method: TypeAlias = Literal["svd", "lp", "trp"]
+Ranks: TypeAlias = "int | float | Literal['effective'] | Mapping[str, int | Cut | tuple[Scheme, int]]"
+BUDGETS = ("flops", "params", "latency")
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,8 @@ class FactorizeOptions:
     scheme: Scheme | None = option(
         None, "Cut of convolutions: channel or spatial; left out, the cheaper.", str
     )
+
+    @property
+    def budget(self) -> str | None:
+        """``"flops"``, ``"params"`` or ``"latency"``; None where each layer is judged by itself."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)

@@ -2,80 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.errors import SelectionError
 from fxexpand.lowrank.model_ranks import RankReport
-from fxexpand.reporting.files import write_whole
+from fxexpand.reporting.figures import BLUE, ORANGE, new_figure, styled, write_figure
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FORMATS = ("svg", "png", "pdf")
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e7eb",
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-}
 Bars: TypeAlias = tuple[str, float, float | None, float]  # name, effective rank, that before, full rank
-BLUE, ORANGE, GREY = "#4c6a92", "#d9722e", "#9ca3af"
 
 
-@contextmanager
-def in_style() -> Iterator[None]:
-    """The style of every plot of ranks, as a context and as a decorator.
-
-    Raises: FxExpandError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise FxExpandError('matplotlib is not installed. Run pip install "fxexpand[plots]".') from error
-    with matplotlib.rc_context(STYLE):
-        yield
-
-
-def write_figure(figure: Figure, path: Path) -> Path:
-    """Write ``figure`` whole or not at all; the same figure gives the same bytes.
-
-    Raises: SelectionError: a suffix other than svg, png and pdf.
-    """
-    import matplotlib
-
-    form = path.suffix.removeprefix(".").lower()
-    if form not in FORMATS:
-        raise SelectionError(f"{path}: choose a name that ends in {', '.join('.' + f for f in FORMATS)}.")
-    stamps = {"svg": ("Date",), "pdf": ("CreationDate",), "png": ()}[form]
-    content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "fxexpand", "svg.fonttype": "path"}):
-        figure.savefig(content, format=form, dpi=120, metadata=dict.fromkeys(stamps))
-    write_whole(path, content.getvalue())
-    return path
-
-
-def new_figure(
-    rows: int, columns: int, *, width: float = 3.2, height: float = 2.5
-) -> tuple[Figure, list[Any]]:
-    """An empty figure and its axes, row by row; the object interface needs no screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-@in_style()
+@styled()
 def plot_report(report: RankReport, path: str | Path) -> Path:
     """Effective ranks of weights, and of features where there are any, as bars: before, after, full rank.
 
@@ -114,7 +52,7 @@ def _plot_bars(axis: Any, title: str, rows: Sequence[Bars]) -> None:
     axis.set_title(f"effective rank of {title}", loc="left")
 
 
-@in_style()
+@styled()
 def plot_ranks(steps: Sequence[int], ranks: Mapping[str, Sequence[float]], path: str | Path) -> Path:
     """Effective rank over training steps, a line per layer, light to dark from the input to the output."""
     import matplotlib
@@ -131,7 +69,7 @@ def plot_ranks(steps: Sequence[int], ranks: Mapping[str, Sequence[float]], path:
     return write_figure(figure, Path(path))
 
 
-@in_style()
+@styled()
 def plot_spectra(
     spectra: Mapping[str, Sequence[tuple[int, Sequence[int], Sequence[float]]]], path: str | Path
 ) -> Path:

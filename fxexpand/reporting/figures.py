@@ -1,25 +1,29 @@
-"""Figures in one style, as SVG elements without scripts, addresses or fonts."""
+"""Figures in one style: as files, and as SVG elements without scripts, addresses or fonts."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.reporting.files import write_whole
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BLUE, ORANGE, GREY = "#4c6a92", "#d9722e", "#6b7280"
 COLOURS = {
-    "plain": "#4c6a92",
-    "original": "#4c6a92",
-    "expanded": "#d9722e",
+    "plain": BLUE,
+    "original": BLUE,
+    "expanded": ORANGE,
     "fused": "#3a8f6b",
     "folded back": "#7c6aa8",
 }
-GREY = "#6b7280"
+FORMATS = ("svg", "png", "pdf")
 
 _STYLE: Any = {
     "font.size": 9.5,
@@ -39,27 +43,53 @@ _STYLE: Any = {
 }
 
 
-def styled() -> AbstractContextManager[None]:
-    """A context with the style of the plots.
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style of all plots, as a context and as a decorator.
 
-    Raises: ImportError: matplotlib is not installed.
+    Raises: FxExpandError: matplotlib is not installed.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise FxExpandError('matplotlib is not installed. Run pip install "fxexpand[plots]".') from error
+    with matplotlib.rc_context(_STYLE):
+        yield
 
-    context: AbstractContextManager[None] = matplotlib.rc_context(_STYLE)
-    return context
 
-
-def new_panels(count: int, height: float, columns: int = 3) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with ``count`` panels or more in rows of ``columns``; the object interface needs no screen."""
+def new_figure(
+    rows: int, columns: int, *, width: float = 3.2, height: float = 2.5
+) -> tuple[Figure, list[Any]]:
+    """An empty figure and its axes, row by row; the object interface needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = -(-count // columns)
-    figure = Figure(figsize=(9.6, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(grid.flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def new_panels(count: int, height: float, columns: int = 3) -> tuple[Figure, list[Any]]:
+    """A figure 9.6 inches wide, with ``count`` panels or more in rows of ``columns``."""
+    return new_figure(-(-count // columns), columns, width=9.6 / columns, height=height)
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write ``figure`` whole or not at all; the same figure gives the same bytes.
+
+    Raises: SelectionError: a suffix other than svg, png and pdf.
+    """
+    import matplotlib
+
+    form = path.suffix.removeprefix(".").lower()
+    if form not in FORMATS:
+        raise SelectionError(f"{path}: choose a name that ends in {', '.join('.' + f for f in FORMATS)}.")
+    stamps = {"svg": ("Date",), "pdf": ("CreationDate",), "png": ()}[form]
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fxexpand", "svg.fonttype": "path"}):
+        figure.savefig(content, format=form, dpi=120, metadata=dict.fromkeys(stamps))
+    write_whole(path, content.getvalue())
+    return path
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -81,6 +111,6 @@ def svg(figure: Figure, name: str) -> str:
     element = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", element)
     element = re.sub(r'<g id="[^"]*"', "<g", element)  # nothing refers to groups
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", element)  # glyphs are in every figure
-    element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
-    element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
+    for side in ("width", "height"):
+        element = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", element, count=1)
     return re.sub(r"<svg", f'<svg role="img" aria-label="{name}"', element, count=1).strip()

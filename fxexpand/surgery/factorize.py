@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxexpand.lowrank.criteria import Method, Ranks
 from fxexpand.lowrank.cuts import Cut, Scheme
 from fxexpand.lowrank.decisions import Decision
 from fxexpand.lowrank.factored import Factorized, factorize_layer, factors, tied_factors
 from fxexpand.lowrank.lp import Body
+from fxexpand.lowrank.options import Method, Ranks
 from fxexpand.passes.factorize import Edit, Factorize, plan_factoring, unfactorable
 from fxexpand.passes.planner import commit, restoring
 from fxexpand.recipes.selection import Select

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fxexpand.reporting.files import write_whole
-from fxexpand.reporting.plain import plain
+from fxexpand.reporting.rows import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.training.options import Settings
 

@@ -24,7 +24,7 @@ from fxexpand.deploy.latency.intervals import Interval, median_interval
 from fxexpand.deploy.latency.timing import calls_per_round, peak_bytes, samples_in_turns, torch_threads
 from fxexpand.deploy.options import BACKENDS, LatencyOptions
 from fxexpand.errors import SelectionError
-from fxexpand.reporting.plain import plain
+from fxexpand.reporting.rows import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, batch_size, tensors

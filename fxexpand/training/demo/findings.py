@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fxexpand.deploy.latency import Difference, LatencyReport
-from fxexpand.reporting.plain import plain
+from fxexpand.reporting.rows import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.training.loop import History
 from fxexpand.training.options import Schedule

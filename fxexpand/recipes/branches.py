@@ -41,7 +41,6 @@ class MultiBranch(Recipe):
 
     @property
     def needs_activations(self) -> bool:
-        """See ``Recipe``."""
         return True
 
     @abstractmethod
@@ -54,7 +53,6 @@ class MultiBranch(Recipe):
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """See ``Recipe.build``."""
         require_init(init)
         require_convolution(kernel, type(self).__name__)
         branches = self.branches(kernel, Draw(kernel, generator))
@@ -80,7 +78,6 @@ class RepVGG(MultiBranch):
     """
 
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
-        """See ``MultiBranch.branches``."""
         _require_centre(kernel, "RepVGG")
         _require_taps(kernel, "RepVGG", "Use MobileOne")
         return [
@@ -111,7 +108,6 @@ class MobileOne(MultiBranch):
             raise SelectionError(f"MobileOne(k={self.k!r}): choose a whole number of branches, 1 or more.")
 
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
-        """See ``MultiBranch.branches``."""
         _require_centre(kernel, "MobileOne")
         alike = [_normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape))) for _ in range(self.k)]
         small = []
@@ -130,7 +126,6 @@ class ACNet(MultiBranch):
     """
 
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
-        """See ``MultiBranch.branches``."""
         if kernel.rank != 2:
             raise InexactError(
                 f"ACNet crosses rows and columns, so it needs two spatial dimensions, not {kernel.rank}"
@@ -164,7 +159,6 @@ class DBB(MultiBranch):
     """
 
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
-        """See ``MultiBranch.branches``."""
         _require_centre(kernel, "DBB")
         _require_taps(kernel, "DBB", "Use MobileOne")
         out, channels, inside = kernel.out_channels, kernel.in_channels, _unpadded(kernel)
@@ -201,11 +195,9 @@ class OREPA(MultiBranch):
 
     @property
     def needs_activations(self) -> bool:
-        """See ``Recipe``."""
         return False
 
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
-        """See ``MultiBranch.branches``."""
         _require_centre(kernel, "OREPA")
         _require_taps(kernel, "OREPA", "Use Chain")
         out, inner = kernel.weight.shape[:2]

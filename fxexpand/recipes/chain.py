@@ -70,7 +70,6 @@ class Chain(Recipe):
 
     @property
     def needs_activations(self) -> bool:
-        """See ``Recipe``."""
         return self.batch_norm
 
     def hidden_width(self, kernel: Kernel) -> int:
@@ -85,7 +84,6 @@ class Chain(Recipe):
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """See ``Recipe.build``."""
         if init not in INITS:
             raise SelectionError(f"init={init!r}: choose from {', '.join(INITS)}.")
         geometry = self._geometry(kernel)

@@ -34,7 +34,6 @@ class DOConv(Recipe):
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        """See ``Recipe.build``."""
         require_init(init)
         require_convolution(kernel, "DOConv")
         taps = math.prod(kernel.kernel_size)

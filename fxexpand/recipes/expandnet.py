@@ -103,7 +103,6 @@ class ExpandNetCL(ExpandNet):
     """
 
     def factors(self, kernel: Kernel) -> list[Kernel]:
-        """See ``ExpandNet.factors``."""
         require_convolution(kernel, "ExpandNetCL")
         first, second = self.hidden(kernel)
         middle = _weight(kernel, second, first, kernel.kernel_size)
@@ -116,7 +115,6 @@ class ExpandNetCL(ExpandNet):
     def preserving(
         self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
     ) -> list[Tensor]:
-        """See ``ExpandNet.preserving``."""
         weight = _blocks(kernel)
         _require_room(kernel, factors, 1, 1)
         here = [(0,) * kernel.rank]
@@ -139,7 +137,6 @@ class ExpandNetCK(ExpandNet):
     """
 
     def factors(self, kernel: Kernel) -> list[Kernel]:
-        """See ``ExpandNet.factors``."""
         require_convolution(kernel, "ExpandNetCK")
         text = "x".join(map(str, kernel.kernel_size))
         if any(k % 2 == 0 for k in kernel.kernel_size):
@@ -163,7 +160,6 @@ class ExpandNetCK(ExpandNet):
     def preserving(
         self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
     ) -> list[Tensor]:
-        """See ``ExpandNet.preserving``."""
         weight = _blocks(kernel)
         size = kernel.kernel_size
         corners = list(itertools.product(*((0, 2) if k >= REACH else (0,) for k in size)))
@@ -191,14 +187,12 @@ class ExpandNetFC(ExpandNet):
     """
 
     def hidden(self, kernel: Kernel) -> tuple[int, int]:
-        """See ``ExpandNet.hidden``."""
         groups = kernel.groups
         sizes = kernel.in_channels // groups, kernel.out_channels // groups
         first, second = (groups * math.ceil(self.rate * min(size, LOPSIDED * min(sizes))) for size in sizes)
         return first, second
 
     def factors(self, kernel: Kernel) -> list[Kernel]:
-        """See ``ExpandNet.factors``."""
         require_weight(kernel)
         if math.prod(kernel.kernel_size) > 1 or kernel.transposed:
             raise InexactError(
@@ -215,7 +209,6 @@ class ExpandNetFC(ExpandNet):
     def preserving(
         self, kernel: Kernel, factors: Sequence[Kernel], generator: torch.Generator | None
     ) -> list[Tensor]:
-        """See ``ExpandNet.preserving``."""
         widths = [factor.out_channels // kernel.groups for factor in factors[:-1]]
         return balanced_factors(_blocks(kernel).flatten(2), widths, len(factors), generator)
 

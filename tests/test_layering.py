@@ -60,9 +60,9 @@ INSIDE = {
     "passes": [
         *("affine.maps", "affine.steps", "operators.sizes", "operators.table", "operators.layers"),
         *("operators.channels", "operators.arithmetic", "operators.layout", "operators.pooling", "operators"),
-        *("affine.aliasing", "affine.constants", "affine.shapes", "affine.module_maps", "affine.reader"),
-        "affine.candidates",
-        *("affine.layouts", "affine.writes", "affine.interpretation", "affine.extraction"),
+        *("affine.candidates", "affine.aliasing", "affine.writes", "affine.constants", "affine.shapes"),
+        *("affine.module_maps", "affine.reader", "affine.layouts", "affine.interpretation"),
+        "affine.extraction",
         *("affine", "result", "contract", "uses", "readings", "sites", "planner"),
         *("expand", "folding", "norms", "fusions", "fuse", "factorize"),
     ],

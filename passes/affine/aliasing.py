@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional
 
 from fxexpand.passes.operators.table import call_of, spelling_of
@@ -19,17 +21,44 @@ AUGMENTED = frozenset(
     ]
 )
 
+INPUTS: frozenset[object] = frozenset(["inputs"])  # the memory of the inputs of a graph, each as all of them
 
-def fresh(graph_module: fx.GraphModule, node: object) -> bool:
-    """Whether the value of a node has memory of its own, that no other value of the graph shares."""
-    if not isinstance(node, fx.Node):
-        return False
-    call = call_of(node, graph_module)
-    if call is None:
-        return False
+
+def memory(graph_module: fx.GraphModule) -> dict[fx.Node, frozenset[object]]:
+    """The memory that the value of each node may share: its own (the node), an input's or a parameter's.
+
+    The row of an operator knows whether its result is ``fresh``. Any other call may share the memory of all
+    of its arguments, as a view does and as an unknown operator might.
+    """
+    found: dict[fx.Node, frozenset[object]] = {}
+    for node in graph_module.graph.nodes:
+        found[node] = _memory(graph_module, node, found)
+    return found
+
+
+def _memory(
+    graph_module: fx.GraphModule, node: fx.Node, found: Mapping[fx.Node, frozenset[object]]
+) -> frozenset[object]:
+    if node.op == "placeholder":
+        return INPUTS
+    if node.op == "get_attr":
+        held = attrgetter(str(node.target))(graph_module)
+        strided = isinstance(held, Tensor) and held.layout is torch.strided
+        return frozenset([held.untyped_storage()._cdata if strided else id(held)])
     if works_in_place(graph_module, node):
-        return fresh(graph_module, written(node))
-    return call.operator.fresh
+        return shared(found, written(node))
+    call = call_of(node, graph_module)
+    if call is not None and call.operator.keeps == "nothing":
+        return frozenset()
+    fresh = call is not None and call.operator.fresh
+    return (frozenset() if fresh else shared(found, node.all_input_nodes)) or frozenset([node])
+
+
+def shared(memory: Mapping[fx.Node, frozenset[object]], values: Any) -> frozenset[object]:
+    """The memory that all nodes in some arguments of a call may share."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(values, nodes.append)
+    return frozenset().union(*(memory[node] for node in nodes))
 
 
 def works_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import apply
 from fxexpand.kernel.modules import LAYERS, kernel_of
-from fxexpand.passes.affine.aliasing import works_in_place
+from fxexpand.passes.affine.writes import Writes
 from fxexpand.tracing.edit import tensor_at
 
 
@@ -21,23 +21,17 @@ class Constants:
     They are evaluated when asked for, once: ``W1 + W2``, a standardised weight, ``γ / sqrt(σ² + ε)``.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, writes: Writes) -> None:
         self.graph_module = graph_module
         self._values: dict[tuple[fx.Node, bool], Any] = {}
         self._shapes: dict[fx.Node, torch.Size] = {}
-        written = {
-            arg
-            for node in graph_module.graph.nodes
-            if works_in_place(graph_module, node)
-            for arg in (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out"))
-        }
         self._known: set[fx.Node] = set()
         for node in graph_module.graph.nodes:
             inputs = node.all_input_nodes
             calls = node.op in ("call_function", "call_method") and bool(inputs)
             if node.op == "call_module" and inputs and not node.kwargs:
                 calls = type(graph_module.get_submodule(str(node.target))) in LAYERS
-            if node not in written and (
+            if not writes.memory[node] & writes.written and (
                 node.op == "get_attr" or (calls and all(each in self._known for each in inputs))
             ):
                 self._known.add(node)

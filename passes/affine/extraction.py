@@ -22,7 +22,6 @@ from fxexpand.passes.affine.maps import META, Place
 from fxexpand.passes.affine.reader import Reader
 from fxexpand.passes.affine.shapes import shape_readers
 from fxexpand.passes.affine.steps import Affine, Identity, Layout, MultiOutput, Step
-from fxexpand.passes.affine.writes import Writes
 from fxexpand.running.verify import probe_size
 from fxexpand.tracing.edit import drop_unread_items, read_results, site_of
 
@@ -58,8 +57,8 @@ class Extraction:
                 if step is not None:
                     self.steps[node] = step
         readers = {node: self._through_multi_outputs(node.users) for node in self.order}
-        self.writes = Writes(graph_module, self.steps, self.order)
-        interpretation = Interpretation(self.reader, self.steps, self.order, readers, self.writes)
+        self.writes = self.reader.values.writes
+        interpretation = Interpretation(self.reader, self.steps, self.order, readers)
         self._candidates = interpretation.candidates
         self.notes |= interpretation.notes
         self.chosen = self._choice()
@@ -171,8 +170,13 @@ class Extraction:
         """Each value that may be fused, with its first profitable candidate."""
         for node, candidates in self._candidates.items():
             candidate = next((each for each in candidates if each.profitable), None)
-            if candidate is not None and not self._passes_on(node, candidate) and self._worthwhile(candidate):
+            if candidate is None or self._passes_on(node, candidate) or not self._worthwhile(candidate):
+                continue
+            if self.writes.replaceable(node):
                 yield node, candidate
+            else:
+                reason = "it shares the memory of a value that is written in place and read afterwards."
+                self.notes.setdefault(node, Note(True, reason))
 
     def _useless(self, chosen: Mapping[fx.Node, Candidate], alive: set[fx.Node]) -> list[fx.Node]:
         """Values whose candidates do not save the nodes that they count on.

@@ -24,7 +24,6 @@ from fxexpand.passes.affine.layouts import Layouts
 from fxexpand.passes.affine.maps import META, ApartError, Map, Place, after, beside, fitted, identity, plus
 from fxexpand.passes.affine.reader import Reader
 from fxexpand.passes.affine.steps import Affine, Concat, Identity, Layout, MultiOutput, Select, Step, Sum
-from fxexpand.passes.affine.writes import Writes
 from fxexpand.passes.operators.table import call_of
 
 MOST_MACS = 256  # multiply-adds of a candidate, in those of the nodes it replaces, above which it is dropped
@@ -52,7 +51,6 @@ class Interpretation:
         steps: Mapping[fx.Node, Step],
         order: Mapping[fx.Node, int],
         readers: Mapping[fx.Node, set[fx.Node]],
-        writes: Writes,
     ) -> None:
         """Args: readers: the nodes that read each value."""
         self._reader = reader
@@ -60,7 +58,7 @@ class Interpretation:
         self._order = order
         self._readers = readers
         self._layouts = Layouts(steps, reader.values)
-        self._writes = writes
+        self._writes = reader.values.writes
         self.notes: dict[fx.Node, Note] = {}
         self.candidates: dict[fx.Node, tuple[Candidate, ...]] = {}
         for node, step in steps.items():
@@ -272,7 +270,7 @@ class Interpretation:
             parts=(one, two),
             start=min(one.start, two.start),
             last=max(one.last, two.last),
-            stop=max(one.stop, two.stop),
+            stop=self._order[node],
             layer=main.layer,
             macs_before=one.macs_before + two.macs_before,
             computed=one.computed or two.computed,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.errors import InexactError
-from fxexpand.passes.affine.aliasing import fresh, works_in_place
 from fxexpand.passes.affine.module_maps import (
     BLOCKS,
     computes_weight,
@@ -74,8 +73,9 @@ class Reader:
             return self._of_module(node, self.graph_module.get_submodule(str(node.target)), given[0])
         call = self.values.call(node)
         step = self._of_row(node)
-        if step is not None and works_in_place(self.graph_module, node):
-            self._require_private(node)
+        writes = self.values.writes
+        if step is not None and node in writes.nodes and not writes.replaceable(node):
+            raise InexactError("it writes into a value that is read elsewhere.")
         if isinstance(step, Affine | Sum) and call is not None:
             if call.name != "batch_norm":
                 read = [each for each in node.all_input_nodes if each in self.constants]
@@ -132,11 +132,3 @@ class Reader:
             has_macs = isinstance(step, Affine) and step.has_macs
             if self._mixed and self.dtypes.get(node) and not known and not has_macs:
                 raise InexactError("whether it changes the dtype is not known. Trace with example_inputs.")
-
-    def _require_private(self, node: fx.Node) -> None:
-        """A value that is written into must have been read by nobody who may look at it again."""
-        target = node.args[0] if node.args else None
-        readers = target.users if isinstance(target, fx.Node) else ()
-        earlier = [user for user in readers if user is not node]
-        if not all(fresh(self.graph_module, each) for each in (*earlier, target)):
-            raise InexactError("it writes into a value that is read elsewhere.")

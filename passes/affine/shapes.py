@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxexpand.passes.affine.constants import Constants
+from fxexpand.passes.affine.writes import Writes
 from fxexpand.passes.operators.sizes import Shape, Size
 from fxexpand.passes.operators.table import Call, call_of
 
@@ -25,7 +26,8 @@ class GraphValues:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
-        self.constants = Constants(graph_module)
+        self.writes = Writes(graph_module)
+        self.constants = Constants(graph_module, self.writes)
         self._calls: dict[fx.Node, Call | None] = {}
         self._shapes: dict[fx.Node, Shape | None] = {}
         self._sizes: dict[fx.Node, Size] = {}

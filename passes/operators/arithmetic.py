@@ -199,10 +199,10 @@ def _mean_of_stack(call: Call, values: Values, mean: bool) -> Step | None:
     return Sum(tuple((part, scaling(1.0 / len(parts) if mean else 1.0, None, None)) for part in parts))
 
 
-row("sum", "input dim keepdim dtype", shape=_reduced_shape)(partial(_mean_of_stack, mean=False))
+row("sum", "input dim keepdim dtype", shape=_reduced_shape, fresh=True)(partial(_mean_of_stack, mean=False))
 
 
-@row("mean", "input dim keepdim dtype", shape=_reduced_shape)
+@row("mean", "input dim keepdim dtype", shape=_reduced_shape, fresh=True)
 def _mean(call: Call, values: Values) -> Step | None:
     """The mean of stacked values, and the mean over positions."""
     x, dims, keep = call["input"], listed(call.get("dim")), call.get("keepdim", False)
@@ -229,11 +229,12 @@ _activations = [
     if isinstance(kind, type) and kind.__module__ == nn.modules.activation.__name__
     if kind not in (nn.MultiheadAttention, nn.GLU)
 ]
-row("activation", modules=_activations, shape=same)
+row("activation", modules=_activations, shape=same, fresh=True)
 rows(
     "relu relu6 gelu silu sigmoid tanh hardswish hardsigmoid leaky_relu elu softmax log_softmax softplus "
     "mish exp hardtanh clamp sqrt rsqrt",
     shape=same,
+    fresh=True,
 )
 # The parameter that goes in, cast, turned round or normalised.
 rows(
@@ -243,4 +244,4 @@ rows(
     keeps="first",
 )
 _norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-row("layer_norm", open=True, modules=_norms, subclasses=True, shape=same, keeps="first")
+row("layer_norm", open=True, modules=_norms, subclasses=True, shape=same, keeps="first", fresh=True)

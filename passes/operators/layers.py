@@ -236,6 +236,7 @@ row(
     keywords={"query": "input"},
     open=True,
     shape=_attention_shape,
+    fresh=True,
 )
 
 
@@ -294,5 +295,5 @@ _order = "input weight bias running_mean running_var"
 row("aten.batch_norm", f"{_order} training momentum eps cudnn_enabled", **_rest)(norm)
 # ATen's BatchNorm gives the result and two tensors of statistics, empty in evaluation mode.
 NORMS_OF_THREE = ("_native_batch_norm_legit_no_training", "native_batch_norm")
-row(NORMS_OF_THREE[0], f"{_order} momentum eps", shape=_norm_shape)(_several)
-row(NORMS_OF_THREE[1], f"{_order} training momentum eps", shape=_norm_shape)(_several)
+row(NORMS_OF_THREE[0], f"{_order} momentum eps", shape=_norm_shape, fresh=True)(_several)
+row(NORMS_OF_THREE[1], f"{_order} training momentum eps", shape=_norm_shape, fresh=True)(_several)

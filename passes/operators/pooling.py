@@ -74,8 +74,14 @@ for _rank, _average, _max, _adaptive in (
     _options = "input kernel_size stride padding ceil_mode count_include_pad"
     _options += " divisor_override" if _rank > 1 else ""
     row(f"avg_pool{_rank}d", _options, modules=(_average,), shape=_window_shape, fresh=True)(_pool)
-    row(f"max_pool{_rank}d", open=True, modules=(_max,), shape=_window_shape)
-    row(f"adaptive_avg_pool{_rank}d", "input output_size", modules=(_adaptive,), shape=_global_shape)(_global)
+    row(f"max_pool{_rank}d", open=True, modules=(_max,), shape=_window_shape, fresh=True)
+    row(
+        f"adaptive_avg_pool{_rank}d",
+        "input output_size",
+        modules=(_adaptive,),
+        shape=_global_shape,
+        fresh=True,
+    )(_global)
 
 
 def _padded_shape(call: Call, before: Shape, values: Values) -> Shape:
@@ -106,5 +112,5 @@ def _of_padding(module: Any) -> dict[str, Any]:
 
 _paddings = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _modules = dict.fromkeys(_paddings, _of_padding)
-row("pad", "input pad mode value", modules=_modules, shape=_padded_shape, keeps="first")(_padded)
-row("constant_pad_nd", "input pad value", shape=_padded_shape, keeps="first")(_padded)
+row("pad", "input pad mode value", modules=_modules, shape=_padded_shape, keeps="first", fresh=True)(_padded)
+row("constant_pad_nd", "input pad value", shape=_padded_shape, keeps="first", fresh=True)(_padded)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxexpand
+from fxexpand.tracing.graphs import UntraceableError
 from fxexpand.tracing.tracer import RegionTracer
 from tests.compare import assert_same
 from tests.networks import perturb
@@ -42,3 +43,115 @@ def test_a_part_whose_children_hold_no_tensors_is_not_traced(monkeypatch: pytest
     assert len(fxexpand.report(small).changed) == 8
     assert len(traced) <= 6 and not any(isinstance(root, norm) for root in traced)
     assert_same(small(X), model(X), EXACT)
+
+
+class Net(nn.Module):
+    """Layers; subclasses have the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def both(self, x: Tensor) -> Any:
+        return self.one(x) + self.two(x)
+
+
+class IsInstance(Net):
+    def forward(self, x: Any) -> Any:
+        return self.both(x) if isinstance(x, Tensor) else self.last(self.both(x[0]))
+
+
+class OfType(Net):
+    def forward(self, x: Any) -> Any:
+        return self.both(x) if type(x) is Tensor else self.last(self.both(x[0]))
+
+
+class OfClass(Net):
+    def forward(self, x: Any) -> Any:
+        return self.last(self.both(x[0])) if x.__class__ in (list, tuple) else self.both(x)
+
+
+class IsTensor(Net):
+    def forward(self, x: Any) -> Any:
+        return self.both(x if torch.is_tensor(x) else x[0])
+
+
+class Attributes(Net):
+    def forward(self, x: Any) -> Any:
+        inside = getattr(x, "tensors", None)
+        x = x if inside is None else inside
+        return self.both(x.decompose() if hasattr(x, "decompose") else x)
+
+
+class Row(Net):
+    """A row of modules, where the class stays, and a list is taken another way."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.one(x if isinstance(x, Tensor) else x[0])
+        return self.norm(y) if isinstance(x, Tensor) else y
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("kind", [IsInstance, OfType, OfClass, IsTensor, Attributes, Row])
+def test_code_that_asks_for_a_type_gets_that_of_the_value(kind: type[Net], example: Tensor | None) -> None:
+    model = made(kind)
+    small = fxexpand.fuse(model, example)
+    assert_same(small(X), model(X), EXACT)
+    if kind is Row:
+        assert "argument x" in fxexpand.report(small).rows[0].reason
+        assert_same(small([X]), model([X]), EXACT)
+        return
+    assert len(fxexpand.report(small).changed) == 1
+    with pytest.raises(UntraceableError, match=r"argument x: .* for a Tensor, not for a list"):
+        small([X])
+
+
+def test_a_graph_for_a_list_takes_lists() -> None:
+    model = made(IsInstance)
+    small = fxexpand.fuse(model, ([X],))
+    assert len(fxexpand.report(small).changed) == 1
+    assert_same(small([X]), model([X]), EXACT)
+    with pytest.raises(UntraceableError, match=r"argument x: .* for a list, not for a Tensor"):
+        small(X)
+
+
+class Inside(Net):
+    """The type of a value between the layers, and those of sizes."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.both(x)
+        y = self.norm(y) if isinstance(y, Tensor) else None
+        whole = isinstance(x.shape[2], int) and isinstance(x.size(0) * 2, int) and isinstance(x.shape, tuple)
+        return self.last(y if whole else y.relu())
+
+
+class Number(Net):
+    def forward(self, x: Tensor) -> Any:
+        try:
+            channels = int(x.shape[1])
+        except TypeError:
+            channels = 0
+        return self.both(x) if channels == 3 else self.last(self.both(x))
+
+
+class Unknown(Net):
+    def forward(self, x: Tensor) -> Any:
+        first = self.both(x).chunk(2, 1)
+        return first[0] if isinstance(first, tuple) else self.norm(first)
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("kind", [Inside, Number, Unknown])
+def test_the_type_of_a_value_is_known_or_the_code_is_not_read(
+    kind: type[Net], example: Tensor | None
+) -> None:
+    model = made(kind)
+    small = fxexpand.fuse(model, example)
+    assert_same(small(X), model(X), EXACT)
+    changed = kind is Inside or (kind is Unknown and example is not None)
+    assert bool(fxexpand.report(small).changed) == changed
+    if not changed:
+        assert "number of a value" in str(fxexpand.report(small)) or "type of a value" in str(
+            fxexpand.report(small)
+        )

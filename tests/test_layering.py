@@ -49,7 +49,7 @@ INSIDE = {
         "param_groups",
     ],
     "tracing": [
-        *("example_values", "guards", "tracer", "recording", "export", "graphs"),
+        *("example_values", "guards", "classes", "tracer", "recording", "export", "graphs"),
         *("paths", "submodules", "edit"),
     ],
     "lowrank": [

@@ -256,8 +256,14 @@ def test_what_a_graph_cannot_do_again_is_an_error(case: str) -> None:
     assert all(after[name] is before[name] or after[name] == before[name] for name in before)
 
 
-def test_a_path_chosen_by_type_is_caught_by_example_inputs() -> None:
+def test_a_path_chosen_by_type_is_that_of_the_values() -> None:
     model = Module(lambda module, x: x if isinstance(x, Tensor) else x * 1.001)
+    for inputs in (None, X):
+        assert_same(symbolic(model, example_inputs=inputs)(X), model(X), 1e-6)
+
+
+def test_a_path_chosen_by_what_no_trace_sees_is_caught_by_example_inputs() -> None:
+    model = Module(lambda module, x: x * 1.001 if "Proxy" in repr(x) else x)
     trace(model)
     with pytest.raises(UntraceableError, match="something else"):
         symbolic(model, example_inputs=X)

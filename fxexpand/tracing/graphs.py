@@ -23,7 +23,7 @@ from fxexpand.running.inputs import copy as copy_inputs
 from fxexpand.running.outputs import agree, outputs_of, seed, tensors_of
 from fxexpand.tracing.export import export, module_of, muted
 from fxexpand.tracing.guards import UntraceableError as UntraceableError
-from fxexpand.tracing.guards import arguments_by_name, guard, mode_of, require_argument
+from fxexpand.tracing.guards import arguments_by_name, guard, mode_of, require_argument, require_class
 from fxexpand.tracing.recording import Failed, Traced, record
 from fxexpand.tracing.tracer import FAILURES, Leaf, RegionTracer, TraceOptions, first_line
 
@@ -140,7 +140,7 @@ def in_both_modes(model: nn.Module, options: TraceOptions) -> Traced | Failed:
 
 def fixes_arguments(graph_module: fx.GraphModule) -> bool:
     """Whether a graph made by ``trace`` raises when some argument is not the one it was traced with."""
-    return any(node.target is require_argument for node in graph_module.graph.nodes)
+    return any(node.target in (require_argument, require_class) for node in graph_module.graph.nodes)
 
 
 def regions(model: nn.Module, *, leaf: Leaf | None = None) -> Regions:

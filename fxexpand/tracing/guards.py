@@ -41,6 +41,21 @@ def require_argument(value: Any, expected: Any, name: str) -> None:
         )
 
 
+@fx.has_side_effect
+def require_class(value: Any, kind: str, name: str) -> None:
+    """Raise unless the argument is of the class that the graph was traced for: a node of that graph.
+
+    Raises: UntraceableError.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", require_class, (value, kind, name), {})
+    elif all(each.__name__ != kind for each in type(value).__mro__):
+        raise UntraceableError(
+            f"argument {name}: this graph was traced for a {kind}, not for a {type(value).__name__}. "
+            "Trace again with example_inputs that give it."
+        )
+
+
 def fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
     """The values to fix of arguments that steer a forward, by the names of their placeholders.
 

@@ -13,9 +13,9 @@ from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from fxexpand.tracing.guards import fixed_arguments
+from fxexpand.tracing.guards import fixed_arguments, require_class
 from fxexpand.tracing.recording import Failed, Traced, record
 from fxexpand.tracing.tracer import Leaf, TraceOptions
 
@@ -25,6 +25,7 @@ PATHS = 32  # traced at most ...
 NODES = 5000  # ... with so many nodes together, but two paths in any case
 ALTERNATIVES = 64  # sets of other arguments
 FREE = object()  # the value of an argument that is a proxy
+OTHER_CLASS = object()  # that of one of another class
 RAISES = dis.opmap["RAISE_VARARGS"]
 TORCH = Path(torch.__file__).parent
 
@@ -84,17 +85,20 @@ def other_paths(model: nn.Module, options: TraceOptions, traced: Traced) -> list
     return _explored(model, replace(options, faithful=False), todo, len(traced.graph_module.graph.nodes))
 
 
-def alternatives(model: nn.Module, options: TraceOptions, nodes: int) -> Iterator[tuple[str, Traced | None]]:
+def alternatives(
+    model: nn.Module, options: TraceOptions, graph: fx.Graph
+) -> Iterator[tuple[str, Traced | None]]:
     """Graphs of ``model`` for other arguments, for reading only, each with the names of these arguments.
 
     A flag is inverted, a None is a proxy, ``*args`` hold one value, a string is another one from the code of
-    the forward. Each argument changes alone, on all paths, conditions on values among them; then several
-    together, up to ``ALTERNATIVES``, on one path each. Modules without a graph are leaves; None stands for a
-    failure even so.
+    the forward, a value whose class the code asks for is of another class. Each argument changes alone, on
+    all paths, conditions on values among them; then several together, up to ``ALTERNATIVES``, on one path
+    each. Modules without a graph are leaves; None stands for a failure even so.
 
     Args:
-        nodes: the number of nodes in the graph of the model.
+        graph: that of the model.
     """
+    nodes = len(graph.nodes)
     fixed = fixed_arguments(model, options.example_inputs)
     words = _words(type(model))
     changes: list[tuple[str, Any]] = []
@@ -103,12 +107,18 @@ def alternatives(model: nn.Module, options: TraceOptions, nodes: int) -> Iterato
             changes += [(name, word) for word in words if word != value and word.isidentifier()]
         elif not name.startswith("**"):
             changes.append((name, FREE if value is None else not value))
+    checks = graph.find_nodes(op="call_function", target=require_class)
+    changes += [(str(check.args[2]), OTHER_CLASS) for check in checks]
     counts = range(1, len(changes) + 1)
     together = itertools.chain.from_iterable(itertools.combinations(changes, count) for count in counts)
     for chosen in itertools.islice(together, ALTERNATIVES):
-        others = {name: value for name, value in (fixed | dict(chosen)).items() if value is not FREE}
+        changed = (fixed | dict(chosen)).items()
+        others = {name: value for name, value in changed if value not in (FREE, OTHER_CLASS)}
+        untyped = frozenset(name for name, value in chosen if value is OTHER_CLASS)
         leaf = OpaqueLeaves(options.leaf)
-        reading = replace(options, leaf=leaf, faithful=False, fixed=others, assume_false=True)
+        reading = replace(
+            options, leaf=leaf, faithful=False, fixed=others, assume_false=True, untyped=untyped
+        )
         outcome = leaf.around(partial(_explored, model, reading, [()], nodes, only_first=len(chosen) > 1))
         for traced in [None] if isinstance(outcome, Failed) else outcome:
             yield ", ".join(dict(chosen)), traced

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxexpand.running.evaluation import undisturbed
+from fxexpand.tracing.classes import typed
 from fxexpand.tracing.example_values import Sizes, UnknownValue
 from fxexpand.tracing.guards import arguments_by_name, fixed_arguments
 from fxexpand.tracing.tracer import RegionTracer, TraceOptions, calls_more, first_line, hooked
@@ -70,7 +71,7 @@ def record(model: nn.Module, options: TraceOptions) -> Traced | Failed:
         if options.training is not None:
             for module in model.modules():
                 module.training = options.training
-        with _side_effects(model) as effects:
+        with _side_effects(model) as effects, typed(model.modules()):
             outcome = _traced(model, options)
     if isinstance(outcome, Failed):
         return outcome
@@ -152,11 +153,11 @@ def _traced(model: nn.Module, options: TraceOptions) -> Traced | Failed:
 def _tracer_of(model: nn.Module, options: TraceOptions) -> RegionTracer:
     steering = fixed_arguments(model, options.example_inputs)
     fixed = steering if options.fixed is None else options.fixed
-    sizes = None
-    if options.branch_prefix is not None and options.example_inputs is not None:
+    values = None
+    if options.example_inputs is not None:
         changed = {name: UnknownValue("it is no example") for name in steering if name not in fixed}
-        sizes = Sizes(model, arguments_by_name(model, options.example_inputs) | changed)
-    return RegionTracer(replace(options, fixed=fixed), sizes)
+        values = Sizes(model, arguments_by_name(model, options.example_inputs) | changed)
+    return RegionTracer(replace(options, fixed=fixed), values)
 
 
 def _module_of(model: nn.Module, tracer: RegionTracer, graph: fx.Graph, partial: bool = False) -> Traced:

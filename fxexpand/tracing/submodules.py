@@ -201,7 +201,7 @@ class Parts:
         graph_module = reading.traced.graph_module
         if fixes_arguments(graph_module):
             options = TraceOptions(reading.leaf, self.given(module))
-            for names, traced in alternatives(module, options, len(graph_module.graph.nodes)):
+            for names, traced in alternatives(module, options, graph_module.graph):
                 yield f"it holds for some values of the argument {names} only", traced
         for traced in reading.others:
             yield "it holds for some paths through the code only, which goes by sizes", traced

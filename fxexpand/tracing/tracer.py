@@ -8,9 +8,10 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from dis import opname
 from itertools import chain
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,8 +20,9 @@ from torch.nn.utils import parametrize
 
 from fxexpand.kernel.library_layers import is_layer_norm
 from fxexpand.running.inputs import ExampleInputs
+from fxexpand.tracing.classes import ATTRIBUTES, asked_outside, deduced_class
 from fxexpand.tracing.example_values import Sizes, UnknownValue
-from fxexpand.tracing.guards import require_argument
+from fxexpand.tracing.guards import require_argument, require_class
 
 Leaf: TypeAlias = Callable[[str, nn.Module], bool]
 
@@ -54,6 +56,7 @@ class TraceOptions:
         branch_prefix: results of the first conditions on sizes; later conditions have the results of the
             example inputs. The length of a shape is known then, too. None: a condition on sizes fails.
         assume_false: take every other condition as false. A failure then holds the partial graph.
+        untyped: the placeholders whose values are of no class that the code asks for.
     """
 
     leaf: Leaf | None = None
@@ -63,6 +66,7 @@ class TraceOptions:
     fixed: Mapping[str, Any] | None = None
     branch_prefix: tuple[bool, ...] | None = None
     assume_false: bool = False
+    untyped: frozenset[str] = frozenset()
 
 
 def first_line(error: BaseException) -> str:
@@ -97,7 +101,8 @@ class RegionTracer(fx.Tracer):
     """The tracer of fx with the leaves of ``trace``; reads of buffers are nodes.
 
     Args:
-        sizes: the values that conditions on sizes are computed from; None: such a condition raises.
+        values: the values for the example inputs. None: an argument without a default is taken to be a
+            tensor by code that asks for its class.
 
     Attributes:
         decisions: the results of all conditions, in order.
@@ -106,11 +111,13 @@ class RegionTracer(fx.Tracer):
         multi_argument_calls: the paths of modules called with several arguments, or with one by its name.
     """
 
-    def __init__(self, options: TraceOptions = TraceOptions(), sizes: Sizes | None = None) -> None:
+    def __init__(self, options: TraceOptions = TraceOptions(), values: Sizes | None = None) -> None:
         types, functions, modules = _library_leaves()
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)  # type: ignore[arg-type]
         self._types = types
-        self._options, self._sizes = options, sizes
+        self._options, self._values = options, values
+        self._sizes = values if options.branch_prefix is not None else None
+        self._classes: dict[fx.Node, type | None] = {}
         self._fixed, self._faithful = options.fixed or {}, options.faithful
         self._names: dict[int, str] = {}
         self._gradients, self._autocasts = True, 0
@@ -127,6 +134,10 @@ class RegionTracer(fx.Tracer):
         graph = super().trace(root, concrete_args)
         if self.stopped is not None:  # and the model caught it
             raise self.stopped
+        for node, kind in self._classes.items():
+            if node.op == "placeholder" and kind is not object:
+                with graph.inserting_before(next(each for each in graph.nodes if each.op != "placeholder")):
+                    graph.call_function(require_class, (node, (kind or Tensor).__name__, str(node.target)))
         for node in graph.nodes:
             if isinstance(node.type, str):  # torch 2.9 writes it into the code, and cannot pickle that
                 node.type = None
@@ -156,6 +167,8 @@ class RegionTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """See ``fx.Tracer.create_arg``."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
         if isinstance(a, Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
         if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
@@ -220,6 +233,41 @@ class RegionTracer(fx.Tracer):
             self.stopped = error
             raise
 
+    def stop(self, reason: str) -> NoReturn:
+        """End the trace, even where the code of the model catches the error."""
+        self.stopped = RuntimeError(reason)
+        raise self.stopped
+
+    def class_of(self, obj: fx.Proxy) -> type:
+        """The class of the value of a proxy; that of an argument is checked by the graph.
+
+        Raises: RuntimeError: it is unknown.
+        """
+        if type(obj) is _SizedAttribute and obj._node is None:
+            kind = ATTRIBUTES.get(obj.attr) if self.class_of(obj.root) is Tensor else None
+        else:
+            kind = self._class_of(obj.node)
+        return (
+            kind if kind is not None else self.stop("its code goes by the type of a value that is not known")
+        )
+
+    def _class_of(self, node: fx.Node) -> type | None:
+        if node not in self._classes:
+            self._classes[node] = self._found_class(node)
+        return self._classes[node]
+
+    def _found_class(self, node: fx.Node) -> type | None:
+        if node.op == "placeholder" and str(node.target) in self._options.untyped:
+            return object
+        try:
+            if self._values is not None:
+                return type(self._values.of(node))
+        except UnknownValue:
+            pass
+        if node.op == "placeholder":
+            return type(node.args[0]) if node.args and node.args[0] is not None else Tensor
+        return deduced_class(node, self._class_of, self.root)
+
     def _decided(self, default: bool) -> bool:
         """The result of a condition: as in ``branch_prefix`` or, after that, ``default``."""
         place, prefix = len(self.decisions), self._options.branch_prefix or ()
@@ -277,9 +325,18 @@ class RegionTracer(fx.Tracer):
 
 
 class _Sized(fx.Proxy):
-    """A proxy that has a length where it stands for a shape, and a hash only inside fx."""
+    """A proxy that has the class of its value, a length where that is a shape, and a hash only inside fx."""
 
     tracer: RegionTracer
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]
+        return self.tracer.class_of(self) if asked_outside() else type(self)
+
+    def __int__(self) -> int:
+        self.tracer.stop("its code makes a number of a value, which a graph would freeze")
+
+    __index__ = __float__ = __int__
 
     def __len__(self) -> int:
         length = self.tracer.length(self)
@@ -292,6 +349,13 @@ class _Sized(fx.Proxy):
         raise TypeError("its code looks for a value in a set or a dict, or keeps what it computed for it")
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        if not hasattr(Tensor, name) and asked_outside():
+            frame = sys._getframe(1)  # an attribute that is read is there; getattr and hasattr ask for it
+            by_function = not opname[frame.f_code.co_code[frame.f_lasti]].startswith(
+                ("LOAD_ATTR", "LOAD_METHOD")
+            )
+            if by_function and not hasattr(self.tracer.class_of(self), name):
+                raise AttributeError(name)
         return _SizedAttribute(self, name)
 
 

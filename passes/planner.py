@@ -6,6 +6,7 @@ Functions on models and passes on graphs differ in where their sites come from, 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,4 +155,5 @@ def restoring(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _shallow(attributes: dict[str, Any]) -> dict[str, Any]:
     """A copy of a module's attributes whose dictionaries (parameters, children, hooks) are copies too."""
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in attributes.items()}
+    plain = (dict, OrderedDict)
+    return {name: value.copy() if type(value) in plain else value for name, value in attributes.items()}

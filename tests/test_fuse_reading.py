@@ -155,3 +155,24 @@ def test_the_type_of_a_value_is_known_or_the_code_is_not_read(
         assert "number of a value" in str(fxexpand.report(small)) or "type of a value" in str(
             fxexpand.report(small)
         )
+
+
+class Irreps(tuple):  # type: ignore[type-arg]
+    """Has no one length, as that of e3nn."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Fixed(dict):  # type: ignore[type-arg]
+    def copy(self) -> Any:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kept", [Irreps((1, 2)), Fixed(a=1), [Irreps((1, 2))]])
+def test_what_a_module_keeps_need_not_be_copied(kept: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval()
+    vars(model)["kept"] = kept
+    for example in (None, X):
+        assert_same(fxexpand.fuse(model, example)(X), model(X), EXACT)
+        assert_same(fxexpand.expand(model, example_inputs=example)(X), model(X), EXACT)

@@ -75,7 +75,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     versions = [(parameter, _version(parameter)) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    saved = [(each, each.copy()) for each in containers([vars(module) for module in model.modules()])]
+    saved = [(each, content_of(each)) for each in containers([vars(module) for module in model.modules()])]
     try:
         yield
     finally:
@@ -97,9 +97,15 @@ def containers(value: Any) -> Iterator[Any]:
         if isinstance(current, dict | set | list):
             yield current
         if isinstance(current, dict | set | list | tuple):
-            waiting.extend(current.values() if isinstance(current, dict) else current)
+            waiting.extend(each for each in (current.values() if isinstance(current, dict) else current))
         elif _is_config(current):
             waiting.append(vars(current))
+
+
+def content_of(container: Any) -> Any:
+    """A shallow copy as a plain dict, set or list: a subclass may forbid ``copy``."""
+    plain = next(kind for kind in (dict, set, list) if isinstance(container, kind))
+    return plain.copy(container)
 
 
 def _is_config(value: Any, depth: int = 3) -> bool:
@@ -128,7 +134,7 @@ def refill(container: Any, content: Any) -> None:
 
 def _identical(one: Any, two: Any) -> bool:
     """Whether two values, or two items of dicts, are the same objects."""
-    pairs = isinstance(one, tuple) and isinstance(two, tuple) and len(one) == len(two)
+    pairs = type(one) is type(two) is tuple and len(one) == len(two)
     return one is two or (pairs and all(map(operator.is_, one, two)))
 
 

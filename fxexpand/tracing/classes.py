@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 ATTRIBUTES: dict[str, type] = {"shape": torch.Size, "ndim": int, "dtype": torch.dtype, "device": torch.device,
                                "data": Tensor, "T": Tensor, "mT": Tensor, "is_cuda": bool}  # fmt: skip
 METHODS: dict[str, type] = {"size": torch.Size, "dim": int, "numel": int, "nelement": int, "item": float}
+SEVERAL = (nn.RNNBase, nn.MultiheadAttention, nn.LSTMCell)  # layers that return tuples
 OWN = ("torch.", "fxexpand.")  # packages whose code sees the proxy
 
 
@@ -27,13 +28,10 @@ def deduced_class(node: fx.Node, of_input: Callable[[fx.Node], type | None], roo
     """The class of what a call returns, by the classes of its inputs; None where it is unknown."""
     inputs = [of_input(each) for each in node.all_input_nodes]
     first, target = next(iter(inputs), None), node.target
-    if node.op == "get_attr":
-        return Tensor
     if node.op == "call_module":
-        several = (nn.RNNBase, nn.MultiheadAttention, nn.LSTMCell, nn.AdaptiveLogSoftmaxWithLoss)
         module = root.get_submodule(str(target))
-        plain = type(module).__module__.startswith((*OWN, "timm.layers.")) and not isinstance(module, several)
-        return Tensor if plain else None
+        known = type(module).__module__.startswith((*OWN, "timm.layers."))
+        return Tensor if known and not isinstance(module, SEVERAL) else None
     if target is getattr:
         return ATTRIBUTES.get(str(node.args[1])) if first is Tensor else None
     if target is operator.getitem:
@@ -42,10 +40,15 @@ def deduced_class(node: fx.Node, of_input: Callable[[fx.Node], type | None], roo
     if node.op == "call_method" and target in METHODS:
         return int if target == "size" and len(node.args) + len(node.kwargs) > 1 else METHODS[str(target)]
     if getattr(target, "__module__", None) in ("_operator", "math"):
-        if all(each in (int, float) for each in inputs):
-            return type(target(*fx.map_arg(node.args, lambda each: of_input(each)(1))))  # type: ignore
-        return Tensor if Tensor in inputs else None
+        numbers = all(each in (int, float) for each in inputs)
+        return _of_numbers(node, of_input) if numbers else Tensor if Tensor in inputs else None
     return _returned(str(target) if node.op == "call_method" else getattr(target, "__name__", ""))
+
+
+def _of_numbers(node: fx.Node, of_input: Callable[[fx.Node], Any]) -> type:
+    """The class of what an operator gives for numbers of these classes."""
+    function: Any = node.target
+    return type(function(*fx.map_arg(node.args, lambda each: of_input(each)(1))))
 
 
 def _returned(name: str) -> type | None:

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx.experimental import _config as settings
 
 from fxexpand.running.copying import CHECKS
-from fxexpand.running.evaluation import containers, refill, undisturbed
+from fxexpand.running.evaluation import containers, content_of, refill, undisturbed
 from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, resize_batch, tensors
 from fxexpand.running.outputs import agree, outputs_of
 from fxexpand.tracing.guards import guard
@@ -87,7 +87,7 @@ def program_of(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: 
 def _putting_back(model: nn.Module) -> Callable[..., None]:
     """A hook that undoes assignments of a forward to attributes of the model, which torch 2.9 refuses."""
     before = _plain(model)
-    held = [(container, container.copy()) for container in containers(before)]
+    held = [(container, content_of(container)) for container in containers(before)]
 
     def put_back(*_: Any) -> None:
         for name in _plain(model).keys() - before.keys():

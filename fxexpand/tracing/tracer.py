@@ -266,7 +266,7 @@ class RegionTracer(fx.Tracer):
             pass
         if node.op == "placeholder":
             return type(node.args[0]) if node.args and node.args[0] is not None else Tensor
-        return deduced_class(node, self._class_of, self.root)
+        return Tensor if node.op == "get_attr" else deduced_class(node, self._class_of, self.root)
 
     def _decided(self, default: bool) -> bool:
         """The result of a condition: as in ``branch_prefix`` or, after that, ``default``."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,6 +53,66 @@ def test_one_checkpoint_is_kept_and_an_unfinished_one_is_not_seen(tmp_path: Path
     newest = latest(tmp_path)
     assert newest is not None and values_of(newest) == {"again": 1}
     assert latest(tmp_path / "nowhere") is None
+
+
+def test_folders_of_the_user_are_neither_read_nor_deleted(tmp_path: Path) -> None:
+    save(tmp_path, 2, TENSORS, {"which": "kept"})
+    (tmp_path / "step-000000002").rename(tmp_path / "step-000000002-keep")
+    for name in ("step-old", "step-9", "step-000000009.backup"):
+        (tmp_path / name).mkdir()
+    path = save(tmp_path, 3, TENSORS, {})
+    assert latest(tmp_path) == path == tmp_path / "step-000000003"
+    own = {"step-000000002-keep", "step-old", "step-9", "step-000000009.backup"}
+    assert {each.name for each in tmp_path.iterdir()} == own | {"step-000000003"}
+    assert values_of(tmp_path / "step-000000002-keep") == {"which": "kept"}
+    far = save(tmp_path, 10**9, TENSORS, {})  # of ten digits
+    assert latest(tmp_path) == far and save(tmp_path, 4, TENSORS, {}) == latest(tmp_path)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("moment", range(4))
+def test_at_any_moment_there_is_a_whole_one(
+    step: int, moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends before any of the moves; the next one saves again."""
+    save(tmp_path, 1, TENSORS, {"which": "old"})
+    move, left = Path.rename, [moment]
+
+    def stopping(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        save(tmp_path, step, TENSORS, {"which": "new"})
+    monkeypatch.undo()
+    found = latest(tmp_path)
+    assert found is not None and values_of(found)["which"] in ("old", "new")
+    assert load(found, {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}) == set(TENSORS)
+    path = save(tmp_path, step, TENSORS, {"which": "newest"})
+    assert list(tmp_path.iterdir()) == [path] and values_of(path) == {"which": "newest"}
+
+
+def test_values_come_back_as_they_were_or_are_refused_with_their_path(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "numbers": [0.1, 1e300, -0.0, 2**70, True, None, math.inf],
+        "text": "é\ud800\x1b",
+        "inner": {"": {}, "list": [[]]},
+    }
+    path = save(tmp_path, 1, {}, {**values, "nan": math.nan})
+    found = values_of(path)
+    assert math.isnan(found.pop("nan")) and repr(found) == repr(values)
+    for value, where in (
+        ({"a": [1, (2, 3)]}, r"values\['a'\]\[1\]: not JSON: tuple"),
+        ({"a": {"b": {3: 1}}}, r"values\['a'\]\['b'\]\[3\]: not JSON: a key"),
+        ({"a": {1, 2}}, r"values\['a'\]: not JSON: set"),
+        ({"a": np.float64(1)}, r"values\['a'\]: not JSON: float64"),
+    ):
+        with pytest.raises(TypeError, match=where):
+            save(tmp_path, 2, TENSORS, value)
+        assert latest(tmp_path) == path
 
 
 def test_an_error_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +165,10 @@ def test_damaged_files_are_an_error_of_one_line(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(SelectionError, match="cannot be read"):
         load(path, dict(TENSORS))
-    (path / checkpoint.VALUES).write_text("{")
-    with pytest.raises(SelectionError, match="not a checkpoint of a training run"):
-        values_of(path)
+    for text in ("{", "5", "null", '"x"', "[]", "[" * 100_000, "\\ud8"):
+        (path / checkpoint.VALUES).write_text(text)
+        with pytest.raises(SelectionError, match="not a checkpoint of a training run"):
+            values_of(path)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:

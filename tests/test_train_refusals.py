@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch.utils.data import TensorDataset
 
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.recipes import Chain
+from fxexpand.reporting.rows import plain
+from fxexpand.training import checkpoint
 from fxexpand.training import train as job
 from fxexpand.training.data import Data
 from fxexpand.training.demo import Digits
-from fxexpand.training.options import Settings
-from fxexpand.training.runs import WEIGHTS
+from fxexpand.training.options import Settings, require_same
+from fxexpand.training.runs import CHECKPOINTS, WEIGHTS
 from tests.test_train import QUICK, Tiny, run
 
 ERRORS: list[tuple[list[str], int, str]] = [
@@ -123,6 +126,39 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="was trained on 12 images and tested on 12, not 16 and 16"):
         job.train(Tiny(5), data(16), None, settings, tmp_path, resume=True)
     assert job.train(Tiny(5), data(12), None, settings, tmp_path, resume=True).resumed == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("settings", None),
+            ("settings", 5),
+            ("sizes", 12),
+            ("step", "\x1b"),
+            ("step", 1.0),
+            ("epochs", {}),
+        ),
+        *(("epochs", [{}]), ("epochs", [3]), ("scaler", []), ("total", "x"), ("full_ranks", [])),
+    ],
+)
+def test_damaged_values_are_refused_with_their_name(name: str, value: object, tmp_path: Path) -> None:
+    images = TensorDataset(torch.randn(12, 3, 5, 5), torch.arange(12) % 5)
+    data, settings = Data("d", images, images, 5), Settings("m", "d", epochs=1, batch_size=4)
+    job.train(Tiny(5), data, None, settings, tmp_path)
+    path = checkpoint.latest(tmp_path / CHECKPOINTS)
+    assert path is not None
+    (path / "values.json").write_text(json.dumps({**checkpoint.values_of(path), name: value}))
+    with pytest.raises(SelectionError, match=r"values\.json is damaged") as caught:
+        job.train(Tiny(5), data, None, settings, tmp_path, resume=True)
+    assert str(caught.value).isprintable()
+
+
+def test_text_of_a_checkpoint_does_not_command_the_terminal(tmp_path: Path) -> None:
+    settings = Settings("m", "d")
+    with pytest.raises(SelectionError, match=r"with MODEL '\\x1b\[2J', not m\.") as caught:
+        require_same(tmp_path, settings, {**plain(settings), "model": "\x1b[2J"})
+    assert str(caught.value).isprintable()
 
 
 def test_outputs_must_fit_the_classes(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ together. (torch's own format unpickles a file when it is read.)
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -34,31 +36,35 @@ from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.reporting.files import write_whole
 
 VALUES = "values.json"
+_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def save(folder: str | Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> Path:
-    """Write a checkpoint as ``folder/step-<step>``, then remove the older ones; all processes call it.
+    """Write a checkpoint as ``folder/step-<step>``, then remove the others; all processes call it.
 
-    The folder is written under another name, which ``latest`` does not see, and renamed at the end. Several
-    machines need a file system that all of them see.
+    The folder is written under another name, which ``latest`` does not see, and renamed at the end; at any
+    time ``latest`` finds the last one or the new one. Folders that ``save`` does not name are left alone.
+    Several machines need a file system that all of them see.
 
     Args:
         tensors: sharded ones (DTensor) go out shard by shard; any other is written once, from some process,
             so it must be the same in all, or have a name that only one process has.
-        values: as JSON; those of the first process are written.
+        values: as JSON, which must give them back as they are: numbers, strings, bools, None, lists, and
+            dicts with strings for keys. Those of the first process are written.
 
     Raises:
-        TypeError: a value has no form in JSON; nothing was written.
+        TypeError: JSON cannot hold a value; the message has its path. Nothing was written.
         OSError: the folder cannot be written to.
         FxExpandError: a process could not write its part; the last checkpoint is still there.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    text = json.dumps(values) if first else ""
+    if first:
+        _require_json(values, "values")
     folder = Path(folder)
     path, draft = folder / f"step-{step:09d}", folder / f".step-{step:09d}.unfinished"
-    replaced = folder / f".step-{step:09d}.replaced.unfinished"
+    replaced = path.with_suffix(".replaced")
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob(".step-*.unfinished"):
@@ -70,21 +76,22 @@ def save(folder: str | Path, step: int, tensors: dict[str, Tensor], values: dict
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
         state_dict_saver.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
     if first:
-        write_whole(draft / VALUES, text)
+        write_whole(draft / VALUES, json.dumps(values))
         if path.exists():  # of the same step: a folder cannot be replaced in one move
+            shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         draft.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for other in _complete(folder):
-            if other != path:
-                shutil.rmtree(other, ignore_errors=True)
+        for other in set(_complete(folder)) - {path}:
+            gone = folder / f".{other.name}.unfinished"  # at once; it takes time to empty it
+            other.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
     _meet()
     return path
 
 
 def latest(folder: str | Path) -> Path | None:
     """The newest complete checkpoint in ``folder``."""
-    return max(_complete(Path(folder)), default=None)
+    return max(_complete(Path(folder)), key=lambda path: (int(path.stem[5:]), not path.suffix), default=None)
 
 
 def values_of(checkpoint: str | Path) -> dict[str, Any]:
@@ -94,9 +101,11 @@ def values_of(checkpoint: str | Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(checkpoint, VALUES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(found, dict):
+            raise ValueError(f"{VALUES} holds no object, but {reprlib.repr(found)}")
+    except (OSError, ValueError, RecursionError) as error:
         raise SelectionError(f"{checkpoint}: not a checkpoint of a training run: {error}") from error
-    return dict(found)
+    return found
 
 
 def load(checkpoint: str | Path, tensors: dict[str, Tensor], optional: Iterable[str] = ()) -> set[str]:
@@ -180,8 +189,23 @@ def _second_names(model: nn.Module) -> set[str]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Finished checkpoints: the name appears with the last file in it."""
-    return [path for path in folder.glob("step-*") if path.is_dir()]
+    """Finished checkpoints of ``save``: the name appears with the last file in it."""
+    return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _require_json(value: object, path: str) -> None:
+    """Require that JSON gives the value back as it is; Python's has NaN and infinities, but no tuples."""
+    if type(value) is dict:
+        for key, inner in value.items():
+            if type(key) is not str:
+                raise TypeError(f"{path}[{key!r}]: not JSON: a key that is no string. Write str(key).")
+            _require_json(inner, f"{path}[{key!r}]")
+    elif type(value) is list:
+        for i, inner in enumerate(value):
+            _require_json(inner, f"{path}[{i}]")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        kind = type(value).__name__
+        raise TypeError(f"{path}: not JSON: {kind}. Make it a list, a number or a string, or save a tensor.")
 
 
 def _meet() -> None:

@@ -138,7 +138,9 @@ def require_same(folder: Path, now: Settings, then: Mapping[str, Any]) -> None:
     for name, value in json.loads(json.dumps(asdict(now))).items():
         if name not in FREE and then.get(name) != value:
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            # Text of a file may have control characters, which a terminal would obey.
+            before, after = (str(v) if str(v).isprintable() else repr(v) for v in (then.get(name), value))
             raise SelectionError(
-                f"{folder}: was trained with {option} {then.get(name)}, not {value}. Resume it with the same "
+                f"{folder}: was trained with {option} {before}, not {after}. Resume it with the same "
                 "options, or name another folder with --out."
             )

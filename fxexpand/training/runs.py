@@ -12,6 +12,7 @@ from fxexpand.reporting.files import write_whole
 from fxexpand.reporting.rows import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.training.options import Settings
+from fxexpand.training.options import require_same as require_same  # its old address
 
 LOG = "log.jsonl"
 WEIGHTS = "model.safetensors"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import reprlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from fxexpand.layers.param_groups import param_groups
 from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Recipe
 from fxexpand.reporting.files import write_whole
+from fxexpand.reporting.rows import plain
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.outputs import worst_error
 from fxexpand.surgery.expand import expand
@@ -269,14 +270,13 @@ class _Run:
         average = self.loop.average
         for model in (self.model, *([] if average is None else [average])):
             self.group.agree(model)
-        state: dict[str, Any] = {
-            "settings": asdict(self.settings),
-            "sizes": list(self.data.sizes),
-            **self.state.state_dict(),
-        }
+        checkpoint.save(self.folder / CHECKPOINTS, self.loop.step, *self._contents())
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the values of a checkpoint of the run as it is now."""
+        state = {"settings": plain(self.settings), "sizes": plain(self.data.sizes), **self.state.state_dict()}
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        values = {name: value for name, value in state.items() if name not in tensors}
-        checkpoint.save(self.folder / CHECKPOINTS, self.loop.step, tensors, values)
+        return tensors, {name: value for name, value in state.items() if name not in tensors}
 
     def _require_new(self) -> None:
         if checkpoint.latest(self.folder / CHECKPOINTS) is not None:
@@ -288,18 +288,23 @@ class _Run:
         newest = checkpoint.latest(self.folder / CHECKPOINTS)
         if newest is None:
             return None
-        values = checkpoint.values_of(newest)
-        require_same(self.folder, self.settings, values["settings"])
-        sizes = list(self.data.sizes)
-        if values.get("sizes", sizes) != sizes:  # a step would belong to another epoch
+        tensors, now = self._contents()
+        then = {"sizes": now["sizes"], **checkpoint.values_of(newest)}
+        if wrong := next((name for name in now if type(then.get(name)) is not type(now[name])), ""):
+            found = reprlib.repr(then.get(wrong))
+            raise SelectionError(f"{newest}: values.json is damaged: {wrong} is {found}. Restore the file.")
+        require_same(self.folder, self.settings, then["settings"])
+        if then["sizes"] != now["sizes"]:  # a step would belong to another epoch
+            before, after = (map(repr, each["sizes"]) for each in (then, now))
             raise SelectionError(
-                f"{self.folder}: was trained on {values['sizes'][0]} images and tested on "
-                f"{values['sizes'][1]}, not {sizes[0]} and {sizes[1]}. Resume it with the same data."
+                f"{self.folder}: was trained on {' images and tested on '.join(before)}, not "
+                f"{' and '.join(after)}. Resume it with the same data."
             )
-        state = self.state.state_dict()
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         read = checkpoint.load(newest, tensors, optional=("random.", "optimizer."))
-        self.state.load_state_dict({**values, **{name: tensors[name] for name in read}})
+        try:
+            self.state.load_state_dict(then | {name: tensors[name] for name in read})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise SelectionError(f"{newest}: values.json is damaged: {error!r}. Restore the file.") from error
         return self.loop.step
 
     def _write_fused(self) -> tuple[float, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxexpand.errors import InexactError
-from fxexpand.kernel.algebra import Kernel
+from fxexpand.kernel.algebra import Kernel, cast
 from fxexpand.layers.expanded import Form, expand_layer
 from fxexpand.layers.parametrized import LISTS, WeightExpansion, expand_weight
 from fxexpand.layers.products import exact_products
@@ -103,7 +103,14 @@ class Expansion:
             block.requires_grad_(weight.requires_grad)
         error: float | None = None
         if self._init == "preserve" and not weight.is_meta:
-            error = require_small(block_error(block, kernel, self._scratch), weight.dtype, site.name)
+            error = block_error(block, kernel, self._scratch)
+            wide = partial(cast, kernel, torch.float64)
+            require_small(
+                error,
+                weight.dtype,
+                site.name,
+                lambda: block_error(self._block(site, recipe, wide()), wide()),
+            )
         row = replace(
             site.row("expanded", _into(site, recipe)),
             params_after=sum(parameter.numel() for parameter in block.parameters()),

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import cast, native_weight
@@ -20,9 +20,9 @@ from fxexpand.passes.planner import Plan, Step
 from fxexpand.passes.sites import Owner, own_modules
 from fxexpand.recipes import fold
 from fxexpand.recipes.structure import telling_weight
-from fxexpand.reporting.rows import Row
+from fxexpand.reporting.rows import REFUSED, Row
 from fxexpand.running.evaluation import evaluating
-from fxexpand.running.finite import require_finite
+from fxexpand.running.finite import is_finite
 from fxexpand.running.verify import Scratch, block_error, in_float64, require_small
 from fxexpand.tracing.edit import Read, parameter_reads, reread
 
@@ -32,6 +32,8 @@ def plan_folding(
     model: nn.Module, verify: bool = True, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Plan:
     """Fold every expansion in ``model``, in float64 and cast once; the model is not touched.
+
+    An expansion that holds NaN or Inf, or has no single weight, is refused.
 
     Raises: VerificationError: ``verify`` and a folded site computes something else than its factors.
     """
@@ -44,24 +46,34 @@ def plan_folding(
     reads, scratch = parameter_reads(model), Scratch()
     steps = []
     for held, group in progress(list(owners.items())):
-        if isinstance(held, Expanded):
-            steps.append(_folded_layer(group[0].path, held, verify, scratch))
-        else:
-            steps.append(_folded_weight(held, group, reads.get(id(held), []), verify))
+        name, layer = (
+            group[0].path if isinstance(held, Expanded) else group[0].name,
+            isinstance(held, Expanded),
+        )
+        try:
+            if layer:
+                steps.append(_folded_layer(name, held, verify, scratch))
+            else:
+                steps.append(_folded_weight(held, group, reads.get(id(held), []), verify))
+        except InexactError as error:
+            count = sum(factor.numel() for factor in held.parameters())
+            steps.append(Step(Row(name, describe(held) if layer else "", REFUSED, str(error), count, count)))
     return Plan("fuse", tuple(steps))
 
 
+def _require_finite(factors: dict[str, Tensor]) -> None:
+    name = next((name for name, factor in factors.items() if not is_finite(factor)), None)
+    if name is not None:
+        raise InexactError(f"its factor {name} holds NaN or Inf. Load a sound checkpoint")
+
+
 def _folded_layer(name: str, module: Expanded, verify: bool, scratch: Scratch) -> Step:
-    for key, tensor in module.expansion.state_dict().items():
-        require_finite(tensor, f"{name}.expansion.{key}", str(module.recipe))
+    _require_finite(module.expansion.state_dict())
     factors = list(module.expansion.parameters())
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
     wide = in_float64(module.expansion, scratch)
     with evaluating(wide):  # a BatchNorm folds by its running statistics
-        try:
-            kernel = fold(wide)
-        except InexactError as reason:
-            raise InexactError(f"{name} ({module.recipe}): cannot be folded: {reason}") from None
+        kernel = fold(wide)
     fused = cast(kernel, dtype)
     weight = laid_out_as(native_weight(fused), telling_weight(module.expansion))
     parameter = nn.Parameter(weight, requires_grad=trains)
@@ -71,7 +83,7 @@ def _folded_layer(name: str, module: Expanded, verify: bool, scratch: Scratch) -
         new_bias = nn.Parameter(bias.to(dtype), requires_grad=trains if own is None else own.requires_grad)
     error = None
     if verify and not parameter.is_meta:
-        error = require_small(block_error(wide, fused), dtype, name)
+        error = require_small(block_error(wide, fused), dtype, name, lambda: block_error(wide, kernel))
     row = Row(
         site=name,
         kind=describe(bare(module, parameter)),
@@ -90,13 +102,11 @@ def _folded_weight(held: Any, owners: list[Owner], reads: list[Read], verify: bo
     assert isinstance(expansion, WeightExpansion)
     if len(held) > 1:
         raise InexactError(
-            f"{name} ({expansion.recipe}): cannot be folded: {type(held[1]).__name__} was registered on top "
-            "of the expansion (torch.nn.utils.parametrize) and would be lost. Remove it first: "
-            "remove_parametrizations keeps the value."
+            f"{type(held[1]).__name__} was registered on top of the expansion (torch.nn.utils.parametrize) "
+            "and would be lost. Remove it first: remove_parametrizations keeps the value"
         )
     factors = originals(held)
-    for i, factor in enumerate(factors):
-        require_finite(factor, f"{name}, factor {i}", f"{expansion.recipe}")
+    _require_finite({f"original{i}": factor for i, factor in enumerate(factors)})
     dtype, trains = factors[0].dtype, any(factor.requires_grad for factor in factors)
     with torch.no_grad():
         weight = expansion.folded(factors, torch.float64).to(dtype)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxexpand.kernel.modules import LAYERS, describe
 from fxexpand.passes.affine.extraction import Extraction
 from fxexpand.passes.folding import plan_folding
-from fxexpand.passes.fusions import Fusion, grouped, new_layer
+from fxexpand.passes.fusions import Fusion, grouped, new_layers
 from fxexpand.passes.norms import owner_name, split_norms
 from fxexpand.passes.planner import commit, restoring, to_fixed_point
 from fxexpand.passes.result import Result, require_graph_module
@@ -40,9 +40,7 @@ class Fuse:
     def __call__(self, graph_module: fx.GraphModule) -> Result:
         """Run the pass; all kernels are folded, in float64, before the first edit.
 
-        Raises:
-            UnusableWeightError: what would be folded holds NaN or Inf.
-            VerificationError: a new layer computes something else than what it replaces.
+        Raises: VerificationError: a new layer computes something else than what it replaces.
         """
         require_graph_module(graph_module, "Fuse")
         changed = graph_module if self.inplace else copied(graph_module)
@@ -55,7 +53,7 @@ class Fuse:
     def _round(self, graph_module: fx.GraphModule) -> Report:
         with split_norms(graph_module):
             extraction = Extraction(graph_module)
-            fusions = [new_layer(extraction, group, self.verify) for group in grouped(extraction)]
+            fusions = new_layers(extraction, grouped(extraction), self.verify)
             report = Report("fuse", tuple(rows(extraction, fusions)))
             _commit(extraction, fusions)
         return report

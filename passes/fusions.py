@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxexpand.errors import InexactError, UnusableWeightError
+from fxexpand.errors import InexactError
 from fxexpand.kernel.algebra import Kernel, cast
 from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.kernel.modules import describe
@@ -19,8 +19,10 @@ from fxexpand.passes.affine.extraction import Extraction
 from fxexpand.passes.affine.maps import Place
 from fxexpand.passes.norms import owner_name
 from fxexpand.reporting.rows import Row
+from fxexpand.running.finite import is_finite
 from fxexpand.running.verify import fold_error, require_small
 from fxexpand.tracing.edit import call_alone, extract
+from fxexpand.tracing.tracer import first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,24 +97,60 @@ def _taken(extraction: Extraction, name: str) -> bool:
     return hasattr(extraction.graph_module.get_submodule(path), attribute)
 
 
+def new_layers(
+    extraction: Extraction,
+    groups: Iterable[Group],
+    verify: bool = True,
+    show: Callable[[str], None] = lambda name: None,
+) -> list[Fusion]:
+    """The layers of the groups; nothing is changed yet.
+
+    A group whose layer is not exact is refused in ``extraction``, with those that compute a node of it too:
+    one value goes for all or for none.
+
+    Args:
+        show: takes the name of each layer before it is made.
+
+    Raises: VerificationError: a layer computes something else than what it replaces.
+    """
+    fusions: list[Fusion] = []
+    refused: set[fx.Node] = set()
+    for group in groups:
+        show(group.name)
+        try:
+            fusions.append(_new_layer(extraction, group, verify))
+        except InexactError as error:
+            extraction.refuse(group.values, str(error))
+            refused |= group.nodes
+    while torn := [fusion for fusion in fusions if fusion.group.nodes & refused]:
+        for fusion in torn:
+            extraction.refuse(fusion.group.values, "a layer beside it that computes a part of it stays")
+            refused |= fusion.group.nodes
+        fusions = [fusion for fusion in fusions if fusion not in torn]
+    return fusions
+
+
 @torch.inference_mode(False)  # tensors made in inference mode never train
-def new_layer(extraction: Extraction, group: Group, verify: bool = True) -> Fusion:
-    """The layer of a group, folded in float64 and cast once; nothing is changed yet.
+def _new_layer(extraction: Extraction, group: Group, verify: bool) -> Fusion:
+    """The layer of a group, folded in float64 and cast once.
 
     Raises:
-        UnusableWeightError: what would be folded holds NaN or Inf.
+        InexactError: the layer is not exact, or that cannot be checked.
         VerificationError: the layer computes something else than what it replaces.
     """
     candidate, reader = group.first, extraction.reader
     nodes, kernels = extraction.in_order(candidate), extraction.kernels(candidate)
     reading = [node for node in nodes if node in kernels or reader.read(node)]  # ATen's BatchNorm too
-    for node in reading:
-        _require_finite(extraction, node)
-    module, kernel = _folded(extraction, candidate)
+    (dtype,) = candidate.dtypes
+    module, kernel = _folded(extraction, candidate, dtype)
     _train_as_before(extraction, module, candidate, reading)
     error = _error(extraction, candidate, module, kernel) if verify and not kernel.weight.is_meta else None
     if error is not None:
-        require_small(error, kernel.weight.dtype, group.name)
+
+        def unrounded() -> float | None:
+            return _error(extraction, candidate, *_folded(extraction, candidate, torch.float64))
+
+        require_small(error, dtype, group.name, unrounded)
     tensors = {id(tensor): tensor for node in reading for tensor in reader.tensors(node)}
     row = Row(
         site=group.name,
@@ -131,12 +169,18 @@ def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
 
 
-def _folded(extraction: Extraction, candidate: Candidate) -> tuple[nn.Module, Kernel]:
-    """The layer of a candidate, in the dtype, on the device and in the memory format of its first weight."""
+def _folded(extraction: Extraction, candidate: Candidate, dtype: torch.dtype) -> tuple[nn.Module, Kernel]:
+    """The layer of a candidate, on the device and in the memory format of its first weight.
+
+    Raises: InexactError: its numbers are not finite.
+    """
     assert candidate.layer is not None and candidate.map.shape is not None
-    first, shape, (dtype,) = _weight(extraction, candidate.layer), candidate.map.shape, candidate.dtypes
+    first, shape = _weight(extraction, candidate.layer), candidate.map.shape
     with torch.no_grad():
         kernel = cast(candidate.map.at(Place(shape.in_channels, shape.rank, first.device)), dtype)
+        for name, tensor in (("weight", kernel.weight), ("bias", kernel.bias)):
+            if tensor is not None and not is_finite(tensor):
+                raise InexactError(f"the {name} of one kernel would not be finite in {dtype}")
         if kernel.weight.ndim == first.ndim:
             kernel = replace(kernel, weight=laid_out_as(kernel.weight, first))
         return to_module(kernel), kernel
@@ -174,7 +218,10 @@ def _error(extraction: Extraction, candidate: Candidate, module: nn.Module, kern
         alone = call_alone(graph_module, module, source, candidate.before, candidate.after, sizes)
     except InexactError:
         return None
-    return fold_error(probed, alone, kernel, probe)
+    try:
+        return fold_error(probed, alone, kernel, probe)
+    except RuntimeError as error:
+        raise InexactError(f"it cannot be checked: {first_line(error)}") from error
 
 
 def _weight(extraction: Extraction, layer: fx.Node) -> Tensor:
@@ -193,18 +240,3 @@ def _biases(extraction: Extraction, node: fx.Node) -> Iterator[nn.Parameter]:
         added = tensor is own if node.op == "call_module" else tensor.ndim <= 1
         if added and isinstance(tensor, nn.Parameter):
             yield tensor
-
-
-def _require_finite(extraction: Extraction, node: fx.Node) -> None:
-    if node.op == "call_module":
-        module = extraction.module(node)
-        owner, kind = owner_name(str(node.target)), describe(module)
-        held = [(f"{owner}.{name} ({kind})", tensor) for name, tensor in module.state_dict().items()]
-    else:
-        named = zip(extraction.reader.read(node), extraction.reader.tensors(node), strict=True)
-        held = [(f"{name} (read by {node.name})", tensor) for name, tensor in named]
-    for title, tensor in held:
-        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise UnusableWeightError(
-                f"{title}: holds NaN or Inf, so what it folds to cannot be checked. Load a sound checkpoint."
-            )

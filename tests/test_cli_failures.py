@@ -185,15 +185,16 @@ def test_nan_in_a_checkpoint_names_the_parameter(recipe: fxexpand.Recipe) -> Non
     name = next(key for key in state if key.startswith("conv2.expansion") and key.endswith("weight"))
     state[name].view(-1)[3] = torch.inf
     big.load_state_dict(state)
-    with pytest.raises(fxexpand.UnusableWeightError, match=rf"^{name} \("):
-        fxexpand.fuse(big.eval(), scope="expanded")
+    refused = f"its factor {name.removeprefix('conv2.expansion.')} holds NaN or Inf"
+    with pytest.raises(fxexpand.RefusedError, match=rf"^conv2 .* {refused}"):
+        fxexpand.fuse(big.eval(), scope="expanded", strict=True)
     words = fxexpand.expand(nn.Embedding(7, 5), recipe=fxexpand.Chain())
     with pytest.raises(fxexpand.UnusableWeightError, match=r"^weight \(Embedding\)"):
         words.load_state_dict({"weight": torch.full((7, 5), torch.inf)})
     with torch.no_grad():
         next(words.parameters()).fill_(torch.nan)
-    with pytest.raises(fxexpand.UnusableWeightError, match=r"^weight, factor 0 \("):
-        fxexpand.fuse(words, scope="expanded")
+    with pytest.raises(fxexpand.RefusedError, match=r"^weight: .* its factor original0 holds NaN"):
+        fxexpand.fuse(words, scope="expanded", strict=True)
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,6 @@ def test_unusable_input() -> None:
         graph_module.get_parameter("2.weight")[0, 0] = float("nan")
     with pytest.raises(UnusableWeightError, match=r"^2\.weight \(Linear 3->3\)"):
         Expand()(graph_module)
-    graph_module = graph_of(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
-    graph_module.get_buffer("1.running_var")[1] = float("inf")
-    with pytest.raises(UnusableWeightError, match=r"^1\.running_var \(BatchNorm2d"):
-        Fuse()(graph_module)
     for run in (Expand(), Fuse()):
         with pytest.raises(TypeError, match="trace"):
             run(nn.Linear(3, 3))  # type: ignore[arg-type]

@@ -54,26 +54,26 @@ def agree(actual: list[Tensor], expected: list[Tensor]) -> bool:
         return True
     eps = max((torch.finfo(t.dtype).eps for t in expected if t.is_floating_point()), default=0.0)
     try:
-        return worst_error(actual, expected) <= min(ROUNDINGS * eps, 0.1)
+        return worst_error(actual, expected, undefined=0.0) <= min(ROUNDINGS * eps, 0.1)
     except VerificationError:  # the shapes differ
         return False
 
 
-def worst_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+def worst_error(actual: list[Tensor], expected: list[Tensor], undefined: float = float("inf")) -> float:
     """The largest ``max|a - b| / max|b|`` over pairs of tensors, in float64.
 
     A NaN or Inf of ``expected`` (a masked score) must be in the same place of ``actual``, and the other
-    values are compared; a new or a missing one gives inf, and so does NaN everywhere. A difference below the
-    smallest normal number of the precision of the computation counts as zero.
+    values are compared; a new or a missing one gives inf, and NaN everywhere, in both, ``undefined``. A
+    difference below the smallest normal number of the precision of the computation counts as zero.
 
     Raises: VerificationError when the number of tensors or a shape differs, or there is nothing to compare.
     """
     if not expected or len(actual) != len(expected):
         raise VerificationError(f"outputs hold {len(actual)} and {len(expected)} tensors: cannot compare.")
-    return max(_relative_error(a, b) for a, b in zip(actual, expected, strict=True))
+    return max(_relative_error(a, b, undefined) for a, b in zip(actual, expected, strict=True))
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def _relative_error(actual: Tensor, expected: Tensor, undefined: float) -> float:
     if actual.shape != expected.shape:
         raise VerificationError(f"output shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}.")
     if expected.is_meta:  # nothing but shapes to compare
@@ -83,8 +83,10 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
     finite = torch.isfinite(b)
     if not bool(finite.all()):
         kept = (a == b) | (a.isnan() & b.isnan())
-        if not bool(kept[~finite].all()) or (bool(b.isnan().any()) and not bool(finite.any())):
+        if not bool(kept[~finite].all()):
             return float("inf")
+        if bool(b.isnan().any()) and not bool(finite.any()):
+            return undefined
         a, b = a[finite], b[finite]
     if torch.equal(a, b):
         return 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxexpand.errors import VerificationError
+from fxexpand.errors import InexactError, VerificationError
 from fxexpand.kernel.algebra import Kernel, apply, cast
 from fxexpand.kernel.modules import LAYERS
 from fxexpand.recipes import Skip
@@ -180,18 +180,31 @@ def _with_tensors(block: nn.Module, replaced: dict[int, Tensor]) -> nn.Module:
     return new
 
 
-def require_small(error: float, dtype: torch.dtype, site: str) -> float:
+def require_small(
+    error: float, dtype: torch.dtype, site: str, unrounded: Callable[[], float | None] = lambda: None
+) -> float:
     """``error``, if it is within the tolerance of one site.
 
-    Raises: VerificationError: the error is above the tolerance.
+    Args:
+        unrounded: measures the error of the same change in float64.
+
+    Raises:
+        InexactError: the error is above the tolerance, and comes from rounding to ``dtype`` alone.
+        VerificationError: the error is above the tolerance, in float64 too.
     """
     limit = tolerance(dtype)
-    if not error <= limit:
-        raise VerificationError(
-            f"{site}: the rewritten site differs by a relative {error:.3g}, above {limit:.3g} for {dtype}. "
-            "The model was left as it was. Leave the site out by select, and please report it."
+    if error <= limit:
+        return error
+    exact = None if dtype == torch.float64 else unrounded()
+    if exact is not None and exact <= tolerance(torch.float64):
+        raise InexactError(
+            f"rounding to {dtype} would change it by a relative {error:.3g}, above {limit:.3g}. Change the "
+            "model in float32, then convert it"
         )
-    return error
+    raise VerificationError(
+        f"{site}: the rewritten site differs by a relative {error:.3g}, above {limit:.3g} for {dtype}. "
+        "The model was left as it was. Please report it."
+    )
 
 
 def probe_size(kernel: Kernel) -> list[int]:

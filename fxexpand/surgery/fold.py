@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fxexpand.layers.expanded import Expanded
 from fxexpand.layers.parametrized import expanded_weights, originals
 from fxexpand.passes.folding import plan_folding
-from fxexpand.passes.planner import commit
+from fxexpand.passes.planner import commit, require_lenient
 from fxexpand.passes.sites import own_modules
 from fxexpand.running.copying import copied
 from fxexpand.surgery.transaction import require_module
@@ -20,10 +20,14 @@ def fused_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Products are formed in float64 and rounded once. Tensors that belong to no expansion share memory with the
     model.
+
+    Raises: RefusedError: an expansion cannot be folded.
     """
     require_module(model, "fused_state_dict")
     skeleton = copied(model, shared=[*model.parameters(), *model.buffers()])
-    commit(plan_folding(skeleton, verify=False))
+    plan = plan_folding(skeleton, verify=False)
+    require_lenient(plan.report.rows, strict=True)
+    commit(plan)
     return dict(skeleton.state_dict())
 
 

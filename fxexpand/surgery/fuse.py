@@ -88,7 +88,6 @@ def fuse(
     Raises:
         RefusedError: ``strict=True`` and a site is refused.
         VerificationError: a site or the outputs changed by more than rounding.
-        UnusableWeightError: what would be folded holds NaN or Inf.
         SelectionError: an unknown scope, or ``inplace=True`` where the model itself would become a graph.
 
     An error leaves ``model`` as it was.
@@ -103,6 +102,7 @@ def fuse(
     target = model if inplace else copied(model, shared=expansion_factors(model))
     plan = plan_folding(target, verify, progress_bar("fuse", progress))
     if scope == "expanded":
+        require_lenient(plan.report.rows, strict)
         commit_and_compare(target, plan, before, compared)
         return target
     with at_work("fuse", progress) as show, restoring([*target.modules()]):

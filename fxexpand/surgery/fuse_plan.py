@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxexpand.kernel.modules import LAYERS, describe
 from fxexpand.layers.rewritten import Rewritten
 from fxexpand.passes.fuse import Fuse
-from fxexpand.passes.fusions import Fusion, new_layer
+from fxexpand.passes.fusions import Fusion, new_layers
 from fxexpand.passes.norms import split_norms
 from fxexpand.reporting.rows import Report, Row
 from fxexpand.running.copying import keep_attributes
@@ -62,9 +62,7 @@ def plan_fusing(model: nn.Module, parts: Parts, verify: bool, show: Callable[[st
         parts: those of ``model``.
         show: takes the name of each part and layer when it is worked on.
 
-    Raises:
-        UnusableWeightError: what would be folded holds NaN or Inf.
-        VerificationError: a new layer computes something else than what it replaces.
+    Raises: VerificationError: a new layer computes something else than what it replaces.
     """
     planner = _Planner(model, parts, verify, show)
     planner.visit("", model)
@@ -150,19 +148,21 @@ class _Planner:
             if old not in self._modules:  # the copy of a module with hooks
                 continue
             result = Fuse(inplace=True, verify=self._verify)(graph_module)
-            keep_attributes(result.graph_module, old)
-            self.plan.replaced[old] = result.graph_module
+            if result.report.changed:
+                keep_attributes(result.graph_module, old)
+                self.plan.replaced[old] = result.graph_module
             rows += [replace(row, site=_joined(path, row.site)) for row in result.report.rows]
         self.plan.rows += [replace(row, site=_joined(name, row.site)) for row in rows]
         return [*plan.alone]
 
     def _place(self, name: str, module: nn.Module, plan: GraphPlan) -> list[Fusion]:
         """Make the layers of a graph, and put them in place of modules."""
-        fusions = []
-        for group, placement in plan.placed:
-            self._show(_joined(name, placement.layer))
-            fusion = new_layer(plan.extraction, replace(group, name=placement.layer), self._verify)
-            fusions.append(fusion)
+        placed = {replace(group, name=placement.layer): placement for group, placement in plan.placed}
+        fusions = new_layers(
+            plan.extraction, placed, self._verify, lambda layer: self._show(_joined(name, layer))
+        )
+        for fusion in fusions:
+            placement = placed[fusion.group]
             for path, new in {placement.layer: fusion.module, **placement.others}.items():
                 old = module.get_submodule(path)
                 self.plan.replaced[old] = new.train(old.training)

@@ -88,6 +88,12 @@ class Extraction:
         """Note why all that computes in a candidate stays apart after all."""
         self.notes |= dict.fromkeys(self.kernels(candidate), note)
 
+    def refuse(self, values: Mapping[fx.Node, Candidate], reason: str) -> None:
+        """Leave chosen values as they are, and note why."""
+        for node, candidate in values.items():
+            del self.chosen[node]
+            self.note(candidate, Note(True, reason))
+
     def in_order(self, candidate: Candidate) -> tuple[fx.Node, ...]:
         """The nodes of a candidate in the graph's order."""
         return tuple(sorted(candidate.nodes, key=self.order.__getitem__))

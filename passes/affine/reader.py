@@ -22,6 +22,7 @@ from fxexpand.passes.affine.shapes import GraphValues, noted
 from fxexpand.passes.affine.steps import Affine, Identity, Step, Sum
 from fxexpand.recipes import Branches
 from fxexpand.recipes.structure import LastDimBatchNorm
+from fxexpand.running.finite import is_finite
 from fxexpand.tracing.edit import ModuleUses, tensor_at
 from fxexpand.tracing.tracer import hooked
 
@@ -64,8 +65,23 @@ class Reader:
 
         Raises: InexactError: it is an affine operator that cannot be folded, and why.
         """
-        if node in self.constants:
-            return None
+        step = None if node in self.constants else self._step(node)
+        if step is not None:
+            self._require_finite(node)
+        return step
+
+    def _require_finite(self, node: fx.Node) -> None:
+        """A number that is none spreads over all that it is merged with."""
+        if node.op == "call_module":
+            module = self.graph_module.get_submodule(str(node.target))
+            held = [*module.named_parameters(), *module.named_buffers()]
+        else:
+            held = list(zip(self.read(node), self.tensors(node), strict=True))
+        for name, tensor in held:
+            if not is_finite(tensor):
+                raise InexactError(f"its {name} holds NaN or Inf. Load a sound checkpoint")
+
+    def _step(self, node: fx.Node) -> Step | None:
         if node.op == "call_module":
             given = [*node.args, *node.kwargs.values()]
             if len(given) != 1 or not isinstance(given[0], fx.Node):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -77,6 +78,14 @@ class IsTensor(Net):
         return self.both(x if torch.is_tensor(x) else x[0])
 
 
+class Matched(Net):
+    def forward(self, x: Any) -> Any:
+        match x:
+            case Tensor():
+                return self.both(torch.pow(x, 1.0))
+        return self.last(self.both(x[0]))
+
+
 class Attributes(Net):
     def forward(self, x: Any) -> Any:
         inside = getattr(x, "tensors", None)
@@ -93,7 +102,7 @@ class Row(Net):
 
 
 @pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
-@pytest.mark.parametrize("kind", [IsInstance, OfType, OfClass, IsTensor, Attributes, Row])
+@pytest.mark.parametrize("kind", [IsInstance, OfType, OfClass, IsTensor, Matched, Attributes, Row])
 def test_code_that_asks_for_a_type_gets_that_of_the_value(kind: type[Net], example: Tensor | None) -> None:
     model = made(kind)
     small = fxexpand.fuse(model, example)
@@ -121,7 +130,7 @@ class Inside(Net):
 
     def forward(self, x: Tensor) -> Any:
         y = self.both(x)
-        y = self.norm(y) if isinstance(y, Tensor) else None
+        y = self.norm(y) if isinstance(y, Tensor) else x
         whole = isinstance(x.shape[2], int) and isinstance(x.size(0) * 2, int) and isinstance(x.shape, tuple)
         return self.last(y if whole else y.relu())
 
@@ -176,3 +185,14 @@ def test_what_a_module_keeps_need_not_be_copied(kept: Any) -> None:
     for example in (None, X):
         assert_same(fxexpand.fuse(model, example)(X), model(X), EXACT)
         assert_same(fxexpand.expand(model, example_inputs=example)(X), model(X), EXACT)
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile"])
+def test_a_layer_may_have_the_name_of_an_attribute_of_graph_modules(name: str) -> None:
+    model = nn.Sequential(OrderedDict([("first", nn.Conv2d(3, 4, 3)), (name, nn.BatchNorm2d(4))])).double()
+    model = nn.Sequential(perturb(model.eval()), nn.ReLU())
+    for example in (None, X):
+        small = fxexpand.fuse(model, example)
+        assert_same(small(X), model(X), EXACT)
+        assert_same(fxexpand.fuse(model[0], example)(X), model[0](X), EXACT)
+        assert f"{name} is also the name" in str(fxexpand.report(fxexpand.fuse(model[0], example)))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import dis
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,9 +22,32 @@ SEVERAL = (nn.RNNBase, nn.MultiheadAttention, nn.LSTMCell)  # layers that return
 OWN = ("torch.", "fxexpand.")  # packages whose code sees the proxy
 
 
-def asked_outside(depth: int = 2) -> bool:
-    """Whether code of a model asks, and not that of torch or of this package."""
-    return not sys._getframe(depth).f_globals.get("__name__", "").startswith(OWN)
+def asking_code(depth: int = 2) -> FrameType | None:
+    """The frame of code of a model that asks; None for code of torch or of this package."""
+    frame = sys._getframe(depth)
+    name = frame.f_globals.get("__name__", "")
+    return None if name.startswith(OWN) else frame
+
+
+def asks_for_class() -> bool:
+    """Whether the ``__class__`` of a proxy is read by ``isinstance``, ``x.__class__`` or a class pattern.
+
+    The arguments of torch's functions are checked by the same means in C, which must not take a proxy for a
+    tensor.
+    """
+    frame = asking_code(3)
+    return frame is not None and frame.f_lasti in _questions(frame.f_code)
+
+
+@lru_cache(1000)
+def _questions(code: CodeType) -> frozenset[int]:
+    """The places in code of the instructions that ask for the class of a value."""
+    steps = [(step, step.positions or dis.Positions()) for step in dis.get_instructions(code)]
+    known = [(step, (at.lineno, at.col_offset)) for step, at in steps if at.col_offset is not None]
+    starts = {start for step, start in known if step.argval == "isinstance"}
+    calls = [step for step, start in known if "CALL" in step.opname and start in starts]
+    reads = [step for step, _ in steps if step.argval == "__class__" or step.opname == "MATCH_CLASS"]
+    return frozenset(step.offset for step in (*calls, *reads))
 
 
 def deduced_class(node: fx.Node, of_input: Callable[[fx.Node], type | None], root: nn.Module) -> type | None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -90,6 +91,10 @@ def _refusal(model: nn.Module, faithful: bool) -> tuple[str, str] | None:
     if "forward" in vars(model):
         reason = "its forward was replaced on this very object, and its graph would be that of the class"
         return reason, "Give it a class of its own."
+    held = chain(model._modules, model._parameters, model._buffers)
+    taken = next((name for name in held if name == "meta" or hasattr(fx.GraphModule, name)), None)
+    if taken is not None and not isinstance(model, fx.GraphModule):
+        return f"{taken} is also the name of an attribute that each graph module has", "Rename it."
     if faithful and hooked(model):
         return "it has hooks, which a graph would drop", "Remove them, or trace the modules inside it."
     if faithful and calls_more(model):

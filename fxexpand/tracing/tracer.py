@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from fxexpand.kernel.library_layers import is_layer_norm
 from fxexpand.running.inputs import ExampleInputs
-from fxexpand.tracing.classes import ATTRIBUTES, asked_outside, deduced_class
+from fxexpand.tracing.classes import ATTRIBUTES, asking_code, asks_for_class, deduced_class
 from fxexpand.tracing.example_values import Sizes, UnknownValue
 from fxexpand.tracing.guards import require_argument, require_class
 
@@ -331,7 +331,7 @@ class _Sized(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # type: ignore[misc]
-        return self.tracer.class_of(self) if asked_outside() else type(self)
+        return self.tracer.class_of(self) if asks_for_class() else type(self)
 
     def __int__(self) -> int:
         self.tracer.stop("its code makes a number of a value, which a graph would freeze")
@@ -349,8 +349,8 @@ class _Sized(fx.Proxy):
         raise TypeError("its code looks for a value in a set or a dict, or keeps what it computed for it")
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
-        if not hasattr(Tensor, name) and asked_outside():
-            frame = sys._getframe(1)  # an attribute that is read is there; getattr and hasattr ask for it
+        frame = None if hasattr(Tensor, name) else asking_code()
+        if frame is not None:  # an attribute that is read is there; getattr and hasattr ask for it
             by_function = not opname[frame.f_code.co_code[frame.f_lasti]].startswith(
                 ("LOAD_ATTR", "LOAD_METHOD")
             )

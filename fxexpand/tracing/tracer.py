@@ -329,8 +329,8 @@ class _Sized(fx.Proxy):
 
     tracer: RegionTracer
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return self.tracer.class_of(self) if asks_for_class() else type(self)
 
     def __int__(self) -> int:

@@ -17,14 +17,7 @@ from torch import Tensor
 
 from fxexpand.errors import InexactError
 from fxexpand.kernel.alignment import alignment
-from fxexpand.kernel.geometry import (
-    Association,
-    Geometry,
-    Padding,
-    association,
-    composition,
-    output_padding,
-)
+from fxexpand.kernel.geometry import Association, Geometry, Padding, association, composition, output_padding
 from fxexpand.kernel.taps import CONV_TRANSPOSE, embedded, exchanged, flipped, product, regrouped
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -207,11 +207,7 @@ def stable_of(spectrum: Tensor) -> Tensor:
     return (spectrum / torch.where(largest > 0, largest, torch.ones_like(largest))).square().sum(-1)
 
 
-MEASURES: dict[Kind, Callable[[Tensor], Tensor]] = {
-    "roy": roy_of,
-    "entropy": entropy_of,
-    "stable": stable_of,
-}
+MEASURES: dict[Kind, Callable[[Tensor], Tensor]] = {"roy": roy_of, "entropy": entropy_of, "stable": stable_of}
 
 
 def summary_of(spectrum: Tensor) -> dict[str, float]:

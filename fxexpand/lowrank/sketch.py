@@ -197,9 +197,4 @@ def sketch(
             float(torch.linalg.vector_norm(rows - left @ inner))
             for rows, left in ((wide[i : i + 4096], basis[i : i + 4096]) for i in range(0, len(wide), 4096))
         ]
-    return Sketch(
-        values=tuple(values.tolist()),
-        full_rank=full,
-        residual=math.hypot(*pieces),
-        scale=scale,
-    )
+    return Sketch(values=tuple(values.tolist()), full_rank=full, residual=math.hypot(*pieces), scale=scale)

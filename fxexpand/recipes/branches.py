@@ -61,7 +61,7 @@ class MultiBranch(Recipe):
             if not kernel.weight.is_meta and init == "preserve":
                 _give_rest(block, branches[0], kernel)
             if not kernel.weight.is_meta and init == "matched":
-                match(block, kernel, [_last_scale(branch) for branch in branches])
+                match(block, kernel, [branch[-1].get_parameter("weight") for branch in branches])
             block.requires_grad_(kernel.weight.requires_grad)
             if kernel.bias is not None:
                 _give_bias(branches[0], kernel.bias)
@@ -161,7 +161,7 @@ class DBB(MultiBranch):
     def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
         _require_centre(kernel, "DBB")
         _require_taps(kernel, "DBB", "Use MobileOne")
-        out, channels, inside = kernel.out_channels, kernel.in_channels, _unpadded(kernel)
+        out, channels, inside = kernel.out_channels, kernel.in_channels, replace(kernel, padding=())
         main = _normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape)))
         if kernel.groups == channels == out:
             small, hidden = [], 2 * channels
@@ -172,7 +172,7 @@ class DBB(MultiBranch):
             spread = pointwise(kernel, _draw_pointwise(kernel, draw))
             average = _normed(kernel, *_pad(kernel), *_normed(kernel, spread), Average(inside, out))
             hidden = channels
-            first = Skip(pointwise(kernel, _zeros(kernel, hidden)))
+            first = Skip(_zero_pointwise(kernel, hidden))
         last = conv(inside, draw.kaiming(out, hidden // kernel.groups, *kernel.kernel_size))
         norm = silent_norm(kernel.weight, hidden)
         return [main, *small, average, _normed(kernel, *_pad(kernel), first, norm, last)]
@@ -203,7 +203,7 @@ class OREPA(MultiBranch):
         out, inner = kernel.weight.shape[:2]
         size, groups, channels = kernel.kernel_size, kernel.groups, kernel.in_channels
         copies = 1 if groups <= 4 else 2
-        identity = pointwise(kernel, _zeros(kernel, copies * channels))
+        identity = _zero_pointwise(kernel, copies * channels)
 
         def spread() -> nn.Module:
             return pointwise(kernel, _draw_pointwise(kernel, draw, slope=RELU))
@@ -251,17 +251,15 @@ def _draw_pointwise(kernel: Kernel, draw: Draw, channels: int | None = None, slo
     return draw.kaiming(out, kernel.weight.shape[1], *(1,) * kernel.rank, slope=slope)
 
 
-def _zeros(kernel: Kernel, channels: int) -> Tensor:
-    return kernel.weight.detach().new_zeros((channels, kernel.weight.shape[1], *(1,) * kernel.rank))
+def _zero_pointwise(kernel: Kernel, channels: int) -> nn.Module:
+    """A 1 x 1 convolution of zeros, with the kernel's inputs and groups."""
+    shape = (channels, kernel.weight.shape[1], *(1,) * kernel.rank)
+    return pointwise(kernel, kernel.weight.detach().new_zeros(shape))
 
 
 def _pad(kernel: Kernel) -> list[nn.Module]:
     """A part with the kernel's padding; none if the kernel has no padding."""
     return [Pad(kernel, kernel.padding)] if any(side for pair in kernel.padding for side in pair) else []
-
-
-def _unpadded(kernel: Kernel) -> Kernel:
-    return replace(kernel, padding=())
 
 
 def _copies(kernel: Kernel, times: int) -> nn.Module:
@@ -283,11 +281,6 @@ def _require_taps(kernel: Kernel, recipe: str, instead: str) -> None:
         raise InexactError(f"{recipe} puts a 1x1 beside a larger kernel, and this one has one tap. {instead}")
 
 
-def _last_scale(branch: nn.Sequential) -> Tensor:
-    """The factor of the output of a branch: the weight of its BatchNorm or Scale."""
-    return branch[-1].get_parameter("weight")
-
-
 def _give_rest(block: nn.Sequential, main: nn.Sequential, kernel: Kernel) -> None:
     """Set the weight of the main branch so that the block has the kernel's weight in evaluation mode."""
     weight = main[0].get_parameter("weight")
@@ -300,8 +293,6 @@ def _give_bias(main: nn.Sequential, bias: Tensor) -> None:
     """Put the kernel's bias on the last layer that adds it to the output unscaled."""
     value, last = bias.detach().clone(), main[-1]
     if isinstance(last, Scale):
-        parameter = nn.Parameter(value / last.weight, requires_grad=bias.requires_grad)
-        main[0].bias = parameter
-        return
-    last.get_parameter("bias").copy_(value)
-    last.get_parameter("bias").requires_grad_(bias.requires_grad)
+        main[0].bias = nn.Parameter(value / last.weight, requires_grad=bias.requires_grad)
+    else:
+        last.get_parameter("bias").copy_(value).requires_grad_(bias.requires_grad)

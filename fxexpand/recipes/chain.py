@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,12 @@ from fxexpand.errors import InexactError, SelectionError
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.lower import laid_out_as, to_module
 from fxexpand.recipes.factors import balanced_factors, kaiming_factors
-from fxexpand.recipes.parts import keeps_size, silent_norm
-from fxexpand.recipes.recipe import INITS, Init, Recipe
+from fxexpand.recipes.parts import keeps_size, require_init, require_weight, silent_norm
+from fxexpand.recipes.recipe import Init, Recipe
 from fxexpand.recipes.structure import Skip
 
 LOPSIDED = 4
+Runs: TypeAlias = "Sequence[tuple[int, int, bool]]"  # start, stop, whether a skip goes around the factors
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Chain(Recipe):
     def hidden_width(self, kernel: Kernel) -> int:
         """Number of channels between the factors, a multiple of the groups."""
         groups = kernel.groups
-        full = groups * min(_block_shape(kernel))
+        full = groups * min(kernel.out_channels // groups, _matrix(kernel.weight, groups).shape[2])
         wanted = math.ceil(self.width * min(kernel.out_channels, LOPSIDED * full))
         if not self.bottleneck:
             wanted = max(wanted, full)
@@ -84,8 +87,7 @@ class Chain(Recipe):
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        if init not in INITS:
-            raise SelectionError(f"init={init!r}: choose from {', '.join(INITS)}.")
+        require_init(init)
         geometry = self._geometry(kernel)
         runs = self._runs(geometry)
         if self.residual and not any(skip for _, _, skip in runs):
@@ -112,26 +114,17 @@ class Chain(Recipe):
 
     def _geometry(self, kernel: Kernel) -> list[Kernel]:
         """The factors with weights on the meta device."""
-        groups, rank, out = kernel.groups, kernel.rank, kernel.out_channels
-        if 0 in kernel.weight.shape:
-            raise InexactError("the weight is empty. Leave it out by select")
+        require_weight(kernel)
         if self.depth == 1:
             return [replace(kernel, weight=torch.empty_like(kernel.weight, device="meta"), bias=None)]
-        hidden = self.hidden_width(kernel)
-        widths = [hidden] * (self.depth - 1) + [out]
+        groups, hidden, ones = kernel.groups, self.hidden_width(kernel), (1,) * kernel.rank
+        empty = partial(torch.empty, dtype=kernel.weight.dtype, device="meta")
+        first = empty((hidden, kernel.weight.shape[1], *kernel.kernel_size))
+        widths = [hidden] * (self.depth - 2) + [kernel.out_channels]
+        later = [Kernel(empty((width, hidden // groups, *ones)), groups=groups) for width in widths]
+        return [replace(kernel, weight=first, bias=None), *later]
 
-        def empty(rows: int, columns: int, size: Sequence[int]) -> Tensor:
-            return torch.empty((rows, columns, *size), dtype=kernel.weight.dtype, device="meta")
-
-        first = replace(kernel, weight=empty(hidden, kernel.weight.shape[1], kernel.kernel_size), bias=None)
-        ones = (1,) * rank
-        return [
-            first,
-            *(Kernel(empty(width, hidden // groups, ones), groups=groups) for width in widths[1:]),
-        ]
-
-    def _runs(self, geometry: Sequence[Kernel]) -> list[tuple[int, int, bool]]:
-        """(start, stop, whether a skip goes around the run) for consecutive runs of factors."""
+    def _runs(self, geometry: Sequence[Kernel]) -> Runs:
         depth = len(geometry)
         length = depth if self.residual in (0, -1) else self.residual
         runs = []
@@ -143,36 +136,28 @@ class Chain(Recipe):
         return runs
 
     def _preserving(
-        self,
-        kernel: Kernel,
-        geometry: Sequence[Kernel],
-        runs: Sequence[tuple[int, int, bool]],
-        generator: torch.Generator | None,
+        self, kernel: Kernel, geometry: Sequence[Kernel], runs: Runs, generator: torch.Generator | None
     ) -> list[Tensor]:
         """Balanced factors of the kernel; under a skip, those of the share of the run minus the identity."""
-        groups = kernel.groups
-        hidden = geometry[0].out_channels // groups
+        groups, hidden = kernel.groups, geometry[0].out_channels // kernel.groups
         targets = balanced_factors(_matrix(kernel.weight, groups), hidden, len(runs), generator)
         weights: list[Tensor] = []
         for (start, stop, skip), target in zip(runs, targets, strict=True):
             if skip:
                 target = target - _matrix(_identity_weight(geometry[start], target), groups)
-            for factor in balanced_factors(target, hidden, stop - start, generator):
-                shape = geometry[len(weights)].weight.shape
-                weights.append(factor.reshape(shape))
-        return weights
+            weights += balanced_factors(target, hidden, stop - start, generator)
+        return [weight.reshape(factor.weight.shape) for weight, factor in zip(weights, geometry, strict=True)]
 
     def _random(
         self,
         kernel: Kernel,
         geometry: Sequence[Kernel],
-        runs: Sequence[tuple[int, int, bool]],
+        runs: Runs,
         init: Init,
         generator: torch.Generator | None,
     ) -> list[Tensor]:
         shapes = [tuple(factor.weight.shape) for factor in geometry]
-        mode = "fan_out" if kernel.rank else "fan_in"
-        weights = kaiming_factors(shapes, mode, kernel.weight, generator)
+        weights = kaiming_factors(shapes, "fan_out" if kernel.rank else "fan_in", kernel.weight, generator)
         if init == "kaiming":
             return weights
         if any(skip for _, _, skip in runs):
@@ -185,21 +170,15 @@ class Chain(Recipe):
             return weights
         return [weight * (wanted / norm) ** (1.0 / len(weights)) for weight in weights]
 
-    def _assemble(self, factors: Sequence[Kernel], runs: Sequence[tuple[int, int, bool]]) -> nn.Sequential:
+    def _assemble(self, factors: Sequence[Kernel], runs: Runs) -> nn.Sequential:
         parts: list[nn.Module] = []
         for start, stop, skip in runs:
             run: list[nn.Module] = []
             for factor in factors[start:stop]:
-                run.append(to_module(factor, copy=False))
-                if self.batch_norm:
-                    run.append(silent_norm(factor.weight, factor.out_channels))
+                norm = [silent_norm(factor.weight, factor.out_channels)] if self.batch_norm else []
+                run += [to_module(factor, copy=False), *norm]
             parts.extend([Skip(*run)] if skip else run)
         return nn.Sequential(*parts)
-
-
-def _block_shape(kernel: Kernel) -> tuple[int, int]:
-    """(out, in) of the matrix of one group."""
-    return kernel.out_channels // kernel.groups, kernel.weight.shape[1] * math.prod(kernel.kernel_size)
 
 
 def _matrix(weight: Tensor, groups: int) -> Tensor:
@@ -210,8 +189,7 @@ def _matrix(weight: Tensor, groups: int) -> Tensor:
 def _identity_weight(geometry: Kernel, like: Tensor) -> Tensor:
     """The weight of a centred identity in the shape of ``geometry``."""
     rows, width = geometry.weight.shape[:2]
-    weight = torch.zeros(geometry.weight.shape, dtype=like.dtype, device=like.device)
-    centre = tuple(k // 2 for k in geometry.kernel_size)
-    for channel in range(rows):
-        weight[(channel, channel % width, *centre)] = 1.0
+    weight = like.new_zeros(geometry.weight.shape)
+    channels: Any = torch.arange(rows)
+    weight[(channels, channels % width, *(k // 2 for k in geometry.kernel_size))] = 1.0
     return weight

@@ -85,11 +85,8 @@ class ExpandNet(Recipe):
 
     def hidden(self, kernel: Kernel) -> tuple[int, int]:
         """Numbers of channels after the first factor and after the second, multiples of the groups."""
-        groups = kernel.groups
-        first, second = (
-            groups * math.ceil(self.rate * channels / groups)
-            for channels in (kernel.in_channels, kernel.out_channels)
-        )
+        groups, channels = kernel.groups, (kernel.in_channels, kernel.out_channels)
+        first, second = (groups * math.ceil(self.rate * count / groups) for count in channels)
         return first, second
 
 
@@ -141,7 +138,8 @@ class ExpandNetCK(ExpandNet):
         text = "x".join(map(str, kernel.kernel_size))
         if any(k % 2 == 0 for k in kernel.kernel_size):
             raise InexactError(f"3x3 kernels make odd ones, and this one is {text}. Use ExpandNetCL or Chain")
-        depth = max(_count(k) for k in kernel.kernel_size)
+        # Of n taps in a dimension, (n - 1) / 2 factors have three: first the second one, then the first.
+        depth = max(kernel.kernel_size) // 2
         if depth < 2:
             raise InexactError(
                 f"ExpandNetCK is for kernels larger than 3, and this one is {text}. Use ExpandNetCL"
@@ -150,7 +148,8 @@ class ExpandNetCK(ExpandNet):
         widths = [kernel.in_channels, first, *[second] * (depth - 2), kernel.out_channels]
         factors = []
         for i, (inputs, out) in enumerate(itertools.pairwise(widths)):
-            size = tuple(3 if _holds_three(k, i) else 1 for k in kernel.kernel_size)
+            turn = {0: 1, 1: 0}.get(i, i)
+            size = tuple(3 if turn < k // 2 else 1 for k in kernel.kernel_size)
             weight = _weight(kernel, out, inputs, size)
             factors.append(Kernel(weight, dilation=kernel.dilation, groups=kernel.groups))
         factors[0] = replace(factors[0], padding=kernel.padding, padding_mode=kernel.padding_mode)
@@ -166,7 +165,7 @@ class ExpandNetCK(ExpandNet):
         tiles = list(itertools.product(*(_tiles(k) for k in size)))
         _require_room(kernel, factors, len(corners), len(tiles))
         first = _moves(corners, weight.shape[2], factors[0], weight)
-        second = _numbers(weight, size, corners, tiles, factors[1].kernel_size)
+        second = _numbers(weight, corners, tiles, factors[1].kernel_size)
         others = []
         for i in range(2, len(factors)):
             # Each factor shifts by up to two taps towards the place of its tile.
@@ -267,16 +266,6 @@ def _require_room(kernel: Kernel, factors: Sequence[Kernel], corners: int, tiles
         )
 
 
-def _count(taps: int) -> int:
-    """The number of kernels of 3 taps that compose to one of ``taps``."""
-    return (taps - 1) // 2
-
-
-def _holds_three(taps: int, place: int) -> bool:
-    """Whether factor ``place`` has 3 taps in a dimension of ``taps``: first the second, then the first."""
-    return {0: 1, 1: 0}.get(place, place) < _count(taps)
-
-
 def _tiles(taps: int) -> list[int]:
     """The starts of tiles of ``REACH`` taps that cover a dimension of ``taps`` without crossing its ends."""
     rest = max(0, taps - REACH)
@@ -303,11 +292,7 @@ def _moves(
 
 
 def _numbers(
-    weight: Tensor,
-    size: Sequence[int],
-    corners: Sequence[tuple[int, ...]],
-    tiles: Sequence[tuple[int, ...]],
-    taps: Sequence[int],
+    weight: Tensor, corners: Sequence[tuple[int, ...]], tiles: Sequence[tuple[int, ...]], taps: Sequence[int]
 ) -> Tensor:
     """The second factor: the taps at each tile and corner, divided evenly among all that cover them.
 
@@ -318,17 +303,14 @@ def _numbers(
     Returns: ``(groups, out * tiles, in * corners, *taps)``.
     """
     places = [
-        [
-            tuple(slice(t + c, t + c + k) for t, c, k in zip(tile, corner, taps, strict=True))
-            for corner in corners
-        ]
-        for tile in tiles
+        tuple(slice(t + c, t + c + k) for t, c, k in zip(tile, corner, taps, strict=True))
+        for tile, corner in itertools.product(tiles, corners)
     ]
-    reached = weight.new_zeros(*size)
-    for place in itertools.chain.from_iterable(places):
+    reached = weight.new_zeros(weight.shape[3:])
+    for place in places:
         reached[place] += 1.0
     shared = weight / reached
-    rows = [
-        torch.stack([shared[:, :, :, *place] for place in row], 3) for row in places
-    ]  # (g, out, in, c, *taps)
-    return torch.stack(rows, 2).flatten(3, 4).flatten(1, 2)
+    blocks = torch.stack([shared[:, :, :, *place] for place in places], 3)
+    groups, out, inner = weight.shape[:3]
+    blocks = blocks.reshape(groups, out, inner, len(tiles), len(corners), *taps)
+    return blocks.movedim(3, 2).reshape(groups, out * len(tiles), inner * len(corners), *taps)

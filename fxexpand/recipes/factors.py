@@ -180,10 +180,7 @@ def _signs(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
 
 
 def kaiming_factors(
-    shapes: Sequence[tuple[int, ...]],
-    mode: str,
-    like: Tensor,
-    generator: torch.Generator | None = None,
+    shapes: Sequence[tuple[int, ...]], mode: str, like: Tensor, generator: torch.Generator | None = None
 ) -> list[Tensor]:
     """Kaiming-normal factors as Huh et al. draw them, whose product keeps the variance of one layer.
 

@@ -16,13 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#4c6a92", "#d9722e", "#6b7280"
-COLOURS = {
-    "plain": BLUE,
-    "original": BLUE,
-    "expanded": ORANGE,
-    "fused": "#3a8f6b",
-    "folded back": "#7c6aa8",
-}
+COLOURS = {"plain": BLUE, "original": BLUE, "expanded": ORANGE, "fused": "#3a8f6b", "folded back": "#7c6aa8"}
 FORMATS = ("svg", "png", "pdf")
 
 _STYLE: Any = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fxexpand.kernel.algebra import FLOATING
+from fxexpand.kernel.algebra import FLOATING, Kernel
 from fxexpand.layers.rewritten import kernel_like
 from fxexpand.lowrank.calibration import CallSizes
 from fxexpand.lowrank.cuts import Cut, Extent, Scheme, macs_of, parameters_of, unit_extent
@@ -72,18 +72,27 @@ class Costs:
 
     def __init__(self, target: Target, calls: Mapping[nn.Module, CallSizes], measured: bool) -> None:
         self._target, self._measured = target, measured
-        self._kernels = [kernel_like(module, target.weight.detach()) for module in target.modules]
-        self._extents = [self._extent(i, calls, measured) for i in range(len(target.modules))]
         self.params = target.weight.numel()
-        self.flops = sum(self._whole(i) for i in range(len(self._kernels)))
+        self._owners: list[tuple[Kernel, Extent, bool]] = []  # the last: whether it is a look-up
+        for module in target.modules:
+            kernel = kernel_like(module, target.weight.detach())
+            found = calls[module].extent if module in calls else Extent(0.0, 0.0)
+            extent = found if measured else unit_extent(kernel.geometry)
+            self._owners.append((kernel, extent, isinstance(module, nn.Embedding)))
+        whole = 2.0 * self.params
+        self.flops = sum((whole * extent.outputs for _, extent, table in self._owners if not table), 0.0)
 
     def params_of(self, cut: Cut) -> int:
         """Parameters of the factors; shared by all owners."""
-        return parameters_of(self._kernels[0].geometry, cut)
+        return parameters_of(self._owners[0][0].geometry, cut)
 
     def flops_of(self, cut: Cut) -> float:
-        """FLOPs of the factors, over all owners."""
-        return sum(self._cut(i, cut) for i in range(len(self._kernels)))
+        """FLOPs of the factors, over all owners; of a look-up, those of the second factor."""
+        macs = 0.0
+        for kernel, extent, table in self._owners:
+            second = cut.rank * kernel.in_channels * extent.outputs
+            macs += second if table else macs_of(kernel.geometry, cut, extent)
+        return 2.0 * macs
 
     def saves(self, cut: Cut) -> bool:
         """Whether a cut has fewer FLOPs; for a target without FLOPs, such as a table, fewer parameters."""
@@ -93,25 +102,8 @@ class Costs:
 
     def estimated(self, cut: Cut) -> bool:
         """Whether the FLOPs that the cut saves depend on sizes that are not known."""
-        tables = sum(isinstance(module, nn.Embedding) for module in self._target.modules)
-        return not self._measured and (cut.scheme == "spatial" or 0 < tables < len(self._target.modules))
-
-    def _extent(self, i: int, calls: Mapping[nn.Module, CallSizes], measured: bool) -> Extent:
-        module = self._target.modules[i]
-        if not measured:
-            return unit_extent(self._kernels[i].geometry)
-        return calls[module].extent if module in calls else Extent(0.0, 0.0)
-
-    def _whole(self, i: int) -> float:
-        if isinstance(self._target.modules[i], nn.Embedding):
-            return 0.0
-        return 2.0 * self._target.weight.numel() * self._extents[i].outputs
-
-    def _cut(self, i: int, cut: Cut) -> float:
-        kernel, extent = self._kernels[i], self._extents[i]
-        if isinstance(self._target.modules[i], nn.Embedding):
-            return 2.0 * cut.rank * kernel.in_channels * extent.outputs  # the second factor
-        return 2.0 * macs_of(kernel.geometry, cut, extent)
+        tables = sum(table for *_, table in self._owners)
+        return not self._measured and (cut.scheme == "spatial" or 0 < tables < len(self._owners))
 
 
 def totals(model: nn.Module) -> int:

@@ -45,8 +45,7 @@ def kernel_rank(
     """
     if measure not in MEASURES:
         raise SelectionError(f"measure={measure!r}: choose from {', '.join(MEASURES)}.")
-    spectrum = kernel_spectrum(features, kind, centered=centered, batched=batched)
-    return MEASURES[measure](spectrum)
+    return MEASURES[measure](kernel_spectrum(features, kind, centered=centered, batched=batched))
 
 
 def kernel_spectrum(
@@ -66,14 +65,10 @@ def kernel_spectrum(
     wide = torch.complex128 if features.is_complex() else torch.float64
     points = (features if features.device.type != "mps" else features.cpu()).to(wide)
     points = points if batched else points.flatten(1).unsqueeze(0)
-    spectrum = _spectrum(_scaled(points), kind, centered)
-    return spectrum if batched else spectrum.squeeze(0)
-
-
-def _scaled(points: Tensor) -> Tensor:
-    """The points divided by their largest entry, so that no square overflows."""
     largest = points.detach().abs().amax((-2, -1), keepdim=True)
-    return points / torch.where(largest > 0, largest, torch.ones_like(largest))
+    points = points / torch.where(largest > 0, largest, 1.0)  # so that no square overflows
+    spectrum = _spectrum(points, kind, centered)
+    return spectrum if batched else spectrum.squeeze(0)
 
 
 def _spectrum(points: Tensor, kind: FeatureKernel, centered: bool) -> Tensor:
@@ -81,14 +76,13 @@ def _spectrum(points: Tensor, kind: FeatureKernel, centered: bool) -> Tensor:
     if kind != "gram":
         length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
         # After the division by the largest entry, as the norm of a row of tiny entries is denormal, or 0.
-        points = points / torch.where(length > 0, length, torch.ones_like(length))
+        points = points / torch.where(length > 0, length, 1.0)
     if kind != "cosine_distance" or centered:
         if centered:
             points = points - points.mean(-2, keepdim=True)
         # The smaller of the two matrices with these eigenvalues takes a fraction of the time of an SVD.
         small = points @ points.mH if points.shape[-2] <= points.shape[-1] else points.mH @ points
-        values: Tensor = torch.linalg.eigvalsh(small)
-        return values.abs()
+        return torch.linalg.eigvalsh(small).abs()  # type: ignore[no-any-return]
     n, dimensions = points.shape[-2:]
     ones = points.new_ones((*points.shape[:-1], 1))
     if dimensions + 1 < n and not points.requires_grad:

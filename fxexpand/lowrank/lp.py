@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxexpand.errors import FxExpandError, SelectionError
-from fxexpand.lowrank.projection import COLUMNS, Spectrum
+from fxexpand.lowrank.projection import COLUMNS, Spectrum, decomposed
 
 Body: TypeAlias = Literal["lewis", "lowner"]
 BODIES: tuple[Body, ...] = get_args(Body)
@@ -45,20 +45,15 @@ def lp_spectrum(matrix: Tensor, p: float = 1.0, body: Body = "lewis") -> Spectru
     if body not in BODIES:
         raise SelectionError(f"body={body!r}: choose from {', '.join(BODIES)}.")
     matrix = matrix.detach()
-    rows, columns = matrix.shape[-2:]
-    tall = matrix[0] if rows >= columns else matrix[0].mT
+    side: Literal["left", "right"] = "right" if matrix.shape[-2] >= matrix.shape[-1] else "left"
+    tall = matrix[0] if side == "right" else matrix[0].mT
     if body == "lowner" and tall.shape[1] > LOWNER_UP_TO:
         raise SelectionError(
             f"body='lowner' is for at most {LOWNER_UP_TO} columns, not {tall.shape[1]}. Take 'lewis'."
         )
     unit = float(tall.abs().max()) or 1.0
     form = lewis_form(tall, p, unit) if body == "lewis" else lowner_form(tall, p, unit)
-    values, vectors = torch.linalg.eigh(form)
-    values, vectors = values.flip(-1).clamp(min=0.0), vectors.flip(-1)
-    total = float(values.sum())
-    squares = values / total if total else torch.zeros_like(values)
-    side: Literal["left", "right"] = "right" if rows >= columns else "left"
-    return Spectrum(matrix, squares.unsqueeze(0), vectors.unsqueeze(0), side, total**0.5 * unit)
+    return decomposed(matrix, form.unsqueeze(0), side, unit)
 
 
 def lewis_form(tall: Tensor, p: float, unit: float = 1.0) -> Tensor:

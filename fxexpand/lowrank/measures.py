@@ -101,8 +101,7 @@ def numerical_rank(
     if not 0.0 <= tolerance < 1.0:
         raise SelectionError(f"numerical rank: tolerance={tolerance}: choose 0 or more, but below 1.")
     with torch.no_grad():
-        spectrum = scaled_spectrum(matrix, **options)[0]
-        return numerical_of(spectrum, tolerance)
+        return numerical_of(scaled_spectrum(matrix, **options)[0], tolerance)
 
 
 def energy_rank(matrix: Tensor, energy: float = 0.9, **options: Unpack[MatrixOptions]) -> Tensor:
@@ -113,8 +112,7 @@ def energy_rank(matrix: Tensor, energy: float = 0.9, **options: Unpack[MatrixOpt
     if not 0.0 < energy <= 1.0:
         raise SelectionError(f"energy rank: energy={energy}: choose a share above 0 and up to 1.")
     with torch.no_grad():
-        spectrum = scaled_spectrum(matrix, **options)[0]
-        return energy_of(spectrum, energy)
+        return energy_of(scaled_spectrum(matrix, **options)[0], energy)
 
 
 def singular_values(matrix: Tensor, **options: Unpack[MatrixOptions]) -> Tensor:
@@ -164,7 +162,7 @@ def scaled_spectrum(
     # On a view of pairs, as |a + ib| overflows where a and b are near the largest number.
     plain = torch.view_as_real(wide.detach()).flatten(-2) if wide.is_complex() else wide.detach()
     scale = plain.abs().amax((-2, -1)) if batched else plain.abs().amax()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale > 0, scale, 1.0)
     values: Tensor = torch.linalg.svdvals(wide / scale[..., None, None])
     if not batched:
         values = values.flatten()
@@ -179,9 +177,7 @@ def _blocks(
     if batched and groups != 1:
         raise SelectionError("effective rank: groups are for a single kernel, batched is for plain matrices.")
     if batched and unfolding != "channel":
-        raise SelectionError(
-            "effective rank: unfoldings are for a single kernel, batched for plain matrices."
-        )
+        raise SelectionError("effective rank: unfoldings are for a single kernel, batched is for matrices.")
     if not batched:
         return unfold(matrix, unfolding, groups=groups)
     _require_matrix(matrix)
@@ -191,9 +187,9 @@ def _blocks(
 def entropy_of(spectrum: Tensor) -> Tensor:
     """The entropy in nats of singular values ``(*batch, n)``."""
     total = spectrum.sum(-1, keepdim=True)
-    share = spectrum / torch.where(total > 0, total, torch.ones_like(total))
+    share = spectrum / torch.where(total > 0, total, 1.0)
     # 0 ln 0 = 0, in the gradient too: a 1 in place of the 0 has no entropy.
-    return -(share * torch.where(share > 0, share, torch.ones_like(share)).log()).sum(-1)
+    return -(share * torch.where(share > 0, share, 1.0).log()).sum(-1)
 
 
 def roy_of(spectrum: Tensor) -> Tensor:
@@ -204,7 +200,7 @@ def roy_of(spectrum: Tensor) -> Tensor:
 def stable_of(spectrum: Tensor) -> Tensor:
     """The sum of squares over the largest square, 0 where all singular values are 0."""
     largest = spectrum.amax(-1, keepdim=True)
-    return (spectrum / torch.where(largest > 0, largest, torch.ones_like(largest))).square().sum(-1)
+    return (spectrum / torch.where(largest > 0, largest, 1.0)).square().sum(-1)
 
 
 MEASURES: dict[Kind, Callable[[Tensor], Tensor]] = {"roy": roy_of, "entropy": entropy_of, "stable": stable_of}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,50 +243,35 @@ def _feature_rows(model: nn.Module, inputs: ExampleInputs, centered: bool) -> li
     if points is None or points < 2:
         raise SelectionError(f"rank report: {points or 'no'} input; the rank of features needs two or more.")
     found: dict[str, FeatureRank] = {}
-    order: list[str] = []
+    layers = list(_layers(model))
 
-    def watch(name: str, module: nn.Module) -> Any:
-        kind = type(module).__name__.removeprefix("Parametrized")
+    def measure(name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
+        values = next(iter(tensors_of(output)), None)
+        if name in found or values is None or not values.numel() or not values.is_floating_point():
+            return
+        if values.ndim < 2 or values.shape[0] != points:
+            return  # not one output per input, such as the packed sequences of a recurrent layer
+        kind = _kind(module)
+        try:
+            spectrum = kernel_spectrum(values, centered=centered)
+        except UnusableWeightError:
+            raise UnusableWeightError(f"{name} ({kind}): its outputs hold NaN or Inf.") from None
+        distance = float(kernel_rank(values, "cosine_distance", centered=centered))
+        figures = {**summary_of(spectrum), "cosine_distance": distance}
+        found[name] = FeatureRank(name, kind, values.shape[0], values[0].numel(), **figures)
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs = tensors_of(output)
-            if name in found or not outputs:
-                return
-            values = outputs[0]
-            if values.ndim < 2 or values.shape[0] != points or not values.is_floating_point():
-                return  # not one output per input, such as the packed sequences of a recurrent layer
-            if not values.numel():
-                return
-            try:
-                found[name] = _feature_row(name, kind, values, centered)
-            except UnusableWeightError:
-                raise UnusableWeightError(f"{name} ({kind}): its outputs hold NaN or Inf.") from None
-
-        return module.register_forward_hook(hook)
-
-    handles = []
+    handles = [module.register_forward_hook(partial(measure, name)) for name, module in layers]
     try:
-        for name, module in _layers(model):
-            order.append(name)
-            handles.append(watch(name, module))
         with evaluating(model):
             arguments.call(model, arguments.copy(inputs))
     finally:
         for handle in handles:
             handle.remove()
-    return [found[name] for name in order if name in found]
+    return [found[name] for name, _ in layers if name in found]
 
 
-def _feature_row(name: str, kind: str, values: Tensor, centered: bool) -> FeatureRank:
-    spectrum = kernel_spectrum(values, centered=centered)
-    return FeatureRank(
-        name=name,
-        kind=kind,
-        points=values.shape[0],
-        dimensions=values[0].numel(),
-        **summary_of(spectrum),
-        cosine_distance=float(kernel_rank(values, "cosine_distance", centered=centered)),
-    )
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("Parametrized")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -310,7 +296,7 @@ def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
     Raises: UnusableWeightError: a lazy layer that has not run.
     """
     for path, module in _layers(model):
-        kind = type(module).__name__.removeprefix("Parametrized")
+        kind = _kind(module)
         prefix = f"{path}." if path else ""
         if isinstance(module, nn.MultiheadAttention):
             weights: Iterable[tuple[str, Tensor]] = _attention_weights(module)

@@ -54,10 +54,8 @@ class Spectrum:
     @property
     def errors(self) -> Tensor:
         """``(full + 1,)``: relative squared error at each rank from 0 on; never increasing."""
-        kept = self.squares.sum(0)
-        tails = kept.flip(0).cumsum(0).flip(0)
-        zero = tails.new_zeros(1)
-        return torch.cat([tails, zero])[: self.full + 1].clamp(min=0.0)
+        tails = self.squares.sum(0).flip(0).cumsum(0).flip(0)
+        return torch.cat([tails, tails.new_zeros(1)])[: self.full + 1].clamp(min=0.0)
 
     def rank_for(self, energy: float) -> int:
         """The smallest rank, at least 1, that keeps this share of the squared norm."""
@@ -113,14 +111,14 @@ def spectrum(matrix: Tensor, moment: Tensor | None = None) -> Spectrum:
     side: Literal["left", "right"] = "left" if rows <= columns else "right"
     if moment is None:
         moment = _second_moment(matrix if side == "left" else matrix.mT, unit)
-        return _decomposed(matrix, moment, side, unit)
+        return decomposed(matrix, moment, side, unit)
     if moment_side(matrix) == "outputs":
-        return replace(_decomposed(matrix, moment / unit**2, "left", unit), by_data=True)
+        return replace(decomposed(matrix, moment / unit**2, "left", unit), by_data=True)
     # U = M S^1/2 v / s: for m > n, no (m, m) matrix is needed.
     values, vectors = torch.linalg.eigh(moment)
     root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2) @ vectors.mT
     outputs = _product(root, matrix.mT / unit).mT  # (g, m, n), for whitened inputs
-    right = _decomposed(matrix, gram(outputs.mT), "right", unit)
+    right = decomposed(matrix, gram(outputs.mT), "right", unit)
     basis = torch.linalg.qr(outputs @ right.basis).Q  # columns in the order of the eigenvalues
     return Spectrum(matrix, right.squares, basis, "left", right.scale, by_data=True)
 
@@ -130,7 +128,7 @@ def table_spectrum(matrix: Tensor, counts: Tensor) -> Spectrum:
     unit = float(matrix.abs().max()) or 1.0
     rows = matrix[0].to(torch.float64) / unit
     moment = (rows * (counts / counts.sum()).unsqueeze(1)).mT @ rows
-    return replace(_decomposed(matrix, moment.unsqueeze(0), "right", unit), by_data=True)
+    return replace(decomposed(matrix, moment.unsqueeze(0), "right", unit), by_data=True)
 
 
 def moment_side(matrix: Tensor) -> Literal["inputs", "outputs"]:
@@ -150,7 +148,8 @@ def rank_of_share(share: float, full: int) -> int:
     return max(1, min(full, ceil(share * full - 1e-9)))
 
 
-def _decomposed(matrix: Tensor, moment: Tensor, side: Literal["left", "right"], unit: float) -> Spectrum:
+def decomposed(matrix: Tensor, moment: Tensor, side: Literal["left", "right"], unit: float) -> Spectrum:
+    """The eigenvectors of ``moment`` as directions; the moment is that of the matrix over ``unit``."""
     values, vectors = torch.linalg.eigh(moment)
     values, vectors = values.flip(-1).clamp(min=0.0), vectors.flip(-1)
     full = min(matrix.shape[-2:])

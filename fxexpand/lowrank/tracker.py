@@ -168,13 +168,9 @@ class RankTracker:
 
         Raises: FxExpandError: transformers is not installed.
         """
-        try:
-            parent: Any = importlib.import_module("transformers").TrainerCallback
-        except ImportError as error:
-            raise FxExpandError("transformers is not installed. Run pip install transformers.") from error
         tracker = self
 
-        class RankCallback(parent):  # type: ignore[misc]
+        class RankCallback(_installed("transformers").TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
                 if state.is_world_process_zero:
                     tracker(state.global_step)
@@ -192,7 +188,7 @@ class RankTracker:
         """
         tracker = self
 
-        class RankCallback(_lightning().Callback):  # type: ignore[misc]
+        class RankCallback(_installed("lightning.pytorch", "pytorch_lightning").Callback):  # type: ignore[misc]
             def on_train_batch_end(self, trainer: Any, *rest: Any, **named: Any) -> None:
                 if trainer.is_global_zero:
                     tracker(trainer.global_step)
@@ -221,10 +217,12 @@ class RankTracker:
         )
 
 
-def _lightning() -> Any:
-    for name in ("lightning.pytorch", "pytorch_lightning"):
+def _installed(*names: str) -> Any:
+    """The first of these modules that is installed."""
+    for name in names:
         try:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise FxExpandError("lightning is not installed. Run pip install lightning.")
+    library = names[0].partition(".")[0]
+    raise FxExpandError(f"{library} is not installed. Run pip install {library}.")

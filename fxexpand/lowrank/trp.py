@@ -10,7 +10,7 @@ the released code: period 5, energy 0.9, lam 3e-4; the sub-gradient acts on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -140,12 +140,8 @@ class TrainedRankPruning:
             if self.steps % self.every == 0:
                 self.project()
 
-        hooks: list[Callable[..., RemovableHandle]] = [
-            optimizer.register_step_pre_hook,
-            optimizer.register_step_post_hook,
-        ]
         self.project()
-        self._handles = [register(hook) for register, hook in zip(hooks, (before, after), strict=True)]
+        self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         return self
 
     def finish(self) -> tuple[Projected, ...]:
@@ -165,19 +161,21 @@ class TrainedRankPruning:
         """
         for name, module in self.layers.items():
             self._require_finite(name, module.get_parameter("weight"))
-        done = []
+        done, process, processes = [], 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            process, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         for i, (name, module) in enumerate(self.layers.items()):
             weight = module.get_parameter("weight")
             subgradient = torch.empty_like(weight)
             figures = torch.zeros(2, dtype=torch.float64, device=weight.device)  # rank, lost
-            if i % _processes() == _process():
+            if i % processes == process:
                 new, slope, rank, lost = self._truncated(module, weight)
                 weight.copy_(new)
                 subgradient.copy_(slope)
                 figures[0], figures[1] = rank, lost
-            if _processes() > 1:
+            if processes > 1:
                 for tensor in (weight, subgradient, figures):
-                    torch.distributed.broadcast(tensor.data, src=i % _processes())
+                    torch.distributed.broadcast(tensor.data, src=i % processes)
             if self.nuclear:
                 self._subgradients[name] = subgradient
             full = min(matrix_of(kernel_like(module, weight), self._scheme(module)).shape[-2:])
@@ -233,7 +231,7 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
     Raises: SelectionError: a pattern of ``select`` matches no layer.
     """
     selection = Selection(select, Chain())
-    matrices = [
+    matrices: list[tuple[str, Any]] = [
         (name, module)
         for name, module in model.named_modules()
         if type(module) in FACTORIZED and not isinstance(module, nn.Embedding)
@@ -246,25 +244,14 @@ def _layers(model: nn.Module, exclude: tuple[Excluded, ...], select: Select) -> 
         parameter = module._parameters.get("weight")
         if parameter is None or not parameter.requires_grad or id(parameter) in taken:
             continue  # a hook computes it before each forward, or it is frozen, or shared
-        if selected[name] and not _kinds(module, i == 0, i == len(matrices) - 1) & set(exclude):
+        convolution = isinstance(module, nn.modules.conv._ConvNd)
+        kinds: dict[Excluded, bool] = {
+            "first": i == 0,
+            "pointwise": convolution and set(module.kernel_size) == {1},
+            "last": i == len(matrices) - 1,
+            "strided": convolution and set(module.stride) != {1},
+        }
+        if selected[name] and not any(kinds[kind] for kind in exclude):
             layers[name] = module
             taken.add(id(parameter))
     return layers
-
-
-def _kinds(module: nn.Module, first: bool, last: bool) -> set[Excluded]:
-    """The kinds of layers that can be excluded, to which a layer belongs."""
-    kinds: dict[Excluded, bool] = {"first": first, "last": last}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        kinds["pointwise"] = set(module.kernel_size) == {1}
-        kinds["strided"] = set(module.stride) != {1}
-    return {kind for kind, holds in kinds.items() if holds}
-
-
-def _processes() -> int:
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if running else 1
-
-
-def _process() -> int:
-    return torch.distributed.get_rank() if _processes() > 1 else 0

@@ -325,15 +325,6 @@ def _in_order(order: Association, kernels: Sequence[Kernel]) -> Kernel:
     return compose(_in_order(outer, kernels), _in_order(inner, kernels))
 
 
-def filled(geometry: Geometry, weight: Tensor, bias: Tensor | None = None) -> Kernel:
+def filled(g: Geometry, weight: Tensor, bias: Tensor | None = None) -> Kernel:
     """The kernel of a geometry with these numbers."""
-    return Kernel(
-        weight,
-        bias,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        geometry.transposed,
-        geometry.padding_mode,
-    )
+    return Kernel(weight, bias, g.stride, g.padding, g.dilation, g.groups, g.transposed, g.padding_mode)

@@ -45,13 +45,9 @@ def alignment(geometries: Sequence[Geometry]) -> Alignment | str:
     modes = sorted({g.mode for g in turned if g.mode is not None})
     if len(modes) > 1:
         return f"the kernels pad in different modes: {' and '.join(modes)}."
-    lattices = []
-    for i in range(first.rank):
-        lattice = _lattice(turned, i)
-        if lattice is None:
-            return "the kernels give outputs of different lengths: padding − dilation (size − 1) differs."
-        lattices.append(lattice)
-    return _aligned(turned, flips, lattices, modes[0] if modes else "zeros")
+    if any(len({sum(g.padding[dim]) - g.span[dim] for g in turned}) > 1 for dim in range(first.rank)):
+        return "the kernels give outputs of different lengths: padding − dilation (size − 1) differs."
+    return _aligned(turned, flips, modes[0] if modes else "zeros")
 
 
 def _mismatch(one: Geometry, two: Geometry) -> str:
@@ -65,19 +61,30 @@ def _mismatch(one: Geometry, two: Geometry) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _Lattice:
-    """Common taps along one dimension, with the offset and the spacing of each kernel's own taps."""
+def _aligned(turned: Sequence[Geometry], flips: Sequence[bool], mode: str) -> Alignment:
+    lattices = [_lattice(turned, dim) for dim in range(turned[0].rank)]
+    size, step, padding, offsets, spacings = zip(*lattices, strict=True) if lattices else ((),) * 5
+    result = replace(
+        turned[0],
+        kernel_size=size,
+        padding=padding,
+        dilation=step,
+        groups=gcd(*(g.groups for g in turned)),
+        padding_mode=mode,
+        bias=any(g.bias for g in turned),
+    )
+    placements = []
+    for k, flip in enumerate(flips):
+        offset, spacing = [each[k] for each in offsets], [each[k] for each in spacings]
+        placements.append(Placement(flip, tuple(offset), tuple(spacing)))
+    return Alignment(result, tuple(placements))
 
-    size: int
-    step: int
-    padding: tuple[int, int]
-    offsets: tuple[int, ...]
-    spacings: tuple[int, ...]
 
-
-def _lattice(geometries: Sequence[Geometry], dim: int) -> _Lattice | None:
-    """The smallest regular lattice with the taps ``d a − p`` of every kernel; None where lengths differ.
+def _lattice(
+    geometries: Sequence[Geometry], dim: int
+) -> tuple[int, int, tuple[int, int], tuple[int, ...], tuple[int, ...]]:
+    """Size, step and padding of the smallest regular lattice with the taps ``d a − p`` of every kernel along
+    one dimension, and the offset and the spacing of each kernel's own taps.
 
     With span d (k − 1), padding p before and p' after, and maxima over the kernels::
 
@@ -88,39 +95,13 @@ def _lattice(geometries: Sequence[Geometry], dim: int) -> _Lattice | None:
         size    = S / step + 1,    S = max(P − p + span)
         after   = (p + p' − span) + S − P
     """
-    lengths = {sum(g.padding[dim]) - g.span[dim] for g in geometries}
-    if len(lengths) > 1:
-        return None
     before = max(g.padding[dim][0] for g in geometries)
     shifts = [before - g.padding[dim][0] for g in geometries]
     dilations = [g.dilation[dim] for g in geometries if g.kernel_size[dim] > 1]
     # If all kernels have one tap at one place, any step is right, and the first kernel's dilation is kept.
     step = gcd(*dilations, *shifts) or geometries[0].dilation[dim]
     span = max(shift + g.span[dim] for shift, g in zip(shifts, geometries, strict=True))
-    return _Lattice(
-        span // step + 1,
-        step,
-        (before, lengths.pop() + span - before),
-        tuple(shift // step for shift in shifts),
-        tuple(g.dilation[dim] // step if g.kernel_size[dim] > 1 else 1 for g in geometries),
-    )
-
-
-def _aligned(
-    turned: Sequence[Geometry], flips: Sequence[bool], lattices: Sequence[_Lattice], mode: str
-) -> Alignment:
-    """The common geometry, with one lattice per dimension."""
-    result = replace(
-        turned[0],
-        kernel_size=tuple(lattice.size for lattice in lattices),
-        padding=tuple(lattice.padding for lattice in lattices),
-        dilation=tuple(lattice.step for lattice in lattices),
-        groups=gcd(*(g.groups for g in turned)),
-        padding_mode=mode,
-        bias=any(g.bias for g in turned),
-    )
-    placements = []
-    for k, flip in enumerate(flips):
-        offset, spacing = [each.offsets[k] for each in lattices], [each.spacings[k] for each in lattices]
-        placements.append(Placement(flip, tuple(offset), tuple(spacing)))
-    return Alignment(result, tuple(placements))
+    length = sum(geometries[0].padding[dim]) - geometries[0].span[dim]
+    offsets = tuple(shift // step for shift in shifts)
+    spacings = tuple(g.dilation[dim] // step if g.kernel_size[dim] > 1 else 1 for g in geometries)
+    return span // step + 1, step, (before, length + span - before), offsets, spacings

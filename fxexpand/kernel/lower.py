@@ -36,12 +36,7 @@ def to_module(kernel: Kernel, *, copy: bool = True) -> nn.Module:
         "dtype": kernel.weight.dtype,
     }
     if kernel.rank:
-        options |= {
-            "kernel_size": kernel.kernel_size,
-            "stride": kernel.stride,
-            "dilation": kernel.dilation,
-            "groups": kernel.groups,
-        }
+        options |= {name: getattr(kernel, name) for name in ("kernel_size", "stride", "dilation", "groups")}
         options |= _crop(kernel) if kernel.transposed else _padding(kernel)
     module = kind(kernel.in_channels, kernel.out_channels, **options)
     module.weight = _parameter(native_weight(kernel), kernel.weight.requires_grad, copy)

@@ -36,17 +36,7 @@ def checked(options: Options) -> Options:
 
     Raises: SelectionError: not exactly one criterion, or an option out of range.
     """
-    if options.method not in METHODS:
-        raise SelectionError(f"method={options.method!r}: choose from {', '.join(METHODS)}.")
-    if options.method != "lp" and (options.p, options.body) != (FactorizeOptions.p, FactorizeOptions.body):
-        raise SelectionError(
-            f"p={options.p}, body={options.body!r}: are those of l_p, but method={options.method!r}. "
-            "Give method='lp'."
-        )
-    if options.scheme is not None and options.scheme not in SCHEMES:
-        raise SelectionError(
-            f"scheme={options.scheme!r}: choose from {', '.join(SCHEMES)}, or None for both."
-        )
+    _require_approach(options)
     criteria = ("rank", *_RANGES)
     given = [name for name in criteria if getattr(options, name) is not None]
     if options.method == "trp" and not given:
@@ -63,6 +53,20 @@ def checked(options: Options) -> Options:
     elif isinstance(value, bool) or not isinstance(value, Real) or not _RANGES[name][0](value):
         raise SelectionError(f"{name}={value}: give {_RANGES[name][1]}.")
     return replace(options, **{name: value})
+
+
+def _require_approach(options: FactorizeOptions) -> None:
+    if options.method not in METHODS:
+        raise SelectionError(f"method={options.method!r}: choose from {', '.join(METHODS)}.")
+    if options.method != "lp" and (options.p, options.body) != (FactorizeOptions.p, FactorizeOptions.body):
+        raise SelectionError(
+            f"p={options.p}, body={options.body!r}: are those of l_p, but method={options.method!r}. "
+            "Give method='lp'."
+        )
+    if options.scheme is not None and options.scheme not in SCHEMES:
+        raise SelectionError(
+            f"scheme={options.scheme!r}: choose from {', '.join(SCHEMES)}, or None for both."
+        )
 
 
 def _require_rank(value: Any) -> None:

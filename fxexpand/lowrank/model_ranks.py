@@ -305,7 +305,16 @@ def layer_weights(model: nn.Module) -> Iterator[tuple[str, str, Tensor, int]]:
             names = (name for names in layers for name in names if name.startswith("weight"))
             weights = ((name, getattr(module, name)) for name in names)
         else:
-            weight, groups = _layer_weight(module, f"{prefix}weight ({kind})")
+            weight, groups = module.weight, getattr(module, "groups", 1)
+            assert isinstance(weight, Tensor)
+            if is_lazy(weight):
+                place = f"{prefix}weight ({kind})"
+                raise UnusableWeightError(
+                    f"{place}: is not initialised yet (lazy). Run the model once first."
+                )
+            weight = weight.detach()  # a weight that is computed from factors is computed once here
+            groups = groups if isinstance(groups, int) else 1
+            weight = exchanged(weight, groups) if isinstance(module, _ConvTransposeNd) else weight
             yield f"{prefix}weight", kind, weight, groups
             continue
         for name, weight in weights:
@@ -320,18 +329,6 @@ def _attention_weights(module: nn.MultiheadAttention) -> Iterator[tuple[str, Ten
     else:
         for part, weight in zip("qkv", packed.chunk(3), strict=True):
             yield f"in_proj_weight[{part}]", weight
-
-
-def _layer_weight(module: nn.Module, name: str) -> tuple[Tensor, int]:
-    """The weight ``(out, in/groups, *k)`` of a layer, and its groups."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if is_lazy(weight):
-        raise UnusableWeightError(f"{name}: is not initialised yet (lazy). Run the model once first.")
-    weight = weight.detach()  # a weight that is computed from factors is computed once here
-    groups = getattr(module, "groups", 1)
-    groups = groups if isinstance(groups, int) else 1
-    return exchanged(weight, groups) if isinstance(module, _ConvTransposeNd) else weight, groups
 
 
 def _has_one_weight(module: nn.Module) -> bool:

@@ -110,7 +110,10 @@ def spectrum(matrix: Tensor, moment: Tensor | None = None) -> Spectrum:
     unit = largest or 1.0
     side: Literal["left", "right"] = "left" if rows <= columns else "right"
     if moment is None:
-        moment = _second_moment(matrix if side == "left" else matrix.mT, unit)
+        wide = matrix if side == "left" else matrix.mT
+        moment = matrix.new_zeros((*wide.shape[:-1], wide.shape[-2]), dtype=torch.float64)
+        for block in torch.split(wide, COLUMNS, -1):
+            moment += gram(block.to(torch.float64) / unit)  # huge and tiny values keep in range
         return decomposed(matrix, moment, side, unit)
     if moment_side(matrix) == "outputs":
         return replace(decomposed(matrix, moment / unit**2, "left", unit), by_data=True)
@@ -156,15 +159,6 @@ def decomposed(matrix: Tensor, moment: Tensor, side: Literal["left", "right"], u
     total = float(values.sum())
     squares = values / total if total else torch.zeros_like(values)
     return Spectrum(matrix, squares[..., :full], vectors[..., :full], side, total**0.5 * unit)
-
-
-def _second_moment(matrix: Tensor, unit: float) -> Tensor:
-    """``M M^T / unit**2`` in float64; huge and tiny values neither overflow nor vanish."""
-    result = matrix.new_zeros((*matrix.shape[:-1], matrix.shape[-2]), dtype=torch.float64)
-    for block in torch.split(matrix, COLUMNS, -1):
-        wide = block.to(torch.float64) / unit
-        result += gram(wide)
-    return result
 
 
 def _product(left: Tensor, matrix: Tensor) -> Tensor:

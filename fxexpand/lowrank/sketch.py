@@ -57,10 +57,12 @@ class Sketch:
 
     def singular_values(self) -> list[Interval]:
         """Bounds of all singular values, largest first; those beyond the sketch have the lower bound 0."""
-        low = [*self.values, *[0.0] * (self.full_rank - len(self.values))]
-        return [
-            Interval(t * self.scale, self.scale * math.hypot(t, self._excess(i))) for i, t in enumerate(low)
-        ]
+        found = len(self.values)
+        # The first i + 1 of ``s_i² - t_i²`` share the energy of the residual. Beyond the sketch the singular
+        # values are sorted, so each is at most the mean of those before it.
+        known = [Interval(t * self.scale, self.scale * math.hypot(t, self.residual)) for t in self.values]
+        beyond = [self.scale * self.residual / math.sqrt(i + 1) for i in range(self.full_rank - found)]
+        return [*known, *(Interval(0.0, high) for high in beyond)]
 
     def nuclear_norm(self) -> Interval:
         """The sum of the singular values, in the unit of the matrix."""
@@ -132,14 +134,6 @@ class Sketch:
 
     def _energy(self) -> float:
         return sum(t**2 for t in self.values) + self.residual**2
-
-    def _excess(self, index: int) -> float:
-        """A bound of ``sqrt(s_i² - t_i²)``: the first i + 1 of them share the energy of the residual.
-
-        Beyond the sketch the singular values are sorted, so each is at most the mean of those before it.
-        """
-        beyond = index - len(self.values) + 1
-        return self.residual / math.sqrt(max(beyond, 1))
 
     def _missing(self) -> float:
         """A bound of ``sum(s_i - t_i)``, by ``s - t <= sqrt(s² - t²)`` and Cauchy and Schwarz."""

@@ -56,15 +56,21 @@ class MultiBranch(Recipe):
         require_init(init)
         require_convolution(kernel, type(self).__name__)
         branches = self.branches(kernel, Draw(kernel, generator))
-        block = nn.Sequential(Branches(branches))
+        block, main = nn.Sequential(Branches(branches)), branches[0]
         with torch.no_grad():
             if not kernel.weight.is_meta and init == "preserve":
-                _give_rest(block, branches[0], kernel)
+                # The kernel less the other branches, over the gain of the BatchNorm or Scale.
+                weight, gain = main[0].get_parameter("weight").zero_(), folded_weight(main[-1])
+                weight.copy_((kernel.weight.detach().double() - folded_weight(block)) / gain)
             if not kernel.weight.is_meta and init == "matched":
                 match(block, kernel, [branch[-1].get_parameter("weight") for branch in branches])
             block.requires_grad_(kernel.weight.requires_grad)
             if kernel.bias is not None:
-                _give_bias(branches[0], kernel.bias)
+                value, trains = kernel.bias.detach().clone(), kernel.bias.requires_grad
+                if isinstance(main[-1], Scale):
+                    main[0].bias = nn.Parameter(value / main[-1].weight, requires_grad=trains)
+                else:
+                    main[-1].get_parameter("bias").copy_(value).requires_grad_(trains)
         return block
 
 
@@ -279,20 +285,3 @@ def _require_centre(kernel: Kernel, recipe: str) -> None:
 def _require_taps(kernel: Kernel, recipe: str, instead: str) -> None:
     if math.prod(kernel.kernel_size) == 1:
         raise InexactError(f"{recipe} puts a 1x1 beside a larger kernel, and this one has one tap. {instead}")
-
-
-def _give_rest(block: nn.Sequential, main: nn.Sequential, kernel: Kernel) -> None:
-    """Set the weight of the main branch so that the block has the kernel's weight in evaluation mode."""
-    weight = main[0].get_parameter("weight")
-    weight.zero_()
-    gain = folded_weight(main[-1])
-    weight.copy_((kernel.weight.detach().double() - folded_weight(block)) / gain)
-
-
-def _give_bias(main: nn.Sequential, bias: Tensor) -> None:
-    """Put the kernel's bias on the last layer that adds it to the output unscaled."""
-    value, last = bias.detach().clone(), main[-1]
-    if isinstance(last, Scale):
-        main[0].bias = nn.Parameter(value / last.weight, requires_grad=bias.requires_grad)
-    else:
-        last.get_parameter("bias").copy_(value).requires_grad_(bias.requires_grad)

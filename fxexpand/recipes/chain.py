@@ -144,7 +144,10 @@ class Chain(Recipe):
         weights: list[Tensor] = []
         for (start, stop, skip), target in zip(runs, targets, strict=True):
             if skip:
-                target = target - _matrix(_identity_weight(geometry[start], target), groups)
+                weight = target.new_zeros(geometry[start].weight.shape)  # of the centred identity
+                channels: Any = torch.arange(len(weight))
+                weight[(channels, channels % weight.shape[1], *(k // 2 for k in weight.shape[2:]))] = 1.0
+                target = target - _matrix(weight, groups)
             weights += balanced_factors(target, hidden, stop - start, generator)
         return [weight.reshape(factor.weight.shape) for weight, factor in zip(weights, geometry, strict=True)]
 
@@ -184,12 +187,3 @@ class Chain(Recipe):
 def _matrix(weight: Tensor, groups: int) -> Tensor:
     """``(out, in/groups, *k)`` as ``(groups, out/groups, in/groups * prod(k))``."""
     return weight.detach().reshape(groups, weight.shape[0] // groups, -1)
-
-
-def _identity_weight(geometry: Kernel, like: Tensor) -> Tensor:
-    """The weight of a centred identity in the shape of ``geometry``."""
-    rows, width = geometry.weight.shape[:2]
-    weight = like.new_zeros(geometry.weight.shape)
-    channels: Any = torch.arange(rows)
-    weight[(channels, channels % width, *(k // 2 for k in geometry.kernel_size))] = 1.0
-    return weight

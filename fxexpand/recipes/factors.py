@@ -139,7 +139,8 @@ class Turn:
         mirrors = min(MIRRORS, max(1, rows // 4))
         normal = torch.randn(groups, rows, mirrors, dtype=like.dtype, generator=generator, device=device)
         self.mirrors = torch.linalg.qr(normal)[0].to(like.device)
-        self.signs = _signs((groups, columns), generator).to(like.device, like.dtype)
+        coins = torch.randint(0, 2, (groups, columns), generator=generator, device=device)
+        self.signs = (2 * coins - 1).to(like.device, like.dtype)
         self.rows = rows
 
     def on_rows(self, matrix: Tensor, diagonal: Tensor | float = 1.0) -> Tensor:
@@ -172,11 +173,6 @@ class Turn:
         result = torch.cat([-2.0 * self.mirrors, inner], -1) @ torch.cat([left, other.mirrors], -1).mT
         torch.diagonal(result, dim1=1, dim2=2)[:, :columns] += signed.squeeze(-1)
         return result
-
-
-def _signs(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else "cpu"
-    return 2 * torch.randint(0, 2, shape, generator=generator, device=device) - 1
 
 
 def kaiming_factors(

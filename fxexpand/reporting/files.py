@@ -16,22 +16,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         ``path``, and nothing is left behind.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
     try:
-        _write(Path(os.path.realpath(path)), data)
+        # In the target's own folder: os.replace is atomic within one file system only.
+        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only the owner may read
+            os.replace(draft, target)
+        except BaseException:
+            os.unlink(draft)
+            raise
     except OSError as error:  # its own message names the draft, or no file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    # In the target's own folder: os.replace is atomic within one file system only.
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(draft, 0o666 & ~mask)  # mkstemp makes files that only the owner may read
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise

@@ -26,27 +26,6 @@ from fxexpand.kernel.lower import is_channels_last, laid_out_as, to_module
 from fxexpand.kernel.modules import LAYERS, NORMS, describe, kernel_of
 from fxexpand.kernel.taps import exchanged
 
-__all__ = [
-    "FLOATING",
-    "LAYERS",
-    "NORMS",
-    "Kernel",
-    "add",
-    "apply",
-    "cast",
-    "compose",
-    "compose_all",
-    "concat",
-    "describe",
-    "exchanged",
-    "identity",
-    "is_channels_last",
-    "kernel_of",
-    "laid_out_as",
-    "macs",
-    "native_weight",
-    "regroup",
-    "scale",
-    "split",
-    "to_module",
-]
+__all__ = ["FLOATING", "LAYERS", "NORMS", "Kernel", "add", "apply", "cast", "compose", "compose_all"]
+__all__ += ["concat", "describe", "exchanged", "identity", "is_channels_last", "kernel_of", "laid_out_as"]
+__all__ += ["macs", "native_weight", "regroup", "scale", "split", "to_module"]

@@ -26,32 +26,10 @@ if TYPE_CHECKING:
     from fxexpand.lowrank.tracker import RankTracker
     from fxexpand.lowrank.trp import TrainedRankPruning
 
-__all__ = [
-    "Cut",
-    "FactorRow",
-    "FactorizeReport",
-    "Factorized",
-    "FeatureRank",
-    "Method",
-    "RankReport",
-    "RankTracker",
-    "Ranks",
-    "Scheme",
-    "Spectrum",
-    "TrainedRankPruning",
-    "WeightRank",
-    "effective_rank",
-    "kernel_rank",
-    "layer_weights",
-    "lp_spectrum",
-    "plot_ranks",
-    "plot_report",
-    "plot_spectra",
-    "rank_report",
-    "spectral_entropy",
-    "spectrum",
-    "stable_rank",
-]
+__all__ = ["Cut", "FactorRow", "FactorizeReport", "Factorized", "FeatureRank", "Method", "RankReport"]
+__all__ += ["RankTracker", "Ranks", "Scheme", "Spectrum", "TrainedRankPruning", "WeightRank"]
+__all__ += ["effective_rank", "kernel_rank", "layer_weights", "lp_spectrum", "plot_ranks", "plot_report"]
+__all__ += ["plot_spectra", "rank_report", "spectral_entropy", "spectrum", "stable_rank"]
 
 _HOMES = (
     *("cuts", "factored", "factorize_report", "features", "lp", "measures", "model_ranks"),

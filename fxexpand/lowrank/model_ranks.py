@@ -16,16 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.kernel.taps import exchanged
+from fxexpand.lowrank import measures
 from fxexpand.lowrank.features import kernel_rank, kernel_spectrum
-from fxexpand.lowrank.measures import (
-    Unfolding,
-    energy_of,
-    numerical_of,
-    rounding_unit,
-    scaled_spectrum,
-    summary_of,
-    unfold,
-)
+from fxexpand.lowrank.measures import Unfolding
 from fxexpand.lowrank.sketch import sketch
 from fxexpand.reporting.table import table
 from fxexpand.running import inputs as arguments
@@ -214,7 +207,7 @@ def _weight_row(
     name: str, kind: str, weight: Tensor, groups: int, unfolding: Unfolding, sketched: int | None
 ) -> WeightRank:
     bounds = None
-    matrices = unfold(weight, unfolding, groups=groups)
+    matrices = measures.unfold(weight, unfolding, groups=groups)
     full = groups * min(matrices.shape[1:])
     if sketched is not None and groups == 1 and full > 2 * sketched:
         directions = torch.Generator(weight.device).manual_seed(0)  # leaves the user's random state alone
@@ -224,15 +217,15 @@ def _weight_row(
         interval = found.effective_rank()
         bounds = (interval.low, interval.high)
     else:
-        spectrum, scale = scaled_spectrum(weight, groups=groups, unfolding=unfolding)
+        spectrum, scale = measures.scaled_spectrum(weight, groups=groups, unfolding=unfolding)
     return WeightRank(
         name=name,
         kind=kind,
         shape=tuple(weight.shape),
         full_rank=full,
-        **summary_of(spectrum),
-        numerical_rank=int(numerical_of(spectrum, rounding_unit(matrices))),
-        energy_rank=int(energy_of(spectrum, ENERGY)),
+        **measures.summary_of(spectrum),
+        numerical_rank=int(measures.numerical_of(spectrum, measures.rounding_unit(matrices))),
+        energy_rank=int(measures.energy_of(spectrum, ENERGY)),
         nuclear_norm=float(spectrum.sum() * scale),
         bounds=bounds,
     )
@@ -257,7 +250,7 @@ def _feature_rows(model: nn.Module, inputs: ExampleInputs, centered: bool) -> li
         except UnusableWeightError:
             raise UnusableWeightError(f"{name} ({kind}): its outputs hold NaN or Inf.") from None
         distance = float(kernel_rank(values, "cosine_distance", centered=centered))
-        figures = {**summary_of(spectrum), "cosine_distance": distance}
+        figures = {**measures.summary_of(spectrum), "cosine_distance": distance}
         found[name] = FeatureRank(name, kind, values.shape[0], values[0].numel(), **figures)
 
     handles = [module.register_forward_hook(partial(measure, name)) for name, module in layers]

@@ -13,23 +13,5 @@ from fxexpand.recipes.expandnet import ExpandNetCK, ExpandNetCL, ExpandNetFC
 from fxexpand.recipes.recipe import INITS, Init, Recipe
 from fxexpand.recipes.structure import Branches, Scale, Skip, fold, has_norm
 
-__all__ = [
-    "DBB",
-    "INITS",
-    "OREPA",
-    "ACNet",
-    "Branches",
-    "Chain",
-    "DOConv",
-    "ExpandNetCK",
-    "ExpandNetCL",
-    "ExpandNetFC",
-    "Init",
-    "MobileOne",
-    "Recipe",
-    "RepVGG",
-    "Scale",
-    "Skip",
-    "fold",
-    "has_norm",
-]
+__all__ = ["DBB", "INITS", "OREPA", "ACNet", "Branches", "Chain", "DOConv", "ExpandNetCK", "ExpandNetCL"]
+__all__ += ["ExpandNetFC", "Init", "MobileOne", "Recipe", "RepVGG", "Scale", "Skip", "fold", "has_norm"]

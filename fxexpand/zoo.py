@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,8 @@ from fxexpand.running.inputs import ExampleInputs, call, copy, tensors
 _OF_INPUTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 _INPUT = re.compile(r"(?P<shape>\d+(?:[,x]\d+)*)(?::(?P<dtype>\w+))?")
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
-}
+_NAMES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 
 
 def load_model(name: str, *, meta: bool = False) -> nn.Module:
@@ -256,15 +250,11 @@ def _from_factory(module: str, attribute: str, meta: bool) -> nn.Module:
 
 
 def _built(factory: Any, name: str, meta: bool) -> nn.Module:
-    model: object
-    if meta:
-        try:
-            with torch.device("meta"):
-                model = factory()
-        except Exception:  # a constructor that reads values; any other error is raised again here
+    model: object = None
+    if meta:  # a constructor that reads values fails; any other error is raised again below
+        with suppress(Exception), torch.device("meta"):
             model = factory()
-    else:
-        model = factory()
+    model = factory() if model is None else model
     if not isinstance(model, nn.Module):
         raise SelectionError(f"{name} gave an object of type {type(model).__name__}, not an nn.Module.")
     if not meta and any(parameter.is_meta for parameter in model.parameters()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -89,14 +89,12 @@ def observe_calls(
             total = Extent(sum(e.outputs for e in both), sum(e.between for e in both))
             calls[layer] = replace(before, extent=total)
 
-    around = [layer.register_forward_pre_hook(reads.entered) for layer in layers]
-    around += [layer.register_forward_hook(reads.left, prepend=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(reads.entered))
+            hooks.enter_context(layer.register_forward_hook(reads.left, prepend=True))
         with evaluating(model), _watched(layers, note), reads:
             call(model, copy_inputs(example_inputs))
-    finally:
-        for handle in around:
-            handle.remove()
     return calls, reads.weights
 
 
@@ -207,13 +205,10 @@ def _watched(layers: Iterable[nn.Module], note: Hook) -> Iterator[None]:
         if isinstance(x, Tensor) and isinstance(output, Tensor):
             note(layer, x, output)
 
-    # Before all other hooks: they may pool or wrap the output of the layer.
-    handles = [layer.register_forward_hook(hook, with_kwargs=True, prepend=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:  # before all other hooks, which may pool or wrap the output of the layer
+            hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _extent(layer: nn.Module, x: Tensor, y: Tensor) -> Extent:

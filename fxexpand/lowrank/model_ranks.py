@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -253,13 +254,10 @@ def _feature_rows(model: nn.Module, inputs: ExampleInputs, centered: bool) -> li
         figures = {**measures.summary_of(spectrum), "cosine_distance": distance}
         found[name] = FeatureRank(name, kind, values.shape[0], values[0].numel(), **figures)
 
-    handles = [module.register_forward_hook(partial(measure, name)) for name, module in layers]
-    try:
-        with evaluating(model):
-            arguments.call(model, arguments.copy(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for name, module in layers:
+            hooks.enter_context(module.register_forward_hook(partial(measure, name)))
+        arguments.call(model, arguments.copy(inputs))
     return [found[name] for name, _ in layers if name in found]
 
 

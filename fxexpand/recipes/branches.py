@@ -11,22 +11,8 @@ from torch import Tensor, nn
 
 from fxexpand.errors import InexactError, SelectionError
 from fxexpand.kernel.algebra import Kernel
+from fxexpand.recipes import parts
 from fxexpand.recipes.fixed import Average, Cosine, Pad
-from fxexpand.recipes.parts import (
-    RELU,
-    TORCH,
-    Draw,
-    centred,
-    conv,
-    depthwise,
-    folded_weight,
-    keeps_size,
-    match,
-    pointwise,
-    require_convolution,
-    require_init,
-    silent_norm,
-)
 from fxexpand.recipes.recipe import Init, Recipe
 from fxexpand.recipes.structure import Branches, Scale, Skip
 
@@ -44,7 +30,7 @@ class MultiBranch(Recipe):
         return True
 
     @abstractmethod
-    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+    def branches(self, kernel: Kernel, draw: parts.Draw) -> list[nn.Sequential]:
         """The branches as in the paper, the main one first.
 
         Raises: InexactError: the recipe has no branches for such a kernel.
@@ -53,17 +39,17 @@ class MultiBranch(Recipe):
     def build(
         self, kernel: Kernel, *, init: Init = "preserve", generator: torch.Generator | None = None
     ) -> nn.Sequential:
-        require_init(init)
-        require_convolution(kernel, type(self).__name__)
-        branches = self.branches(kernel, Draw(kernel, generator))
+        parts.require_init(init)
+        parts.require_convolution(kernel, type(self).__name__)
+        branches = self.branches(kernel, parts.Draw(kernel, generator))
         block, main = nn.Sequential(Branches(branches)), branches[0]
         with torch.no_grad():
             if not kernel.weight.is_meta and init == "preserve":
                 # The kernel less the other branches, over the gain of the BatchNorm or Scale.
-                weight, gain = main[0].get_parameter("weight").zero_(), folded_weight(main[-1])
-                weight.copy_((kernel.weight.detach().double() - folded_weight(block)) / gain)
+                weight, gain = main[0].get_parameter("weight").zero_(), parts.folded_weight(main[-1])
+                weight.copy_((kernel.weight.detach().double() - parts.folded_weight(block)) / gain)
             if not kernel.weight.is_meta and init == "matched":
-                match(block, kernel, [branch[-1].get_parameter("weight") for branch in branches])
+                parts.match(block, kernel, [branch[-1].get_parameter("weight") for branch in branches])
             block.requires_grad_(kernel.weight.requires_grad)
             if kernel.bias is not None:
                 value, trains = kernel.bias.detach().clone(), kernel.bias.requires_grad
@@ -83,12 +69,12 @@ class RepVGG(MultiBranch):
     Source: X. Ding et al., "RepVGG" (arXiv 2101.03697), section 3.2.
     """
 
-    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+    def branches(self, kernel: Kernel, draw: parts.Draw) -> list[nn.Sequential]:
         _require_centre(kernel, "RepVGG")
         _require_taps(kernel, "RepVGG", "Use MobileOne")
         return [
-            _normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape))),
-            _normed(kernel, *centred(kernel, _draw_pointwise(kernel, draw))),
+            _normed(kernel, parts.conv(kernel, draw.kaiming(*kernel.weight.shape))),
+            _normed(kernel, *parts.centred(kernel, _draw_pointwise(kernel, draw))),
             *_identity(kernel),
         ]
 
@@ -113,12 +99,14 @@ class MobileOne(MultiBranch):
         if not isinstance(self.k, int) or self.k < 1:
             raise SelectionError(f"MobileOne(k={self.k!r}): choose a whole number of branches, 1 or more.")
 
-    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+    def branches(self, kernel: Kernel, draw: parts.Draw) -> list[nn.Sequential]:
         _require_centre(kernel, "MobileOne")
-        alike = [_normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape))) for _ in range(self.k)]
+        alike = [
+            _normed(kernel, parts.conv(kernel, draw.kaiming(*kernel.weight.shape))) for _ in range(self.k)
+        ]
         small = []
         if math.prod(kernel.kernel_size) > 1:
-            small = [_normed(kernel, *centred(kernel, _draw_pointwise(kernel, draw)))]
+            small = [_normed(kernel, *parts.centred(kernel, _draw_pointwise(kernel, draw)))]
         return [*alike, *small, *_identity(kernel)]
 
 
@@ -131,7 +119,7 @@ class ACNet(MultiBranch):
     Source: X. Ding et al., "ACNet" (arXiv 1908.03930), section 3.2.
     """
 
-    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+    def branches(self, kernel: Kernel, draw: parts.Draw) -> list[nn.Sequential]:
         if kernel.rank != 2:
             raise InexactError(
                 f"ACNet crosses rows and columns, so it needs two spatial dimensions, not {kernel.rank}"
@@ -144,7 +132,7 @@ class ACNet(MultiBranch):
             )
         out, inner = kernel.weight.shape[:2]
         return [
-            _normed(kernel, *centred(kernel, draw.kaiming(out, inner, *size)))
+            _normed(kernel, *parts.centred(kernel, draw.kaiming(out, inner, *size)))
             for size in ((rows, columns), (rows, 1), (1, columns))
         ]
 
@@ -164,23 +152,23 @@ class DBB(MultiBranch):
     Source: X. Ding et al., "Diverse Branch Block" (arXiv 2103.13425), section 3.4.
     """
 
-    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+    def branches(self, kernel: Kernel, draw: parts.Draw) -> list[nn.Sequential]:
         _require_centre(kernel, "DBB")
         _require_taps(kernel, "DBB", "Use MobileOne")
         out, channels, inside = kernel.out_channels, kernel.in_channels, replace(kernel, padding=())
-        main = _normed(kernel, conv(kernel, draw.kaiming(*kernel.weight.shape)))
+        main = _normed(kernel, parts.conv(kernel, draw.kaiming(*kernel.weight.shape)))
         if kernel.groups == channels == out:
             small, hidden = [], 2 * channels
             average = _normed(kernel, Average(kernel, channels))
-            first: nn.Module = pointwise(kernel, _draw_pointwise(kernel, draw, hidden))
+            first: nn.Module = parts.pointwise(kernel, _draw_pointwise(kernel, draw, hidden))
         else:
-            small = [_normed(kernel, *centred(kernel, _draw_pointwise(kernel, draw)))]
-            spread = pointwise(kernel, _draw_pointwise(kernel, draw))
+            small = [_normed(kernel, *parts.centred(kernel, _draw_pointwise(kernel, draw)))]
+            spread = parts.pointwise(kernel, _draw_pointwise(kernel, draw))
             average = _normed(kernel, *_pad(kernel), *_normed(kernel, spread), Average(inside, out))
             hidden = channels
             first = Skip(_zero_pointwise(kernel, hidden))
-        last = conv(inside, draw.kaiming(out, hidden // kernel.groups, *kernel.kernel_size))
-        norm = silent_norm(kernel.weight, hidden)
+        last = parts.conv(inside, draw.kaiming(out, hidden // kernel.groups, *kernel.kernel_size))
+        norm = parts.silent_norm(kernel.weight, hidden)
         return [main, *small, average, _normed(kernel, *_pad(kernel), first, norm, last)]
 
 
@@ -203,7 +191,7 @@ class OREPA(MultiBranch):
     def needs_activations(self) -> bool:
         return False
 
-    def branches(self, kernel: Kernel, draw: Draw) -> list[nn.Sequential]:
+    def branches(self, kernel: Kernel, draw: parts.Draw) -> list[nn.Sequential]:
         _require_centre(kernel, "OREPA")
         _require_taps(kernel, "OREPA", "Use Chain")
         out, inner = kernel.weight.shape[:2]
@@ -212,46 +200,48 @@ class OREPA(MultiBranch):
         identity = _zero_pointwise(kernel, copies * channels)
 
         def spread() -> nn.Module:
-            return pointwise(kernel, _draw_pointwise(kernel, draw, slope=RELU))
+            return parts.pointwise(kernel, _draw_pointwise(kernel, draw, slope=parts.RELU))
 
         return [
-            _scaled(0.25, kernel, conv(kernel, draw.kaiming(*kernel.weight.shape, slope=RELU))),
+            _scaled(0.25, kernel, parts.conv(kernel, draw.kaiming(*kernel.weight.shape, slope=parts.RELU))),
             _scaled(0.25, kernel, spread(), Average(kernel, out)),
             _scaled(0.0, kernel, spread(), Cosine(kernel, out)),
-            _scaled(1.0, kernel, *centred(kernel, _draw_pointwise(kernel, draw, slope=RELU))),
+            _scaled(1.0, kernel, *parts.centred(kernel, _draw_pointwise(kernel, draw, slope=parts.RELU))),
             _scaled(
                 0.5,
                 kernel,
                 Skip(identity) if copies == 1 else Branches([identity, _copies(kernel, copies)]),
-                conv(kernel, draw.kaiming(out, copies * inner, *size, slope=RELU)),
+                parts.conv(kernel, draw.kaiming(out, copies * inner, *size, slope=parts.RELU)),
             ),
             _scaled(
                 0.5,
                 kernel,
-                depthwise(kernel, draw.kaiming(8 * channels, 1, *size, slope=RELU)),
-                pointwise(kernel, draw.kaiming(out, 8 * inner, *(1,) * kernel.rank, slope=RELU)),
+                parts.depthwise(kernel, draw.kaiming(8 * channels, 1, *size, slope=parts.RELU)),
+                parts.pointwise(kernel, draw.kaiming(out, 8 * inner, *(1,) * kernel.rank, slope=parts.RELU)),
             ),
         ]
 
 
-def _normed(kernel: Kernel, *parts: nn.Module) -> nn.Sequential:
-    """The parts, whose output has the kernel's channels, and a BatchNorm."""
-    return nn.Sequential(*parts, silent_norm(kernel.weight, kernel.out_channels))
+def _normed(kernel: Kernel, *layers: nn.Module) -> nn.Sequential:
+    """The layers, whose output has the kernel's channels, and a BatchNorm."""
+    return nn.Sequential(*layers, parts.silent_norm(kernel.weight, kernel.out_channels))
 
 
-def _scaled(value: float, kernel: Kernel, *parts: nn.Module) -> nn.Sequential:
-    """The parts, whose output has the kernel's channels, and a Scale."""
+def _scaled(value: float, kernel: Kernel, *layers: nn.Module) -> nn.Sequential:
+    """The layers, whose output has the kernel's channels, and a Scale."""
     scale = kernel.weight.detach().new_full((kernel.out_channels,), value)
-    return nn.Sequential(*parts, Scale(scale, kernel.rank))
+    return nn.Sequential(*layers, Scale(scale, kernel.rank))
 
 
 def _identity(kernel: Kernel) -> list[nn.Sequential]:
     """The branch of a BatchNorm alone, where channels and size are kept."""
-    kept = kernel.in_channels == kernel.out_channels and keeps_size(kernel)
+    kept = kernel.in_channels == kernel.out_channels and parts.keeps_size(kernel)
     return [_normed(kernel)] if kept else []
 
 
-def _draw_pointwise(kernel: Kernel, draw: Draw, channels: int | None = None, slope: float = TORCH) -> Tensor:
+def _draw_pointwise(
+    kernel: Kernel, draw: parts.Draw, channels: int | None = None, slope: float = parts.TORCH
+) -> Tensor:
     """A 1 x 1 weight with the kernel's inputs and groups."""
     out = kernel.out_channels if channels is None else channels
     return draw.kaiming(out, kernel.weight.shape[1], *(1,) * kernel.rank, slope=slope)
@@ -260,7 +250,7 @@ def _draw_pointwise(kernel: Kernel, draw: Draw, channels: int | None = None, slo
 def _zero_pointwise(kernel: Kernel, channels: int) -> nn.Module:
     """A 1 x 1 convolution of zeros, with the kernel's inputs and groups."""
     shape = (channels, kernel.weight.shape[1], *(1,) * kernel.rank)
-    return pointwise(kernel, kernel.weight.detach().new_zeros(shape))
+    return parts.pointwise(kernel, kernel.weight.detach().new_zeros(shape))
 
 
 def _pad(kernel: Kernel) -> list[nn.Module]:

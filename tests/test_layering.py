@@ -42,6 +42,7 @@ INSIDE = {
     "layers": [
         "sharding",
         "products",
+        "effective",
         "rewritten",
         "expanded",
         "parametrized",

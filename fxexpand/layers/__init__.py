@@ -1,6 +1,7 @@
 """Layers that train as a product of factors, and the tools of their training.
 
-``rewritten`` is the base of layers that were rewritten in place, ``expanded`` has those of ``expand``,
+``effective`` lets one write into a weight that factors compute, ``rewritten`` is the base of layers that were
+rewritten in place, ``expanded`` has those of ``expand``,
 ``parametrized`` the parameters that ``expand`` computes in weight space; ``products`` multiplies factors in
 the cheapest order, ``accumulation`` shares their products over micro-batches, ``param_groups`` sets weight
 decay per factor, ``sharding`` knows FSDP.

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxexpand.errors import FxExpandError, InexactError
 from fxexpand.kernel.algebra import native_weight
 from fxexpand.kernel.lower import is_channels_last, laid_out_as
 from fxexpand.kernel.modules import LAYERS
+from fxexpand.layers.effective import fuse_first
 from fxexpand.layers.products import (
     MatrixChain,
     Plan,
@@ -57,8 +59,8 @@ class Expanded(Rewritten):
             multiply some of the factors only.
 
     ``weight`` and ``bias`` are the effective ones, differentiable in the factors. Assigning a tensor to
-    ``weight`` factors it; writing into it in place does nothing, as with torch.nn.utils.parametrize. With a
-    BatchNorm inside, reading them in training mode is an InexactError: no single weight exists.
+    ``weight``, or writing into it in place, factors the new value. With a BatchNorm inside, reading them in
+    training mode is an InexactError: no single weight exists.
 
     A product is computed once per forward, in the dtype of the factors whatever autocast says. Backward needs
     the factors, the product and, from three factors on, the products in between, each smaller than a factor:
@@ -223,12 +225,20 @@ class Expanded(Rewritten):
         if name == "bias" and (value is None or isinstance(value, nn.Parameter)):
             self._parameters["bias"] = value  # nn.Module would read the effective bias first
             return
-        if name != "weight" or not isinstance(value, Tensor):
+        if name == "weight" and isinstance(value, Tensor):
+            self._assign(name, value)
+        else:
             super().__setattr__(name, value)
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        if name == "bias":  # with a share of the factors, which stays
+            self._shift_bias(value)
             return
         if value.shape != effective_shape(self):
             expected = tuple(effective_shape(self))
             raise ValueError(f"weight: shape {tuple(value.shape)} instead of {expected}.")
+        if is_traceable_wrapper_subclass(value) and not hasattr(value, "device_mesh"):  # a quantized tensor
+            raise fuse_first("weight", self._status())
         if not value.is_leaf:  # torch.nn.utils.weight_norm assigns one before each forward
             raise TypeError(
                 "weight: is computed from other tensors, which would not train. Assign weight.detach(), or "
@@ -236,6 +246,15 @@ class Expanded(Rewritten):
             )
         require_finite(value, "weight", type(self).__name__.removeprefix("Expanded"))
         self._set_factors(self.factor(value))
+
+    def _shift_bias(self, value: Tensor) -> None:
+        own, now = self._parameters["bias"], self._effective_bias()
+        if own is None or now is None:
+            raise AttributeError(
+                f"{type(self).__name__}.bias is that of the BatchNorm in the factors, and the layer has no "
+                "bias of its own. Write into the BatchNorm, or fuse the layer first."
+            )
+        own.add_(value - now)
 
     def extra_repr(self) -> str:
         """The sizes that the original layer shows, and the recipe."""

@@ -9,26 +9,30 @@ the product. A GraphModule takes no property: its graph calls the Parametrizatio
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.lower import laid_out_as
+from fxexpand.layers.effective import effective_weight, fuse_first, read_in_forward
 from fxexpand.layers.products import ProductCache, exact_products, matrix_chain, unhooked, version
 from fxexpand.layers.rewritten import replace_original
 from fxexpand.recipes import Recipe, fold
 from fxexpand.running.finite import require_finite
 
 LISTS = "parametrizations"  # the child that holds a module's ParametrizationLists, as torch names it
+STATUS = "is computed from the factors in ``parametrizations``"
 _ORDER = "_fxexpand_order"  # attribute with the order of a module's parameters before any was expanded
 
 
@@ -142,6 +146,10 @@ class WeightExpansion(nn.Module):
         if self._planned is not None:
             planned, self._planned = self._planned, None
             return planned
+        if value.shape != self.view.shape:
+            raise ValueError(f"weight: shape {tuple(value.shape)} instead of {tuple(self.view.shape)}.")
+        if is_traceable_wrapper_subclass(value) and not hasattr(value, "device_mesh"):  # a quantized tensor
+            raise fuse_first("weight", STATUS)
         require_finite(value, "weight", "x".join(map(str, self.view.shape)))
         return self.factor(value)
 
@@ -168,6 +176,16 @@ class WeightExpansion(nn.Module):
         return f"{tuple(self.view.shape)}, recipe={self.recipe}"
 
 
+class FactorList(parametrize.ParametrizationList):
+    """The factors of a parameter. Parametrizations of one tensor can follow, which ``fuse`` refuses."""
+
+    def append(self, module: nn.Module) -> Self:
+        """See ``nn.ModuleList``. Raises: AttributeError: one of several tensors, as weight_norm."""
+        if len(inspect.signature(module.forward).parameters) > 1:
+            raise fuse_first("weight", STATUS)
+        return super().append(module)
+
+
 class _KeptProducts(threading.local):
     """The expansions whose module this thread runs, each with (key of the factors, factors, product).
 
@@ -189,7 +207,7 @@ def expand_weight(owners: Sequence[tuple[nn.Module, str, bool]], expansion: Weig
             which then has to call ``parametrizations.<name>``.
     """
     first, attribute, _ = owners[0]
-    shared = parametrize.ParametrizationList([expansion], first.get_parameter(attribute), unsafe=True)
+    shared = FactorList([expansion], first.get_parameter(attribute), unsafe=True)
     for module, name, generated in owners:
         module.__dict__.setdefault(_ORDER, list(module._parameters))
         if generated:
@@ -197,7 +215,7 @@ def expand_weight(owners: Sequence[tuple[nn.Module, str, bool]], expansion: Weig
             module._modules.setdefault(LISTS, nn.Module())
         else:
             parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
-            _extend_class(module)
+            _extend_class(module, [name])
         module.get_submodule(LISTS)._modules[name] = shared.train(module.training)
         hooks = module._load_state_dict_pre_hooks.values()
         if load_original not in [getattr(hook, "hook", None) for hook in hooks]:
@@ -275,8 +293,8 @@ def _numbered(inside: str, factors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{inside}{i}": factor for i, factor in enumerate(factors)}
 
 
-def _extend_class(module: nn.Module) -> None:
-    """Add to the class that parametrize made for ``module``: one product per forward, and pickling.
+def _extend_class(module: nn.Module, names: Iterable[str]) -> None:
+    """Add to the class that parametrize made for ``module``: one product per forward, writes, and pickling.
 
     Some modules read a weight several times, as nn.MultiheadAttention does to choose its kernel. And torch
     refuses to pickle such a class, which has no address.
@@ -298,9 +316,33 @@ def _extend_class(module: nn.Module) -> None:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return _new, (base,), state, None, None, _unpickled
 
-    cls.forward, cls.__reduce_ex__ = forward, reduce
+    def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+        expanded = [expanded for expanded, _, _ in expanded_weights(self)]
+        if name.rpartition("_")[0] in expanded:  # weight_orig of prune, weight_g of weight_norm
+            raise fuse_first(name.rpartition("_")[0], STATUS)
+        if name in expanded and param is not None:  # an assignment; torch has no setter for parameters
+            vars(cls)[name].fset(self, param.detach())
+        else:
+            cls.__bases__[0].register_parameter(self, name, param)
+
+    cls.forward, cls.__reduce_ex__, cls.register_parameter = forward, reduce, register_parameter
+    for name in names:
+        setattr(cls, name, _writable(name, vars(cls)[name]))
     if isinstance(module, nn.RNNBase):
         _compute_flat_weights(module)
+
+
+def _writable(name: str, given: Any) -> property:
+    """The property ``given`` of parametrize, whose value, read outside a forward, one can write into."""
+
+    def read(self: Any) -> Tensor:
+        value: Tensor = given.fget(self)
+        weights: Any = self.get_submodule(LISTS)._modules[name]
+        if read_in_forward() or weights[0] in _KEPT.products or type(value) is not Tensor:
+            return value
+        return effective_weight(value, partial(given.fset, self), weights.requires_grad_)
+
+    return property(read, given.fset)
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
@@ -312,7 +354,7 @@ def _unpickled(module: Any, state: dict[str, Any]) -> None:
     parametrize._inject_new_class(module)
     for name in state["_modules"][LISTS]._modules:
         parametrize._inject_property(module, name)
-    _extend_class(module)
+    _extend_class(module, state["_modules"][LISTS]._modules)
     module.__setstate__(state)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.modules import LAYERS, kernel_of, stock_layer
+from fxexpand.layers.effective import effective_weight, fuse_first, read_in_forward
 from fxexpand.running.finite import require_finite
 
 Kind = TypeVar("Kind", bound="type[Rewritten]")
@@ -45,12 +47,41 @@ class Rewritten(nn.Module):
     status: ClassVar[str]
 
     # Any: the properties replace attributes of the classes after this one.
-    weight: Any = property(
-        lambda self: self._effective_weight(), doc="The effective weight, in the original shape and layout."
-    )
-    bias: Any = property(
-        lambda self: self._effective_bias(), doc="The effective bias, with the share of the factors."
-    )
+    @property
+    def weight(self) -> Any:
+        """The effective weight, in the original shape and layout."""
+        return self._writable("weight", self._effective_weight(), read_in_forward())
+
+    @property
+    def bias(self) -> Any:
+        """The effective bias, with the share of the factors."""
+        return self._writable("bias", self._effective_bias(), read_in_forward())
+
+    def _writable(self, name: str, value: Tensor | None, plain: bool) -> Tensor | None:
+        """``value`` as a tensor into which one can write, if factors compute it."""
+        if plain or type(value) is not Tensor:
+            return value
+        return effective_weight(value, partial(self._assign, name), partial(self._train_factors, name))
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        """Let the factors compute ``value``. Raises: AttributeError: they cannot."""
+        raise AttributeError(self._reason(name))
+
+    def _train_factors(self, name: str, requires_grad: bool) -> None:
+        if name == "bias":  # has a share of a norm, whose scale is that of the weight
+            raise fuse_first(name, self._status())
+        for part in self.factors():
+            part.requires_grad_(requires_grad)
+
+    def _status(self) -> str:
+        return f"is computed from the factors ({' and '.join(self.factor_names)})"
+
+    def _reason(self, name: str) -> str:
+        return (
+            f"{type(self).__name__}.{name} is that of the factors, which a new one would not change. "
+            "Load a state dict with the original names, or assign to the factors "
+            f"({' and '.join(self.factor_names)})."
+        )
 
     def _effective_weight(self) -> Tensor:
         raise NotImplementedError
@@ -79,20 +110,16 @@ class Rewritten(nn.Module):
 
         Raises: AttributeError: a parameter that the factors compute, so that nothing would read this one.
         """
+        if name.rpartition("_")[0] in self.computed:  # weight_orig of prune, weight_g of weight_norm
+            self._parameters.setdefault("weight", None)  # weight_norm deletes it before
+            raise fuse_first("weight", self._status())
         if name in self.computed:
-            raise AttributeError(
-                f"{type(self).__name__}.{name} is that of the factors, which a new one would not change. "
-                "Load a state dict with the original names, or assign to the factors "
-                f"({' and '.join(self.factor_names)})."
-            )
+            raise AttributeError(self._reason(name))
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         if name in ("weight", "bias"):  # torch.nn.utils.parametrize deletes a parameter before replacing it
-            raise AttributeError(
-                f"{name}: is computed from the factors ({' and '.join(self.factor_names)}), and stays. "
-                "Fuse the layer first, or parametrize its factors."
-            )
+            raise fuse_first(name, self._status())
         super().__delattr__(name)
 
     def _load_from_state_dict(

@@ -90,7 +90,7 @@ class Factorized(Rewritten):
         cut: where the kernel was cut, and the rank.
 
     ``weight`` and ``bias`` are the effective ones: computed at every read, so they are for reading. Writing
-    into them does nothing, assigning to them is an error; train the factors.
+    into ``weight``, or assigning to it, is an error, as another weight may have another rank.
     """
 
     factor_names = ("0", "1")
@@ -116,7 +116,7 @@ class Factorized(Rewritten):
         if isinstance(self, nn.Embedding):
             shape = (one.shape[0], out)
         grad = torch.is_grad_enabled() and (one.requires_grad or two.requires_grad)
-        return Product(shape, one, grad, self._multiplied)
+        return Product(shape, one, grad, lambda: self._writable("weight", self._multiplied(), False))
 
     def _multiplied(self) -> Tensor:
         first, second = self._modules["0"], self._modules["1"]

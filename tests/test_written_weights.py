@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fxexpand import Chain, FxExpandError, RepVGG, UnusableWeightError, expand, factorize, fuse
 from tests.compare import assert_same
+from tests.processes import ranks
 
 prune: Any = torch.nn.utils.prune
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -104,10 +106,11 @@ def test_a_write_takes_effect(make: Callable[[], Any], write: str) -> None:
 
 def test_a_written_model_computes_with_the_new_weight_and_trains() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    big, x = expand(model), torch.randn(7, 6, dtype=torch.float64)
-    for layer, twin in ((big[0], model[0]), (big[2], model[2])):
-        layer.weight.data += 0.5
-        twin.weight.data += 0.5
+    big: Any = expand(model)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    for layer in (*big, *model):
+        if isinstance(layer, nn.Linear):
+            layer.weight.data += 0.5
     assert_same(big(x), model(x), rel=1e-10)
     nn.init.zeros_(big[2].weight)  # the start of an adapter: a gradient has to reach it
     big(x).sum().backward()
@@ -136,14 +139,15 @@ def test_transformers_draws_the_weights_of_a_model() -> None:
     big = expand(transformers.GPT2Model(config), Chain(2, 1))
     for module in (big.wte, big.h[0].mlp.c_fc):
         nn.init.zeros_(module.weight)
-        module.weight.data.normal_(std=0.0)
+        assert float(module.weight.detach().abs().max()) < 1e-6
         big._init_weights(module)
         assert float(module.weight.detach().std()) > 1.0
 
 
 def test_an_adapter_merges_into_an_expanded_layer() -> None:
     """As peft does: the product of the adapter's factors is added to ``weight.data``."""
-    big, x = expand(nn.Sequential(nn.Linear(6, 5)).double()), torch.randn(3, 6, dtype=torch.float64)
+    big: Any = expand(nn.Sequential(nn.Linear(6, 5)).double())
+    x = torch.randn(3, 6, dtype=torch.float64)
     down, up = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     expected = big(x) + x @ down.T @ up.T
     big[0].weight.data += up @ down
@@ -168,8 +172,11 @@ def test_a_write_that_cannot_be_factored_raises(make: Callable[[], Any]) -> None
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the compiler reads
 @makers
 def test_a_compiled_function_reads_the_weight_and_does_not_write_it(make: Callable[[], Any]) -> None:
-    read: Any = torch.compile(lambda weight: weight.flatten() * 2, fullgraph=True, backend="eager")
-    write: Any = torch.compile(lambda weight: weight.zero_(), fullgraph=True, backend="eager")
+    def double(weight: Tensor) -> Tensor:
+        return weight.flatten() * 2
+
+    read: Any = torch.compile(double, fullgraph=True, backend="eager")
+    write: Any = torch.compile(Tensor.zero_, fullgraph=True, backend="eager")
     layer = make()
     assert_same(read(layer.weight), layer.weight.flatten() * 2, rel=1e-12)
     with pytest.raises(Exception, match=r"Write outside torch\.compile"):
@@ -247,6 +254,18 @@ def test_the_older_weight_norm_leaves_the_layer_as_it_was() -> None:
     assert list(layer.state_dict()) == names and torch.equal(layer(x), before)
 
 
+def test_recurrent_weights_are_written_and_restored() -> None:
+    model = nn.Sequential(nn.LSTM(4, 3, bidirectional=True)).double()
+    big: Any = expand(model)
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    for layer in (big[0], model[0]):
+        for name in ("weight_ih_l0", "weight_hh_l0_reverse"):
+            getattr(layer, name).data.mul_(2)
+            nn.init.ones_(getattr(layer, name)[:2].data)
+    assert_same(big(x)[0], model(x)[0], rel=1e-10)
+    assert_same(fuse(big, scope="expanded")(x)[0], model(x)[0], rel=1e-10)
+
+
 def test_a_bias_with_a_share_of_a_norm_is_written_too() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     layer: Any = expand(model, RepVGG()).eval()[0]
@@ -264,7 +283,7 @@ def test_a_bias_with_a_share_of_a_norm_is_written_too() -> None:
 def test_a_write_into_the_weight_of_a_factored_layer_raises() -> None:
     """Another weight may have another rank."""
     for original in (nn.Linear(9, 9), nn.Embedding(9, 9), nn.Conv2d(3, 9, 3)):
-        layer = factorize(nn.Sequential(original), rank=2)[0]
+        layer: Any = factorize(nn.Sequential(original), rank=2)[0]
         before = layer.weight.clone()
         for write in (
             lambda layer: nn.init.zeros_(layer.weight),
@@ -279,6 +298,28 @@ def test_a_write_into_the_weight_of_a_factored_layer_raises() -> None:
         assert not any(part.weight.requires_grad for part in layer.factors())
 
 
+def written_in_shards(rank: int) -> None:
+    torch.manual_seed(rank)  # the parts of the factors that are drawn come from the first process
+    layers = nn.Linear(6, 5), nn.Embedding(6, 5), nn.Conv2d(3, 4, 3)
+    model: Any = expand(nn.Sequential(*layers).double())
+    for layer in model:
+        fully_shard(layer)
+        before = layer.weight.full_tensor().detach()
+        no_grad(layer)
+        layer.weight.data.mul_(2)
+        augmented(layer)
+        assert_same(layer.weight.full_tensor(), 4 * before + 1, rel=1e-10)
+        layer.weight = torch.ones_like(before)
+        assert_same(layer.weight.full_tensor(), torch.ones_like(before), rel=1e-10)
+        layer.weight.requires_grad_(False)
+        assert not layer.weight.requires_grad
+        assert isinstance(getattr(layer, "bias", None), nn.Parameter | None)
+
+
+def test_the_weight_of_a_sharded_layer_is_written_in_every_process() -> None:
+    ranks(2, written_in_shards)
+
+
 def test_the_class_of_the_weight_stays_inside() -> None:
     """Results are plain tensors; a forward and a compiled graph take the product itself."""
 
@@ -289,11 +330,12 @@ def test_the_class_of_the_weight_stays_inside() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.kind = type(self.inner.weight)
-            return self.inner(x)
+            output: Tensor = self.inner(x)
+            return output
 
     for make in (MAKERS["linear"], MAKERS["weight space"]):
         reader = Reader(make())
         reader(torch.ones(2, 6, dtype=torch.float64) if make is MAKERS["linear"] else torch.tensor([1]))
         assert reader.kind is Tensor
-        weight = reader.inner.weight
+        weight: Any = reader.inner.weight
         assert type(weight + 1) is type(weight.sum()) is type(weight @ weight.mT) is Tensor

@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxexpand.errors import FxExpandError
+from fxexpand.layers.sharding import is_sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,22 @@ def fuse_first(name: str, status: str) -> AttributeError:
     )
 
 
+def replaced_by_tool(name: str, computed: Iterable[str]) -> str | None:
+    """The weight whose original prune (``weight_orig``) or weight_norm would keep under ``name``."""
+    return next((weight for weight in computed for part in ORIGINALS if name == weight + part), None)
+
+
+def require_unpacked(value: object, status: str) -> None:
+    """Raises: AttributeError: a tensor made of others, such as torchao's, whose values cannot be factored."""
+    if is_traceable_wrapper_subclass(value) and not is_sharded(value):
+        raise fuse_first("weight", status)
+
+
+def is_computed(value: object) -> bool:
+    """Whether a value is a product, sharded or not; a parameter is written as it is."""
+    return (type(value) is Tensor or is_sharded(value)) and not isinstance(value, nn.Parameter)
+
+
 def read_in_forward() -> bool:
     """Whether the code that reads an attribute is a ``forward``, or is being compiled: it takes the product.
 
@@ -101,9 +120,25 @@ def read_in_forward() -> bool:
 
 
 def _wrapped(value: Tensor, owner: Owner, *, whole: bool = False) -> EffectiveWeight:
-    weight = value.as_subclass(EffectiveWeight)
+    if is_sharded(value):
+        weight: EffectiveWeight = value.view_as(value)  # type: ignore[assignment]
+        weight.__class__ = _sharded_class()
+    else:
+        weight = value.as_subclass(EffectiveWeight)
     weight._owner, weight._whole = owner, whole
     return weight
+
+
+@cache
+def _sharded_class() -> type[EffectiveWeight]:
+    from torch.distributed.tensor import DTensor
+
+    return type("ShardedEffectiveWeight", (EffectiveWeight, DTensor), {"__slots__": ()})
+
+
+def _memory(value: Any) -> int | None:
+    local = getattr(value, "_local_tensor", value)
+    return local.untyped_storage()._cdata if torch._C._has_storage(local) else None
 
 
 def _effective(values: Iterable[Any]) -> Iterable[EffectiveWeight]:
@@ -118,10 +153,9 @@ def _views(given: list[EffectiveWeight], result: Any) -> Any:
     """The result of a function; tensors that have the memory of a weight become views of it."""
     if type(result) in (list, tuple):
         return type(result)(_views(given, each) for each in result)
-    if type(result) is Tensor and torch._C._has_storage(result):
-        storage = result.untyped_storage()._cdata
+    if is_computed(result):
         for weight in given:
-            if weight.untyped_storage()._cdata == storage:
+            if _memory(result) is not None and _memory(weight) == _memory(result):
                 return _wrapped(result, weight._owner)
     elif type(result).__name__ == "ndarray":
         result.flags.writeable = False
@@ -136,9 +170,10 @@ def _compiled(func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _assign(owner: Owner, value: Tensor) -> None:
+def _assign(owner: Owner, written: Tensor) -> None:
     with torch.no_grad():
-        owner.assign(value.detach().as_subclass(Tensor))
+        value: Any = written.detach()
+        owner.assign(value.full_tensor() if is_sharded(value) else value.as_subclass(Tensor))
 
 
 def _set_data(weight: EffectiveWeight, value: Tensor) -> None:
@@ -165,6 +200,7 @@ def _set_grad(weight: EffectiveWeight, value: Tensor | None) -> None:
         )
 
 
+ORIGINALS = ("_orig", "_g", "_v")
 COPIES: set[Any] = {Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__}
 _attributes: Any = Tensor
 ATTRIBUTES: dict[Any, Callable[..., Any]] = {

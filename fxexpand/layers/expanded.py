@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxexpand.errors import FxExpandError, InexactError
 from fxexpand.kernel.algebra import native_weight
 from fxexpand.kernel.lower import is_channels_last, laid_out_as
 from fxexpand.kernel.modules import LAYERS
-from fxexpand.layers.effective import fuse_first
+from fxexpand.layers.effective import require_unpacked
 from fxexpand.layers.products import (
     MatrixChain,
     Plan,
@@ -237,8 +236,7 @@ class Expanded(Rewritten):
         if value.shape != effective_shape(self):
             expected = tuple(effective_shape(self))
             raise ValueError(f"weight: shape {tuple(value.shape)} instead of {expected}.")
-        if is_traceable_wrapper_subclass(value) and not hasattr(value, "device_mesh"):  # a quantized tensor
-            raise fuse_first("weight", self._status())
+        require_unpacked(value, self._status())
         if not value.is_leaf:  # torch.nn.utils.weight_norm assigns one before each forward
             raise TypeError(
                 "weight: is computed from other tensors, which would not train. Assign weight.detach(), or "

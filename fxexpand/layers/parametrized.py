@@ -21,13 +21,20 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.lower import laid_out_as
-from fxexpand.layers.effective import effective_weight, fuse_first, read_in_forward
+from fxexpand.layers.effective import (
+    effective_weight,
+    fuse_first,
+    is_computed,
+    read_in_forward,
+    replaced_by_tool,
+    require_unpacked,
+)
 from fxexpand.layers.products import ProductCache, exact_products, matrix_chain, unhooked, version
 from fxexpand.layers.rewritten import replace_original
+from fxexpand.layers.sharding import is_sharded, placed_as
 from fxexpand.recipes import Recipe, fold
 from fxexpand.running.finite import require_finite
 
@@ -148,8 +155,7 @@ class WeightExpansion(nn.Module):
             return planned
         if value.shape != self.view.shape:
             raise ValueError(f"weight: shape {tuple(value.shape)} instead of {tuple(self.view.shape)}.")
-        if is_traceable_wrapper_subclass(value) and not hasattr(value, "device_mesh"):  # a quantized tensor
-            raise fuse_first("weight", STATUS)
+        require_unpacked(value, STATUS)
         require_finite(value, "weight", "x".join(map(str, self.view.shape)))
         return self.factor(value)
 
@@ -318,10 +324,11 @@ def _extend_class(module: nn.Module, names: Iterable[str]) -> None:
 
     def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
         expanded = [expanded for expanded, _, _ in expanded_weights(self)]
-        if name.rpartition("_")[0] in expanded:  # weight_orig of prune, weight_g of weight_norm
-            raise fuse_first(name.rpartition("_")[0], STATUS)
+        replaced = replaced_by_tool(name, expanded)
+        if replaced is not None:
+            raise fuse_first(replaced, STATUS)
         if name in expanded and param is not None:  # an assignment; torch has no setter for parameters
-            vars(cls)[name].fset(self, param.detach())
+            getattr(cls, name).fset(self, param.detach())
         else:
             cls.__bases__[0].register_parameter(self, name, param)
 
@@ -338,11 +345,20 @@ def _writable(name: str, given: Any) -> property:
     def read(self: Any) -> Tensor:
         value: Tensor = given.fget(self)
         weights: Any = self.get_submodule(LISTS)._modules[name]
-        if read_in_forward() or weights[0] in _KEPT.products or type(value) is not Tensor:
+        if read_in_forward() or weights[0] in _KEPT.products or not is_computed(value):
             return value
-        return effective_weight(value, partial(given.fset, self), weights.requires_grad_)
+        return effective_weight(value, partial(write, self), weights.requires_grad_)
 
-    return property(read, given.fset)
+    def write(self: Any, value: Tensor) -> None:
+        weights: Any = self.get_submodule(LISTS)._modules[name]
+        if not any(map(is_sharded, originals(weights))):
+            given.fset(self, value)
+            return
+        with torch.no_grad():  # torch replaces the storage
+            for factor, target in zip(weights[0].right_inverse(value), originals(weights), strict=True):
+                target.copy_(placed_as(factor, target))
+
+    return property(read, write)
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:

@@ -18,7 +18,13 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxexpand.kernel.algebra import Kernel
 from fxexpand.kernel.modules import LAYERS, kernel_of, stock_layer
-from fxexpand.layers.effective import effective_weight, fuse_first, read_in_forward
+from fxexpand.layers.effective import (
+    effective_weight,
+    fuse_first,
+    is_computed,
+    read_in_forward,
+    replaced_by_tool,
+)
 from fxexpand.running.finite import require_finite
 
 Kind = TypeVar("Kind", bound="type[Rewritten]")
@@ -57,9 +63,9 @@ class Rewritten(nn.Module):
         """The effective bias, with the share of the factors."""
         return self._writable("bias", self._effective_bias(), read_in_forward())
 
-    def _writable(self, name: str, value: Tensor | None, plain: bool) -> Tensor | None:
+    def _writable(self, name: str, value: Tensor | None, plain: bool) -> Any:
         """``value`` as a tensor into which one can write, if factors compute it."""
-        if plain or type(value) is not Tensor:
+        if plain or value is None or not is_computed(value):
             return value
         return effective_weight(value, partial(self._assign, name), partial(self._train_factors, name))
 
@@ -110,9 +116,10 @@ class Rewritten(nn.Module):
 
         Raises: AttributeError: a parameter that the factors compute, so that nothing would read this one.
         """
-        if name.rpartition("_")[0] in self.computed:  # weight_orig of prune, weight_g of weight_norm
-            self._parameters.setdefault("weight", None)  # weight_norm deletes it before
-            raise fuse_first("weight", self._status())
+        replaced = replaced_by_tool(name, self.computed)
+        if replaced is not None:
+            self._parameters.setdefault(replaced, None)  # weight_norm has deleted it
+            raise fuse_first(replaced, self._status())
         if name in self.computed:
             raise AttributeError(self._reason(name))
         super().register_parameter(name, param)

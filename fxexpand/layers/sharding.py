@@ -19,6 +19,11 @@ def sharded_part(model: nn.Module) -> str | None:
     return None
 
 
+def is_sharded(value: object) -> bool:
+    """Whether a tensor is one of ``torch.distributed.tensor``, with a part in each process."""
+    return hasattr(type(value), "full_tensor")
+
+
 def placed_as(value: Tensor, target: Tensor) -> Tensor:
     """``value`` with the placement of ``target``: for a sharded target, the values of process 0 in shards."""
     mesh = getattr(target, "device_mesh", None)

@@ -86,12 +86,10 @@ def effective_weight(
     return _wrapped(value, Owner(value, assign, train), whole=True)
 
 
-def fuse_first(name: str, status: str) -> AttributeError:
+def fuse_first(name: str, status: str, fuses: bool = True) -> AttributeError:
     """The error for tools that replace a weight by one that they compute, as pruning and weight_norm do."""
-    return AttributeError(
-        f"{name}: {status}, and stays. Fuse the layer first, "
-        'fxexpand.fuse(model, scope="expanded"), or use the tool on its factors.'
-    )
+    fuse = 'Fuse the layer first, fxexpand.fuse(model, scope="expanded"), or use' if fuses else "Use"
+    return AttributeError(f"{name}: {status}, and stays. {fuse} the tool on its factors.")
 
 
 def replaced_by_tool(name: str, computed: Iterable[str]) -> str | None:

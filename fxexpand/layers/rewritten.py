@@ -75,7 +75,7 @@ class Rewritten(nn.Module):
 
     def _train_factors(self, name: str, requires_grad: bool) -> None:
         if name == "bias":  # has a share of a norm, whose scale is that of the weight
-            raise fuse_first(name, self._status())
+            raise fuse_first(name, self._status(), not self.traced_inside)
         for part in self.factors():
             part.requires_grad_(requires_grad)
 
@@ -119,14 +119,14 @@ class Rewritten(nn.Module):
         replaced = replaced_by_tool(name, self.computed)
         if replaced is not None:
             self._parameters.setdefault(replaced, None)  # weight_norm has deleted it
-            raise fuse_first(replaced, self._status())
+            raise fuse_first(replaced, self._status(), not self.traced_inside)
         if name in self.computed:
             raise AttributeError(self._reason(name))
         super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
         if name in ("weight", "bias"):  # torch.nn.utils.parametrize deletes a parameter before replacing it
-            raise fuse_first(name, self._status())
+            raise fuse_first(name, self._status(), not self.traced_inside)
         super().__delattr__(name)
 
     def _load_from_state_dict(

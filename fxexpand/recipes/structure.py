@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from fxexpand.kernel.algebra import Kernel, add, compose_all, identity, scale
 from fxexpand.kernel.alignment import alignment
 from fxexpand.kernel.geometry import Association, Geometry, association, composition, composition_macs
-from fxexpand.kernel.modules import kernel_of
+from fxexpand.kernel.modules import kernel_of, stock_layer
 from fxexpand.recipes.fixed import Fixed, Pad
 
 
@@ -72,11 +72,9 @@ class LastDimBatchNorm(nn.BatchNorm1d):
         """``(*, channels)`` to the same shape."""
         return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
-    def stock(self) -> nn.BatchNorm1d:
+    def stock(self) -> nn.Module:
         """A stock module with the same tensors, which ``kernel_of`` reads."""
-        norm = nn.BatchNorm1d.__new__(nn.BatchNorm1d)
-        norm.__dict__.update(self.__dict__)
-        return norm
+        return stock_layer(nn.BatchNorm1d, self, **self._parameters)
 
 
 def fold(module: nn.Module, factors: Sequence[Tensor] | None = None) -> Kernel:

@@ -51,7 +51,7 @@ MOVED = {
     "evaluating": "running.evaluation",
     "export": "deploy",
     "export.files": "deploy.onnx_files",
-    "export.folding": "deploy.folding",
+    "export.folding": "deploy.onnx",
     "export.free_sizes": "deploy.free_sizes",
     "export.onnx": "deploy.onnx",
     "export.quantization": "deploy.quantization",

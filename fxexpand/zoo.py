@@ -158,7 +158,7 @@ def require_accepts(model: nn.Module, inputs: ExampleInputs) -> None:
 
 
 def _from_timm(name: str, meta: bool) -> nn.Module:
-    timm = _library("timm")
+    timm = required("timm")
     known = timm.list_models()
     if name.partition(".")[0] not in known:
         raise SelectionError(f"timm has no model {name!r}.{closest(name, known)}")
@@ -166,7 +166,7 @@ def _from_timm(name: str, meta: bool) -> nn.Module:
 
 
 def _from_torchvision(name: str, meta: bool) -> nn.Module:
-    vision = _library("torchvision")
+    vision = required("torchvision")
     known = vision.models.list_models()
     if name.lower() not in known:
         raise SelectionError(f"torchvision has no model {name!r}.{closest(name, known)}")
@@ -181,7 +181,7 @@ def _from_torchvision(name: str, meta: bool) -> nn.Module:
 
 def _torchvision_shape(name: str) -> tuple[int, ...] | None:
     """The shape of the images, or of the videos of 16 frames, that the weights on offer were trained on."""
-    models = _library("torchvision").models
+    models = required("torchvision").models
     offered = models.get_model_weights(name)
     if not len(offered):
         return (3, 224, 224)
@@ -194,7 +194,7 @@ def _torchvision_shape(name: str) -> tuple[int, ...] | None:
 
 
 def _from_transformers(name: str, meta: bool) -> nn.Module:
-    library = _library("transformers", "zoo")
+    library = required("transformers", "zoo")
     known = list(importlib.import_module("transformers.models.auto.modeling_auto").MODEL_MAPPING_NAMES)
     if name not in known:
         raise SelectionError(f"transformers has no model type {name!r}.{closest(name, known)}")
@@ -299,7 +299,11 @@ def _is_usable(value: Tensor, built: object) -> bool:
     return torch.equal(built[infinite].to(value), value[infinite])  # a NaN equals nothing
 
 
-def _library(name: str, extra: str = "vision") -> Any:
+def required(name: str, extra: str = "vision") -> Any:
+    """The library of that name, which an extra of the package brings.
+
+    Raises: FxExpandError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

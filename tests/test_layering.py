@@ -74,7 +74,7 @@ INSIDE = {
     ],
     "deploy": [
         "options",
-        *("sessions", "free_sizes", "onnx_files", "folding", "onnx_writing", "onnx_report"),
+        *("sessions", "free_sizes", "onnx_files", "onnx_writing", "onnx_report"),
         *("onnx", "quantization"),
         *("latency.intervals", "latency.backends", "latency.timing", "latency.candidates"),
         *("latency.measure", "latency.plots", "latency.page", "latency"),

@@ -10,7 +10,7 @@ import typer
 
 from fxexpand.cli.files import require_writable
 from fxexpand.cli.options import Json, PlacedSource, recipe_of
-from fxexpand.cli.output import columns, note, show, show_json, sites, stdout_kept, working
+from fxexpand.cli.output import columns, note, show, sites, stdout_kept
 from fxexpand.deploy.options import EVERY_BACKEND, LatencyOptions
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def bench(
         from fxexpand.surgery.fuse import fuse
         from fxexpand.surgery.transaction import report as report_of
 
-        with working(f"{source.model}: building"):
-            network = source.loaded()
-            given = source.required_inputs(network)
+        network, given, _ = source.ready()
         models: dict[str, nn.Module] = {"original": network, "fused": fuse(network, given)}
         if chosen is not None:
             models["expanded"] = expand(network, chosen)
@@ -75,10 +73,8 @@ def bench(
 
         write_whole(html, latency_page(source.model, found, folded))
         note(f"{html}: written")
-    if as_json:
-        show_json({"model": source.model, **found.to_dict()})
-    else:
-        show(f"{source.model}\n{sites(folded, every=False)}\n\n{columns(str(found))}")
+    text = f"{source.model}\n{sites(folded, every=False)}\n\n{columns(str(found))}"
+    show(text, as_json, {"model": source.model, **found.to_dict()})
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -10,7 +10,7 @@ import typer
 from fxexpand.cli.failures import fail
 from fxexpand.cli.files import require_folder
 from fxexpand.cli.options import Device, Json, device_of
-from fxexpand.cli.output import show, show_json, stdout_kept
+from fxexpand.cli.output import show, stdout_kept
 from fxexpand.training.options import DemoOptions, Schedule
 
 
@@ -31,9 +31,6 @@ def demo(
     place, recipe = device_of(device), Chain(depth=depth, width=width)
     with stdout_kept():
         findings = run(out, **vars(options), schedule=schedule, recipe=recipe, device=place)
-    if as_json:
-        show_json(findings.to_dict())
-    else:
-        show(f"{findings}\n\n{out}: {', '.join(findings.files)}")
+    show(f"{findings}\n\n{out}: {', '.join(findings.files)}", as_json, findings.to_dict())
     if findings.failed:
         fail(f"demo: {describe(findings.failed)} See {out / 'report.html'}.")

@@ -10,7 +10,7 @@ import typer
 
 from fxexpand.cli.files import require_writable
 from fxexpand.cli.options import Json, PlacedSource
-from fxexpand.cli.output import columns, note, show, show_json, stdout_kept, working
+from fxexpand.cli.output import columns, note, show, stdout_kept, working
 from fxexpand.deploy.options import OnnxOptions
 
 
@@ -28,16 +28,11 @@ def export(
     with stdout_kept():
         from fxexpand.deploy.onnx import export_onnx
 
-        with working(f"{source.model}: building"):
-            network = source.loaded()
-            given = source.required_inputs(network)
+        network, given, _ = source.ready()
         original = network if options.fuse else None
         options = replace(options, compare_with=original, metadata={"fxexpand.model": source.model})
         with working(f"{source.model}: exporting and comparing"):
             found = export_onnx(network, out, given, **vars(options))
     if options.fuse:
         note(found.metadata["fxexpand.report"])
-    if as_json:
-        show_json({"model": source.model, **found.to_dict()})
-    else:
-        show(columns(str(found)))
+    show(columns(str(found)), as_json, {"model": source.model, **found.to_dict()})

@@ -9,7 +9,7 @@ import typer
 
 from fxexpand.cli.files import require_safetensors, weights_of
 from fxexpand.cli.options import Json, PlacedSource, Strict
-from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
+from fxexpand.cli.output import show, sites, stdout_kept
 from fxexpand.lowrank.options import FactorizeOptions
 
 
@@ -29,19 +29,14 @@ def factorize(
         from fxexpand.surgery.factorize import factorize as factorized
         from fxexpand.surgery.transaction import report
 
-        with working(f"{source.model}: building"):
-            network, lines = source.built()
-            network = source.filled(network)
-            given = source.required_inputs(network)
+        network, given, lines = source.ready()
         small = factorized(network, given, **vars(options), strict=strict, inplace=True)
         found = report(small)
         ranks = {name: [cut.scheme, cut.rank] for name, cut in cuts(small).items()}
         data = weights_of(small, {"model": source.model, "ranks": ranks})
         write_whole(out, data)
-    if as_json:
-        written = {"model": source.model, "path": str(out), "size": len(data), "ranks": ranks}
-        show_json({**written, **found.to_dict()})
-    else:
-        loading = "\n    ".join([*lines, "model = fxexpand.factorize(model, rank=ranks)"])
-        size = f"{out}: {short(len(data))}B"
-        show(f"{sites(found)}\n\n{size}. With the ranks in its metadata it loads into\n\n    {loading}")
+    values = {"model": source.model, "path": str(out), "size": len(data), "ranks": ranks}
+    loading = "\n    ".join([*lines, "model = fxexpand.factorize(model, rank=ranks)"])
+    size = f"{out}: {short(len(data))}B"
+    text = f"{sites(found)}\n\n{size}. With the ranks in its metadata it loads into\n\n    {loading}"
+    show(text, as_json, {**values, **found.to_dict()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from fxexpand.cli.files import require_safetensors, weights_of
 from fxexpand.cli.options import Json, PlacedSource, Strict, recipe_of
-from fxexpand.cli.output import show, show_json, sites, stdout_kept, working
+from fxexpand.cli.output import show, sites, stdout_kept, working
 
 if TYPE_CHECKING:
     from fxexpand.running.inputs import ExampleInputs
@@ -34,6 +35,7 @@ def fuse(
     with stdout_kept():
         from fxexpand import __version__
         from fxexpand.reporting.files import write_whole
+        from fxexpand.reporting.table import short
         from fxexpand.surgery.expand import expand
         from fxexpand.surgery.fuse import fuse as fuse_model
         from fxexpand.surgery.transaction import report as report_of
@@ -52,22 +54,14 @@ def fuse(
         write_whole(out, data)
     grown = scope == "expanded" and set(fused.state_dict()) != names
     loading = _loading(lines, recipe, scope, given, grown, out)
-    if as_json:
-        written = {"model": source.model, "path": str(out), "size": len(data), "load": loading}
-        show_json({**written, **report.to_dict()})
-    else:
-        from fxexpand.reporting.table import short
-
-        show(f"{sites(report)}\n\n{out}: {short(len(data))}B. It loads by\n\n{_indented(loading)}")
+    values = {"model": source.model, "path": str(out), "size": len(data), "load": loading}
+    program = textwrap.indent(loading, "    ")
+    text = f"{sites(report)}\n\n{out}: {short(len(data))}B. It loads by\n\n{program}"
+    show(text, as_json, {**values, **report.to_dict()})
 
 
 def _loading(
-    lines: list[str],
-    recipe: str | None,
-    scope: str,
-    given: ExampleInputs | None,
-    grown: bool,
-    path: Path,
+    lines: list[str], recipe: str | None, scope: str, given: ExampleInputs | None, grown: bool, path: Path
 ) -> str:
     """A program, after ``lines``, that builds the fused network and loads the file into it."""
     lines = [*lines]
@@ -99,7 +93,3 @@ def _written(given: ExampleInputs) -> str:
     if kwargs:
         return f"{{{', '.join(f'{name!r}: {zeros(value)}' for name, value in kwargs.items())}}}"
     return zeros(args[0]) if len(args) == 1 else f"({', '.join(map(zeros, args))})"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

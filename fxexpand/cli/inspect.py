@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fxexpand.cli.failures import fail
 from fxexpand.cli.options import Json, Source, Strict, recipe_of
-from fxexpand.cli.output import show, show_json, sites, stdout_kept, working, wrapped
+from fxexpand.cli.output import show, sites, stdout_kept, working, wrapped
 from fxexpand.training.options import RECIPE
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fxexpand.running.inputs import ExampleInputs
-
-
-@dataclass(frozen=True)
-class Size:
-    """The cost of a network: nodes of its graphs, parameters, and FLOPs where there is an input."""
-
-    nodes: int
-    params: int
-    flops: int | None
-
-
-@dataclass(frozen=True)
-class Traces:
-    """The number of graphs in which a network was read, and the reasons why there is no single one."""
-
-    graphs: int
-    nodes: int
-    failures: dict[str, str]
-
-    def __str__(self) -> str:
-        if not self.failures:
-            return f"traced as one graph of {self.nodes} nodes"
-        name, reason = next(iter(self.failures.items()))
-        return (
-            f"traced in parts: {self.graphs} graphs of {self.nodes} nodes together. "
-            f"{name or 'The whole'} has no graph: {reason}"
-        )
 
 
 def inspect(
@@ -63,6 +35,7 @@ def inspect(
     chosen = recipe_of(recipe)
     with stdout_kept():
         with working(f"{source.model}: reading"):
+            from fxexpand.running.inputs import tensors
             from fxexpand.surgery.expand import expand
             from fxexpand.surgery.fuse import fuse
             from fxexpand.surgery.transaction import report
@@ -72,42 +45,48 @@ def inspect(
             expanded = report(expand(bare, chosen, select=select, inplace=True))
             network = source.loaded()
             given = source.known_inputs(network)
-            traces, before = _traces(network), _size(network, given)
+            traces, before = _size(network, given)
         fused = fuse(network, given)
         with working(f"{source.model}: counting"):
-            after = _size(fused, given)
+            _, after = _size(fused, given)
         folded = report(fused)
-    name, kind, inputs = source.model, type(network).__name__, _shapes(given)
-    if as_json:
-        sizes = {"traced": asdict(traces), "before": asdict(before), "fused": asdict(after)}
-        reports = {"fuse": folded.to_dict(), "expand": expanded.to_dict()}
-        show_json({"model": name, "class": kind, "inputs": inputs, **sizes, **reports})
-    else:
-        shapes = ", ".join("x".join(map(str, shape)) for shape in inputs.values())
-        title = f"{name}: {kind}, {f'input {shapes}' if shapes else 'no --input given'}"
-        parts = [
-            f"{title}\n{wrapped(str(traces), '')}",
-            _sizes(before, after),
-            sites(folded),
-            sites(expanded),
-        ]
-        show("\n\n".join(parts))
+    name, kind = source.model, type(network).__name__
+    inputs = {str(i): list(each.shape) for i, each in enumerate(tensors(given if given is not None else ()))}
+    values = {"traced": traces, "before": before, "fused": after}
+    reports = {"fuse": folded.to_dict(), "expand": expanded.to_dict()}
+    shapes = ", ".join("x".join(map(str, shape)) for shape in inputs.values())
+    title = f"{name}: {kind}, {f'input {shapes}' if shapes else 'no --input given'}"
+    parts = [
+        f"{title}\n{wrapped(_read(**traces), '')}",
+        _sizes(before, after),
+        sites(folded),
+        sites(expanded),
+    ]
+    show("\n\n".join(parts), as_json, {"model": name, "class": kind, "inputs": inputs, **values, **reports})
     if strict and expanded.refusals:
         fail(f"{name}: {len(expanded.refusals)} refused, the first: {expanded.refusals[0].message}")
 
 
-def _traces(model: nn.Module) -> Traces:
+def _read(graphs: int, nodes: int, failures: dict[str, str]) -> str:
+    """The graphs in which a network was read, and the first reason why there is no single one."""
+    if not failures:
+        return f"traced as one graph of {nodes} nodes"
+    name, reason = next(iter(failures.items()))
+    parts = f"traced in parts: {graphs} graphs of {nodes} nodes together"
+    return f"{parts}. {name or 'The whole'} has no graph: {reason}"
+
+
+def _size(model: nn.Module, given: ExampleInputs | None) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """The graphs of a network; their nodes, its parameters, and its FLOPs where there is an input."""
+    from fxexpand.running.flops import count_flops
     from fxexpand.tracing.graphs import regions
 
     found = regions(model)
-    return Traces(len(found.graphs), sum(_nodes(graph) for _, graph in found.graphs), found.failures)
-
-
-def _size(model: nn.Module, given: ExampleInputs | None) -> Size:
-    from fxexpand.running.flops import count_flops
-
-    params = sum({id(p): p.numel() for p in model.parameters()}.values())
-    return Size(_traces(model).nodes, params, None if given is None else count_flops(model, given).total)
+    nodes = sum(_nodes(graph) for _, graph in found.graphs)
+    params = sum(p.numel() for p in model.parameters())
+    flops = None if given is None else count_flops(model, given).total
+    traces = {"graphs": len(found.graphs), "nodes": nodes, "failures": found.failures}
+    return traces, {"nodes": nodes, "params": params, "flops": flops}
 
 
 def _nodes(graph: Any) -> int:
@@ -118,22 +97,11 @@ def _nodes(graph: Any) -> int:
     return sum(node.op.startswith("call_") and node.target not in idle for node in graph.graph.nodes)
 
 
-def _shapes(given: ExampleInputs | None) -> dict[str, list[int]]:
-    from fxexpand.running.inputs import tensors
-
-    found = [] if given is None else tensors(given)
-    return {str(i): list(tensor.shape) for i, tensor in enumerate(found)}
-
-
-def _sizes(before: Size, after: Size) -> str:
+def _sizes(before: dict[str, int | None], after: dict[str, int | None]) -> str:
     from fxexpand.reporting.table import short, table
 
-    rows = []
-    for name, one, two in (
-        ("graph nodes", before.nodes, after.nodes),
-        ("parameters", before.params, after.params),
-        ("FLOPs", before.flops, after.flops),
-    ):
+    rows, names = [], ("graph nodes", "parameters", "FLOPs")
+    for name, one, two in zip(names, before.values(), after.values(), strict=True):
         if one is not None and two is not None:
             rows.append((name, short(one), short(two), f"{two / one:.3f}x" if one else "-"))
     return table(("", "as it is", "fused", "ratio"), rows)

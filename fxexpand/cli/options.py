@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from fxexpand.cli.output import working
 from fxexpand.reporting.options import option
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ class Source:
     def loaded(self) -> nn.Module:
         """The network with the weights of the file, on the device and in evaluation mode."""
         return self.filled(self.built()[0])
+
+    def ready(self) -> tuple[nn.Module, ExampleInputs, list[str]]:
+        """The network of ``loaded``, its ``required_inputs``, and the lines of Python that build it."""
+        with working(f"{self.model}: building"):
+            network, lines = self.built()
+            return self.filled(network), self.required_inputs(network), lines
 
     def known_inputs(self, model: nn.Module) -> ExampleInputs | None:
         """The inputs of ``--input``, or else those that the model's library gives; the model takes them.

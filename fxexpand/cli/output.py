@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,12 @@ WIDTH = 80
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
-def show(text: str) -> None:
-    """Print the result of a command.
+def show(text: str, as_json: bool, values: Mapping[str, Any]) -> None:
+    """Print the result of a command: the text, or the values as JSON; nothing else is on stdout.
 
     Raises: OSError: stdout cannot be written to, for example as the disk is full.
     """
-    typer.echo(text)
-
-
-def show_json(values: Mapping[str, Any]) -> None:
-    """Print the result of a command for programs: nothing but JSON is on stdout."""
-    show(json.dumps(values, indent=1, allow_nan=False))
+    typer.echo(json.dumps(values, indent=1, allow_nan=False) if as_json else text)
 
 
 def note(text: str) -> None:
@@ -46,14 +42,11 @@ def stdout_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def working(task: str) -> Iterator[None]:
     """Show on a terminal the task that is at work, and for how long."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    from fxexpand.reporting.progress import bars
+
+    with bars(None, SpinnerColumn(), "{task.description}", TimeElapsedColumn()) as bar:
         bar.add_task(task, total=None)
         yield
 
@@ -64,7 +57,9 @@ def sites(report: Report, *, every: bool = True) -> str:
     Args:
         every: list each site; otherwise two for each reason, and how many there are.
     """
-    parts = [report.summary, *(_changed(report) if every else [])]
+    parts = [report.summary]
+    if every and report.changed:
+        parts.append(_changed(report))
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
         if row.action in ("refused", "left"):
@@ -92,19 +87,18 @@ def fitted(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence
     return "\n".join(found)
 
 
-def _changed(report: Report) -> list[str]:
+def _changed(report: Report) -> str:
     """The table of the changed sites."""
     from fxexpand.reporting.table import short
 
-    if not report.changed:
-        return []
     head = ("site", "becomes" if report.title == "fuse" else "kind", "params", "after", "error")
     last = len(head) - (report.worst_error is None)
-    rows = [
-        (row.site, row.kind, short(row.params_before), short(row.params_after), _error(row.error))[:last]
-        for row in report.changed
-    ]
-    return [fitted(head[:last], rows, left=(0, 1))]
+    rows = []
+    for row in report.changed:
+        error = "-" if row.error is None else f"{row.error:.0e}"
+        cells = (row.site, row.kind, short(row.params_before), short(row.params_after), error)
+        rows.append(cells[:last])
+    return fitted(head[:last], rows, left=(0, 1))
 
 
 def _reason(reasons: list[str]) -> str:
@@ -116,22 +110,10 @@ def _reason(reasons: list[str]) -> str:
 
 def wrapped(text: str, indent: str = "  ") -> str:
     """Lines of at most 80 columns; all but the first are indented further."""
-    import textwrap
-
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=f"{indent}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    indents = (indent, f"{indent}  ")
+    return textwrap.TextWrapper(WIDTH, *indents, break_long_words=False, break_on_hyphens=False).fill(text)
 
 
 def columns(text: str) -> str:
     """The text with its long lines broken at 80 columns."""
     return "\n".join(line if len(line) <= WIDTH else wrapped(line, "") for line in text.splitlines())
-
-
-def _error(error: float | None) -> str:
-    return "-" if error is None else f"{error:.0e}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from fxexpand.cli.options import Json, Source
-from fxexpand.cli.output import fitted, note, show, show_json, stdout_kept, working
+from fxexpand.cli.output import fitted, note, show, stdout_kept, working
 
 if TYPE_CHECKING:
     from fxexpand.lowrank import RankReport
@@ -54,10 +54,7 @@ def rank(
             plot_report(found, plot)
     if plot is not None:
         note(f"{plot}: written")
-    if as_json:
-        show_json({"model": source.model, **found.to_dict()})
-    else:
-        show(_tables(found))
+    show(_tables(found), as_json, {"model": source.model, **found.to_dict()})
 
 
 def _tables(found: RankReport) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 
 from fxexpand.cli.files import require_folder
 from fxexpand.cli.options import Device, Json, Weights
-from fxexpand.cli.output import note, show, show_json, stdout_kept
+from fxexpand.cli.output import note, show, stdout_kept
 from fxexpand.training.options import Settings
 
 if TYPE_CHECKING:
@@ -61,10 +60,7 @@ def train(
             found = job.train(model, images, recipe, settings, out, resume=resume, device=place, watch=watch)
     if os.environ.get("RANK", "0") != "0":
         return
-    if as_json:
-        show_json(found.to_dict())
-    else:
-        show(str(found))
+    show(str(found), as_json, found.to_dict())
 
 
 def _data(name: str, root: Path | None) -> Data:
@@ -111,28 +107,16 @@ def _network(name: str, weights: Path | None, data: Data, seed: int) -> nn.Modul
 @contextlib.contextmanager
 def _watching(epochs: int) -> Iterator[Watch]:
     """A bar on a terminal, a line per epoch elsewhere; on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
+    from fxexpand.reporting.progress import bars
     from fxexpand.training.train import Watch
 
-    class Lines(Watch):
-        def epoch(self, epoch: Any) -> None:
-            note(str(epoch))
-
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = ("{task.description}", BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with bars(None, *columns) as bar:
         task = bar.add_task("measuring", total=None)
 
-        class Bar(Watch):
+        class Shown(Watch):
             def begin(self, step: int, steps: int) -> None:
                 bar.update(task, total=steps, completed=step, description="training")
 
@@ -140,8 +124,10 @@ def _watching(epochs: int) -> Iterator[Watch]:
                 bar.advance(task)
 
             def epoch(self, epoch: Any) -> None:
-                if epoch.loss is not None:
+                if bar.disable:
+                    note(str(epoch))
+                elif epoch.loss is not None:
                     text = f"epoch {epoch.epoch}/{epochs}: loss {epoch.loss:.3f}, {epoch.accuracy:.1f} %"
                     bar.update(task, description=text)
 
-        yield Bar()
+        yield Shown()

@@ -1,9 +1,9 @@
 """How does a model leave torch, and does what was written compute the same?
 
-``onnx`` exports a model and compares the file in onnxruntime, whose ``sessions`` it opens: ``folding`` fuses
-the model, ``onnx_writing`` writes it, ``free_sizes`` says which sizes of the inputs stay free, ``onnx_files``
-reads files and moves them into place, ``onnx_report`` has the result. ``quantization`` measures int8;
-``latency`` is a room of its own. ``options`` has the options of ``export_onnx`` and ``measure_latency``.
+``onnx`` exports a model, fused if asked for, and compares the file in onnxruntime: ``onnx_writing`` writes
+it, ``free_sizes`` says which sizes of the inputs stay free, ``sessions`` opens it, ``onnx_files`` reads files
+and moves them into place, ``onnx_report`` has the result. ``quantization`` measures int8; ``latency`` is a
+room of its own. ``options`` has the options of ``export_onnx`` and ``measure_latency``.
 """
 
 import importlib

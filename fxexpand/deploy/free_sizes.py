@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxexpand.errors import SelectionError
-from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, tensors
+from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, mapped, tensors
 
 # Names of the dimensions after batch and channels, by the number of all dimensions.
 SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -19,10 +18,12 @@ SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width
 STEP = 32
 
 
-def dynamic_shapes(
+def free_sizes(
     model: nn.Module, example_inputs: ExampleInputs, *, batch: bool, spatial: bool
-) -> dict[str, Any] | None:
-    """For each parameter of ``forward``, as ``torch.export`` takes it; None where nothing is left free.
+) -> tuple[dict[str, Any] | None, list[dict[int, str]]]:
+    """For each parameter of ``forward`` its free dimensions, as ``torch.export`` takes them; None where no
+    dimension is left free. And their names by axis, for each tensor of the inputs in their order: torch.onnx
+    gives names by itself, but only where all arguments are tensors.
 
     Dimension 0 is "batch" in each tensor where it is as long as in the first; the spatial ones are those from
     2 on of floating-point tensors with 3 to 5 dimensions. Dimensions of one name and one length are one.
@@ -30,11 +31,12 @@ def dynamic_shapes(
     Raises: SelectionError: no tensor has a dimension of the kind.
     """
     if not batch and not spatial:
-        return None
+        return None, []
     rows = batch_size(example_inputs)
     if batch and not rows:
         raise SelectionError("example_inputs: no tensor with a batch dimension. Use dynamic_batch=False.")
     known: dict[tuple[str, int], Any] = {}
+    names: dict[int, dict[int, str]] = {}  # by the id of the tensor
 
     def dimension(name: str, length: int) -> Any:
         alike = sum(other == name for other, _ in known)
@@ -49,6 +51,7 @@ def dynamic_shapes(
         if spatial:
             for i, name in _spatial(leaf):
                 free[i] = dimension(name, leaf.shape[i])
+        names[id(leaf)] = {i: each.__name__ for i, each in free.items()}
         return free or None
 
     args, kwargs = as_call(example_inputs)
@@ -56,50 +59,22 @@ def dynamic_shapes(
     shapes = {name: tree_map(shape, value) for name, value in arguments.items()}
     if spatial and not any(name != "batch" for name, _ in known):
         raise SelectionError("example_inputs: no tensor with spatial dimensions. Use dynamic_spatial=False.")
-    return shapes
-
-
-def axis_names(
-    model: nn.Module, example_inputs: ExampleInputs, shapes: dict[str, Any]
-) -> list[dict[int, str]]:
-    """For each tensor of the inputs, in their order, the names of its free dimensions in ``shapes``.
-
-    torch.onnx names them by itself, but only where all arguments are tensors.
-    """
-    found: dict[int, dict[int, str]] = {}
-
-    def note(leaf: Any, free: Any) -> None:
-        if isinstance(leaf, Tensor):
-            found[id(leaf)] = {i: dimension.__name__ for i, dimension in (free or {}).items()}
-
-    args, kwargs = as_call(example_inputs)
-    for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
-        tree_map(note, value, shapes[name])
-    return [found.get(id(tensor), {}) for tensor in tensors(example_inputs)]
+    return shapes, [names.get(id(tensor), {}) for tensor in tensors(example_inputs)]
 
 
 def larger(example_inputs: ExampleInputs) -> ExampleInputs:
     """The same inputs, ``STEP`` longer in every spatial dimension: their values are repeated."""
-    return mapped(_grown, example_inputs)
 
+    def grown(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            for i, _ in _spatial(leaf):
+                length = leaf.shape[i]
+                leaf = leaf.index_select(i, torch.arange(length + STEP, device=leaf.device) % length)
+        return leaf
 
-def mapped(function: Callable[[Any], Any], example_inputs: ExampleInputs) -> ExampleInputs:
-    """The same arguments with ``function`` applied to every leaf."""
-    args, kwargs = as_call(example_inputs)
-    changed: ExampleInputs = tree_map(function, kwargs or args)
-    return changed
+    return mapped(grown, example_inputs)
 
 
 def _spatial(tensor: Tensor) -> list[tuple[int, str]]:
     names = SPATIAL.get(tensor.ndim, ()) if tensor.is_floating_point() else ()
     return list(enumerate(names, start=2))
-
-
-def _grown(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    for i, _ in _spatial(leaf):
-        length = leaf.shape[i]
-        index = torch.arange(length + STEP, device=leaf.device) % length
-        leaf = leaf.index_select(i, index)
-    return leaf

@@ -10,6 +10,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,26 +19,31 @@ import torch
 from torch import nn
 
 from fxexpand import __version__
-from fxexpand.deploy.folding import fused
 from fxexpand.deploy.free_sizes import larger
 from fxexpand.deploy.onnx_files import (
     count_operators,
     dimensions,
     fingerprint,
-    has_second_file,
     move_together,
     second_file,
 )
 from fxexpand.deploy.onnx_report import OnnxReport, shape_text
 from fxexpand.deploy.onnx_writing import FIXED, ExportedCall, check_onnx, exported_call, write_onnx
 from fxexpand.deploy.options import OnnxOptions
-from fxexpand.deploy.sessions import feeds, open_session, required
+from fxexpand.deploy.sessions import feeds, open_session
 from fxexpand.errors import FxExpandError, RefusedError, SelectionError, VerificationError
+from fxexpand.passes.planner import combined
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.inputs import ExampleInputs, call, move, resize_batch, tensors
 from fxexpand.running.inputs import copy as copy_inputs
 from fxexpand.running.outputs import tensors_of, worst_error
+from fxexpand.surgery.fuse import fuse as fuse_model
+from fxexpand.surgery.fuse_plan import ONE_GRAPH
+from fxexpand.surgery.transaction import REPORT
 from fxexpand.surgery.transaction import report as report_of
+from fxexpand.tracing.export import program_of
+from fxexpand.tracing.tracer import FAILURES
+from fxexpand.zoo import required
 
 if TYPE_CHECKING:
     import onnx
@@ -98,8 +104,11 @@ def export_onnx(
         compare_with, metadata, translations,
     )  # fmt: skip
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if verify else [])):
-        required(library)
-    _refuse_training(model)
+        required(library, "onnx")
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"{name} ({type(module).__name__})" if name else type(model).__name__
+            raise RefusedError(f"{where}: in training mode; ONNX is for inference. Call model.eval() first.")
     target = _target(Path(path))
     return _exported(model, target, exported_call(model, example_inputs, options), options)
 
@@ -143,6 +152,29 @@ def _exported(model: nn.Module, target: Path, written: ExportedCall, options: On
     )
 
 
+def fused(model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Any) -> nn.Module:
+    """``fuse(model)``, then the same in the program of the call where the model has no single graph.
+
+    ``fuse`` alone must hold for all paths through the code, in both modes; the file holds one. The program is
+    that of ``torch.export``, from which the file is made anyway.
+    """
+    parts = fuse_model(model, example_inputs)
+    first = report_of(parts)
+    if first.traced == ONE_GRAPH:
+        return parts
+    try:
+        program = program_of(parts, example_inputs, dynamic_shapes)
+    except FAILURES:  # torch.onnx may still export it
+        return parts
+    whole = fuse_model(program, example_inputs)
+    second = report_of(whole)
+    if not second.changed:
+        return parts
+    traced = f"{first.traced}; then as one program of torch.export"
+    whole.__dict__[REPORT] = replace(combined([first, second]), traced=traced)
+    return whole
+
+
 def _target(path: Path) -> Path:
     """The file to write; a symbolic link is followed, so that the weights go beside its target.
 
@@ -159,10 +191,10 @@ def _target(path: Path) -> Path:
 def _moved(draft: Path, target: Path) -> tuple[Path, ...]:
     """Move the file and that of its weights into place; an unused second file is removed."""
     files = sorted(draft.parent.iterdir(), key=lambda file: file == draft)  # the weights first
-    left_over = len(files) == 1 and has_second_file(target)
+    left_over = second_file(target) if len(files) == 1 else None
     move_together(files, target.parent)
-    if left_over:
-        second_file(target).unlink(missing_ok=True)
+    if left_over is not None:
+        left_over.unlink(missing_ok=True)
     return tuple(target.parent / file.name for file in reversed(files))
 
 
@@ -175,13 +207,6 @@ def _opset(program: onnx.ModelProto, asked: int | None) -> int:
     if asked not in (None, found):
         raise SelectionError(f"opset={asked}: torch can write this model as {found}, but not as that.")
     return found
-
-
-def _refuse_training(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if module.training:
-            where = f"{path} ({type(module).__name__})" if path else type(model).__name__
-            raise RefusedError(f"{where}: in training mode; ONNX is for inference. Call model.eval() first.")
 
 
 def _metadata(source: nn.Module, written: nn.Module) -> dict[str, str]:
@@ -234,7 +259,7 @@ def _verified(
                 ) from problem
             try:
                 actual = [torch.from_numpy(np.asarray(value)) for value in session.run(None, given)]
-            except required("onnxruntime").capi.onnxruntime_pybind11_state.InvalidArgument as problem:
+            except required("onnxruntime", "onnx").capi.onnxruntime_pybind11_state.InvalidArgument as problem:
                 raise VerificationError(f"{path.name}: does not run with {shapes}. {FIXED}") from problem
         error = worst_error(actual, expected)
         if not error <= tolerance:

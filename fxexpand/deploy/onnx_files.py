@@ -39,21 +39,18 @@ def dimensions(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
     return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
 
-def second_file(path: Path) -> Path:
-    """The file for the weights that do not fit into the ONNX file at ``path``."""
-    return path.with_name(f"{path.name}.data")
-
-
-def has_second_file(path: Path) -> bool:
-    """Whether there is an ONNX file at ``path`` that reads weights from its second file."""
+def second_file(path: Path) -> Path | None:
+    """The file from which an ONNX file at ``path`` reads its weights; None where it reads none."""
     import onnx
 
     try:
         program = onnx.load(str(path), load_external_data=False)
     except Exception:  # protobuf's own, where the file is of another kind
-        return False
+        return None
+    second = path.with_name(f"{path.name}.data")
     entries = (entry for tensor in program.graph.initializer for entry in tensor.external_data)
-    return any(entry.key == "location" and entry.value == second_file(path).name for entry in entries)
+    named = any(entry.key == "location" and entry.value == second.name for entry in entries)
+    return second if named else None
 
 
 def fingerprint(model: nn.Module) -> str:

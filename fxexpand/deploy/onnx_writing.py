@@ -15,16 +15,15 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fxexpand.deploy.free_sizes import axis_names
-from fxexpand.deploy.free_sizes import dynamic_shapes as free_sizes
+from fxexpand.deploy.free_sizes import free_sizes
 from fxexpand.deploy.options import OnnxOptions
-from fxexpand.deploy.sessions import required
 from fxexpand.errors import FxExpandError, SelectionError
 from fxexpand.running.evaluation import evaluating, undisturbed
 from fxexpand.running.inputs import ExampleInputs, as_call, batch_size, call, resize_batch
 from fxexpand.running.inputs import copy as copy_inputs
 from fxexpand.running.outputs import tensors_of
 from fxexpand.tracing.export import muted
+from fxexpand.zoo import required
 
 if TYPE_CHECKING:
     import onnx
@@ -67,28 +66,25 @@ def exported_call(model: nn.Module, example_inputs: ExampleInputs, options: Onnx
     batch, given = batch_size(example_inputs), options.dynamic_shapes
     if batch == 0:
         raise SelectionError("example inputs: an empty batch: there is nothing to compare. Give one input.")
-    _require_tensors(model, example_inputs)
+    with evaluating(model):
+        output = call(model, copy_inputs(example_inputs))
+    leaves = tree_leaves(output)
+    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, torch.Tensor | None)]
+    if others or not tensors_of(output):
+        kind = f"{'an' if others[0][0] in 'aeiou' else 'a'} {others[0]}" if others else "no tensor"
+        raise FxExpandError(
+            f"{type(model).__name__}: returns {kind}; an ONNX file returns tensors alone. Leave such outputs "
+            "out (a cache of transformers: use_cache=False), or wrap the model in a module that does."
+        )
     free_batch = options.dynamic_batch and given is None
     if free_batch and batch == 1:
         example_inputs, batch = resize_batch(example_inputs, 2), 2
-    free = given or free_sizes(model, example_inputs, batch=free_batch, spatial=options.dynamic_spatial)
-    names = axis_names(model, example_inputs, free) if free and given is None else []
+    free, names = given, list[dict[int, str]]()
+    if not given:
+        spatial = options.dynamic_spatial
+        free, names = free_sizes(model, example_inputs, batch=free_batch, spatial=spatial)
     sizes = tuple(sorted({1, batch, batch + 1})) if free_batch and batch else ()
     return ExportedCall(example_inputs, free, names, sizes)
-
-
-def _require_tensors(model: nn.Module, example_inputs: ExampleInputs) -> None:
-    with evaluating(model):
-        output = call(model, copy_inputs(example_inputs))
-    others = [
-        type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, torch.Tensor | None)
-    ]
-    if others or not tensors_of(output):
-        what = f"{'an' if others[0][0] in 'aeiou' else 'a'} {others[0]}" if others else "no tensor"
-        raise FxExpandError(
-            f"{type(model).__name__}: returns {what}; an ONNX file returns tensors alone. Leave such outputs "
-            "out (a cache of transformers: use_cache=False), or wrap the model in a module that does."
-        )
 
 
 def write_onnx(
@@ -102,12 +98,10 @@ def write_onnx(
     """
     external, translations = options.external_data, options.translations
     path.parent.mkdir()
-    weights = sum(
-        tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())
-    )
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     args, kwargs = _as_torch_reads(model, *as_call(exported.inputs))
     try:
-        with undisturbed(model), evaluating(model), muted(), _quiet():
+        with undisturbed(model), evaluating(model), muted(), quiet("torch.onnx", "onnxscript"):
             program = torch.onnx.export(
                 model,
                 args,
@@ -125,7 +119,7 @@ def write_onnx(
             program.save(path, external_data=weights > SINGLE_FILE_BYTES if external is None else external)
     except torch.onnx.OnnxExporterError as error:
         raise FxExpandError(_advice(type(model).__name__, error, exported.free is not None)) from error
-    written: onnx.ModelProto = required("onnx").load(str(path), load_external_data=False)
+    written: onnx.ModelProto = required("onnx", "onnx").load(str(path), load_external_data=False)
     return written
 
 
@@ -155,21 +149,18 @@ def _as_torch_reads(
 
 def _advice(name: str, error: BaseException, dynamic: bool) -> str:
     """The cause of an error of torch's exporter, and its remedy."""
-    causes: list[str] = []
     at: BaseException | None = error
     while at is not None:
-        causes.append(str(at).strip() or type(at).__name__)
-        at = at.__cause__
-    for text in causes:
-        found = _NO_OPERATOR.search(text)
-        if found:
+        cause = str(at).strip() or type(at).__name__
+        if found := _NO_OPERATOR.search(cause):
             return (
                 f"{name}: ONNX has no operator for {found[1]}. Give export_onnx translations={{torch.ops."
                 f"{found[1]}: an onnxscript function}}, try a later opset, or write it "
                 "with other operators."
             )
+        at = at.__cause__
     hint = f" {FIXED}" if dynamic else ""
-    return f"{name}: torch cannot export it: {causes[-1].splitlines()[0]}.{hint}"
+    return f"{name}: torch cannot export it: {cause.splitlines()[0]}.{hint}"
 
 
 def check_onnx(path: Path) -> None:
@@ -177,7 +168,7 @@ def check_onnx(path: Path) -> None:
 
     Raises: FxExpandError: the file breaks it.
     """
-    onnx = required("onnx")
+    onnx = required("onnx", "onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -188,9 +179,9 @@ def check_onnx(path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the logs of torch.onnx and of the libraries under it."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+def quiet(*names: str) -> Iterator[None]:
+    """Silence the loggers of these names, and those under them."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -9,11 +9,9 @@ Source: Chu et al., "Make RepVGG Greater Again" (QARepVGG), 2022.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +21,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxexpand.deploy.onnx import export_onnx
-from fxexpand.deploy.sessions import feeds, open_session, required
+from fxexpand.deploy.onnx_writing import quiet
+from fxexpand.deploy.sessions import feeds, open_session
 from fxexpand.errors import SelectionError, UnusableWeightError
 from fxexpand.layers.rewritten import Rewritten, original_class
 from fxexpand.passes.sites import own_modules
+from fxexpand.reporting.rows import plain
 from fxexpand.reporting.table import short, table
 from fxexpand.running.evaluation import evaluating
 from fxexpand.running.finite import require_finite
 from fxexpand.running.inputs import ExampleInputs, call, copy, tensors
 from fxexpand.running.outputs import tensors_of
+from fxexpand.zoo import required
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -88,13 +89,9 @@ class RangeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "widened": list(self.widened),
-            "layers": {
-                name: {"before": before and asdict(before), "after": after and asdict(after)}
-                for name, (before, after) in self.rows.items()
-            },
-        }
+        pairs = {name: plain(pair) for name, pair in self.rows.items()}
+        layers = {name: {"before": before, "after": after} for name, (before, after) in pairs.items()}
+        return {"widened": list(self.widened), "layers": layers}
 
 
 def weight_ranges(model: nn.Module, fused: nn.Module | None = None) -> RangeReport:
@@ -141,17 +138,11 @@ class Int8Report:
     samples: int
 
     def __str__(self) -> str:
-        rows = [
-            (
-                each.model,
-                f"{each.error:.2%}",
-                f"{each.agreement:.1%}",
-                f"{each.float_error:.1e}",
-                f"{short(each.size)}B",
-                f"{short(each.float_size)}B",
-            )
-            for each in self.results
-        ]
+        rows = []
+        for each in self.results:
+            sizes = (f"{short(each.size)}B", f"{short(each.float_size)}B")
+            errors = (f"{each.error:.2%}", f"{each.agreement:.1%}", f"{each.float_error:.1e}")
+            rows.append((each.model, *errors, *sizes))
         head = ("model", "int8 error", "same class", "float error", "int8", "float")
         scales = "channel" if self.per_channel else "tensor"
         return (
@@ -161,7 +152,8 @@ class Int8Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        found: dict[str, Any] = plain(self)
+        return found
 
 
 def check_int8(
@@ -188,11 +180,14 @@ def check_int8(
     given = calibration if samples is None else list(samples)
     if not calibration or not given:
         raise SelectionError("calibration: no inputs. Give a few batches that are like those of use.")
-    shapes = {", ".join(_without_batch(each)) for each in (*calibration, *given)}
+    shapes = {
+        ", ".join("x".join(["batch", *map(str, tensor.shape[1:])]) for tensor in tensors(each))
+        for each in (*calibration, *given)
+    }
     if len(shapes) > 1:
         two = " and of ".join(sorted(shapes)[:2])
         raise SelectionError(f"calibration: inputs of {two}; only the batch may differ. Pad them.")
-    required("onnxruntime")
+    required("onnxruntime", "onnx")
     results = []
     with tempfile.TemporaryDirectory(prefix="fxexpand-int8-") as folder:
         for i, (name, model) in enumerate(models.items()):
@@ -201,22 +196,13 @@ def check_int8(
             with evaluating(model):
                 expected = [tensors_of(call(model, copy(each)))[0].detach().cpu() for each in given]
             _quantise(whole, small, calibration, per_channel)
-            plain, rounded = (_first_outputs(open_session(path), given) for path in (whole, small))
-            results.append(
-                Int8Result(
-                    model=name,
-                    error=_distance(rounded, expected),
-                    float_error=_distance(plain, expected),
-                    agreement=_agreement(rounded, expected),
-                    size=small.stat().st_size,
-                    float_size=whole.stat().st_size,
-                )
-            )
+            exact, rounded = (_first_outputs(open_session(path), given) for path in (whole, small))
+            errors = (_distance(rounded, expected), _distance(exact, expected))
+            same = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(rounded, expected, strict=True)]
+            agreement = float(torch.cat(same).double().mean())
+            sizes = (small.stat().st_size, whole.stat().st_size)
+            results.append(Int8Result(name, *errors, agreement, *sizes))
     return Int8Report(tuple(results), per_channel, len(calibration), len(given))
-
-
-def _without_batch(inputs: ExampleInputs) -> list[str]:
-    return ["x".join(["batch", *map(str, tensor.shape[1:])]) for tensor in tensors(inputs)]
 
 
 def _ranges(model: nn.Module) -> Iterator[tuple[str, WeightRange]]:
@@ -241,15 +227,9 @@ def _ranges(model: nn.Module) -> Iterator[tuple[str, WeightRange]]:
         rows = weight.flatten(1)
         channels = rows.abs().amax(1, keepdim=True)
         largest = channels.max()
-        yield (
-            name,
-            WeightRange(
-                largest=float(largest),
-                spread=float(largest / channels.median()) if channels.median() else float("inf"),
-                error_tensor=_rounding(rows, largest),
-                error_channel=_rounding(rows, channels),
-            ),
-        )
+        spread = float(largest / channels.median()) if channels.median() else float("inf")
+        errors = (_rounding(rows, largest), _rounding(rows, channels))
+        yield name, WeightRange(float(largest), spread, *errors)
 
 
 def _rounding(rows: Tensor, largest: Tensor) -> float:
@@ -266,35 +246,16 @@ def _quantise(path: Path, out: Path, calibration: Sequence[ExampleInputs], per_c
     session = open_session(path)
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rest = iter([feeds(session, each) for each in calibration])
+        rest = (feeds(session, each) for each in calibration)
 
         def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
             return next(self.rest, None)
 
-    prepared = path.with_suffix(".prepared.onnx")
-    with _no_log():
+    prepared, formats = path.with_suffix(".prepared.onnx"), {"quant_format": QuantFormat.QDQ}
+    types = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
+    with quiet(""):  # the quantiser logs its advice to the root logger
         quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(out),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=per_channel,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-        )
-
-
-@contextmanager
-def _no_log() -> Iterator[None]:
-    """onnxruntime's quantiser logs its advice to the root logger."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+        quantize_static(str(prepared), str(out), Reader(), per_channel=per_channel, **formats, **types)
 
 
 def _first_outputs(session: onnxruntime.InferenceSession, given: Sequence[ExampleInputs]) -> list[Tensor]:
@@ -305,8 +266,3 @@ def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     a, b = (torch.cat([each.double().flatten() for each in side]) for side in (actual, expected))
     lost, norm = float((a - b).norm()), float(b.norm())
     return lost / norm if norm else (float("inf") if lost else 0.0)
-
-
-def _agreement(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    same = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(actual, expected, strict=True)]
-    return float(torch.cat(same).double().mean())

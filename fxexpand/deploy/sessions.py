@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 
 from fxexpand.errors import FxExpandError
 from fxexpand.running.inputs import ExampleInputs, tensors
+from fxexpand.zoo import required
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -20,17 +20,6 @@ if TYPE_CHECKING:
 def onnx_installed() -> bool:
     """Whether all libraries of the extra ``onnx`` are installed."""
     return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-
-
-def required(name: str) -> Any:
-    """The library ``name`` of the extra ``onnx``.
-
-    Raises: FxExpandError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise FxExpandError(f'{name} is not installed. Run pip install "fxexpand[onnx]".') from error
 
 
 def open_session(
@@ -45,7 +34,7 @@ def open_session(
     Raises: FxExpandError: onnxruntime is not installed, was built without the provider, or cannot load it, or
         cannot run the file (it has no kernels for an operator in that dtype).
     """
-    runtime = required("onnxruntime")
+    runtime = required("onnxruntime", "onnx")
     device = torch.device(device)
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors only: warnings about unused initialisers go to stderr otherwise

@@ -64,8 +64,11 @@ def new_figure(
 
 
 def new_panels(count: int, height: float, columns: int = 3) -> tuple[Figure, list[Any]]:
-    """A figure 9.6 inches wide, with ``count`` panels or more in rows of ``columns``."""
-    return new_figure(-(-count // columns), columns, width=9.6 / columns, height=height)
+    """A figure 9.6 inches wide, with ``count`` panels in rows of ``columns``, and empty ones after them."""
+    figure, panels = new_figure(-(-count // columns), columns, width=9.6 / columns, height=height)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels
 
 
 def write_figure(figure: Figure, path: Path) -> Path:

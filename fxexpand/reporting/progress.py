@@ -6,14 +6,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 T = TypeVar("T")
 
 
-def shows(progress: bool | None) -> bool:
-    """Whether to show progress: as asked for, and for None if stderr is a terminal."""
-    return sys.stderr.isatty() if progress is None else progress
+def bars(progress: bool | None, *columns: ProgressColumn | str, **options: Any) -> Progress:
+    """rich's bars on stderr, gone at the end: always, never, or (None) on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = sys.stderr.isatty() if progress is None else progress
+    # sys.stderr is read here: while models run, their own output to stderr is redirected.
+    return Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not shown, **options)
 
 
 def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], Iterable[T]]:
@@ -21,14 +29,8 @@ def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], I
 
     def track(items: Iterable[T]) -> Iterator[T]:
         listed = list(items)
-        if not shows(progress):
-            yield from listed
-            return
-        from rich.console import Console
-        from rich.progress import Progress
-
         start, shown = time.monotonic(), progress is True
-        with Progress(console=Console(stderr=True), transient=True, disable=False) as bar:
+        with bars(progress) as bar:
             task = bar.add_task(title, total=len(listed), visible=shown)
             for item in listed:
                 yield item
@@ -41,18 +43,11 @@ def progress_bar(title: str, progress: bool | None) -> Callable[[Iterable[T]], I
 @contextmanager
 def at_work(title: str, progress: bool | None) -> Iterator[Callable[[str], None]]:
     """A progress bar for an unknown amount of work; the function that it gives shows the name of a step."""
-    if not shows(progress):
-        yield lambda name: None
-        return
-    from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TimeElapsedColumn
 
-    now = TextColumn("{task.fields[name]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), now)
     start = time.monotonic()
-    # sys.stderr is read here: while models run, their own output to stderr is redirected.
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    with bars(progress, "{task.description}", BarColumn(), TimeElapsedColumn(), "{task.fields[name]}") as bar:
         task = bar.add_task(title, total=None, visible=progress is True, name="")
 
         def show(name: str) -> None:

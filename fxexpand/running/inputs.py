@@ -67,12 +67,12 @@ def move(
             return leaf
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
-    return _mapped(moved, example_inputs)
+    return mapped(moved, example_inputs)
 
 
 def copy(example_inputs: ExampleInputs) -> ExampleInputs:
     """The same arguments with every tensor cloned, for a model that may write to its inputs."""
-    return _mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example_inputs)
+    return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example_inputs)
 
 
 def resize_batch(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
@@ -95,10 +95,11 @@ def resize_batch(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
         copies = [leaf * (1.0 - 0.1 * (i % 5)) if floating and i else leaf for i in range(repeats)]
         return torch.cat(copies)[:size]
 
-    return _mapped(resized, example_inputs)
+    return mapped(resized, example_inputs)
 
 
-def _mapped(function: Any, example_inputs: ExampleInputs) -> ExampleInputs:
+def mapped(function: Any, example_inputs: ExampleInputs) -> ExampleInputs:
+    """The same arguments with ``function`` applied to every leaf."""
     as_call(example_inputs)  # the same errors wherever inputs are taken
     if isinstance(example_inputs, Mapping):
         return {key: tree_map(function, value) for key, value in example_inputs.items()}

@@ -6,7 +6,6 @@ Nothing is downloaded. Images are ``(channels, height, width)``, standardised wi
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fxexpand.errors import FxExpandError, SelectionError
+from fxexpand.zoo import required
 
 # Per channel (red, green, blue), of the training images scaled to [0, 1].
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -86,9 +86,8 @@ def cifar(root: str | Path, classes: Literal[10, 100] = 10) -> Data:
         SelectionError: ``root`` holds no intact copy, or ``classes`` is neither 10 nor 100.
         FxExpandError: torchvision is not installed.
     """
-    vision = _torchvision()
-    from torchvision import transforms as t
-
+    vision = required("torchvision")
+    t = vision.transforms
     if classes not in (10, 100):
         raise SelectionError(f"cifar: classes={classes}: choose 10 or 100.")
     kind, statistics = (
@@ -117,9 +116,8 @@ def image_folders(root: str | Path, size: int = 224) -> Data:
         SelectionError: a folder or an image is missing, or the two sides have different classes.
         FxExpandError: torchvision is not installed. Later, where an image cannot be read, its name.
     """
-    vision = _torchvision()
-    from torchvision import transforms as t
-
+    vision = required("torchvision")
+    t = vision.transforms
     tail = [t.ToTensor(), t.Normalize(*IMAGENET)]
     head = {
         "train": [t.RandomResizedCrop(size), t.RandomHorizontalFlip()],
@@ -181,14 +179,10 @@ class InMemory:
         return -(-len(self.labels) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.labels)
-        if self.generator is None:
-            order = torch.arange(count)
-        else:
-            order = torch.randperm(count, generator=self.generator)
-        order = order.to(self.labels.device)
-        for start in range(0, count, self.size):
-            rows = order[start : start + self.size]
+        order = torch.arange(len(self.labels))
+        if self.generator is not None:
+            order = torch.randperm(len(order), generator=self.generator)
+        for rows in torch.split(order.to(self.labels.device), self.size):
             yield self.images[rows], self.labels[rows]
 
 
@@ -293,10 +287,3 @@ def _length(dataset: Dataset[tuple[Any, ...]]) -> int:
     if not isinstance(dataset, Sized):
         raise SelectionError(f"{type(dataset).__name__}: a data set without a length.")
     return len(dataset)
-
-
-def _torchvision() -> Any:
-    try:
-        return importlib.import_module("torchvision")
-    except ImportError as error:
-        raise FxExpandError('torchvision is not installed. Run pip install "fxexpand[vision]".') from error

@@ -198,10 +198,7 @@ def logits(model: nn.Module, batches: Batches) -> Tensor:
 def accuracy(model: nn.Module, batches: Batches) -> float:
     """The share of images whose largest logit is that of their label, in per cent."""
     device = next(model.parameters()).device
-    right = torch.zeros((), dtype=torch.long, device=device)
-    count = 0
     with evaluating(model):
-        for images, labels in batches:
-            right += (model(images.to(device)).argmax(-1) == labels.to(device)).sum()
-            count += len(labels)
-    return 100.0 * int(right) / count
+        right = [model(images.to(device)).argmax(-1) == labels.to(device) for images, labels in batches]
+    found = torch.cat(right)
+    return 100.0 * int(found.sum()) / len(found)

@@ -128,8 +128,10 @@ class _Run:
     def carried_out(self, resume: bool, watch: Watch) -> Outcome:
         """Train to the end, and write the fused weights."""
         steps, settings, state = self.order.steps, self.settings, self.state
-        if not resume:
-            self._require_new()
+        if not resume and checkpoint.latest(self.folder / CHECKPOINTS) is not None:
+            raise SelectionError(
+                f"{self.folder}: holds a run already. Go on with --resume, or name another folder with --out."
+            )
         resumed = self._resume() if resume else None
         if not state.epochs:
             self._close_epoch(0, watch)
@@ -277,12 +279,6 @@ class _Run:
         state = {"settings": plain(self.settings), "sizes": plain(self.data.sizes), **self.state.state_dict()}
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         return tensors, {name: value for name, value in state.items() if name not in tensors}
-
-    def _require_new(self) -> None:
-        if checkpoint.latest(self.folder / CHECKPOINTS) is not None:
-            raise SelectionError(
-                f"{self.folder}: holds a run already. Go on with --resume, or name another folder with --out."
-            )
 
     def _resume(self) -> int | None:
         newest = checkpoint.latest(self.folder / CHECKPOINTS)

@@ -66,20 +66,20 @@ def prepare(
     given = inputs.copy(given)  # a model may write to its inputs; the others must not see that
     batch = batch_size(given)
     if backend in ("onnxruntime", "tensorrt"):
-        run, outputs = _session(model, given, device, folder, backend == "tensorrt")
-        return Candidate(name, backend, run, outputs, batch)
+        return Candidate(name, backend, *_session(model, given, device, folder, backend == "tensorrt"), batch)
     if backend == "cudagraphs":
-        run, outputs = _captured(model, given, device)
-        return Candidate(name, backend, run, outputs, batch)
+        return Candidate(name, backend, *_captured(model, given, device), batch)
     args, kwargs = inputs.as_call(given)
     ready: Callable[..., Any] = model
     if backend == "compile":
         ready = _compiled(model)
     elif backend == "aotinductor":
         ready = _packaged(model, given, folder)
-    return Candidate(
-        name, backend, lambda: ready(*args, **kwargs), lambda: tensors_of(ready(*args, **kwargs)), batch
-    )
+
+    def run() -> Any:
+        return ready(*args, **kwargs)
+
+    return Candidate(name, backend, run, lambda: tensors_of(run()), batch)
 
 
 def _compiled(model: nn.Module) -> Callable[..., Any]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from fxexpand.deploy.latency.backends import Candidate, prepare
 from fxexpand.deploy.latency.timing import tracked
 from fxexpand.errors import FxExpandError, SelectionError, VerificationError
 from fxexpand.running import inputs
 from fxexpand.running.copying import copied
-from fxexpand.running.inputs import ExampleInputs, as_call, call, resize_batch, tensors
+from fxexpand.running.inputs import ExampleInputs, call, resize_batch, tensors
 from fxexpand.running.outputs import tensors_of, worst_error
 
 # Largest relative difference of two models' outputs; wide enough for TF32 and for another order of addition.
@@ -65,9 +64,7 @@ class Conditions:
         given = inputs.move(given, self.device, self.dtype)
         if not self.channels_last:
             return given
-        args, kwargs = as_call(given)
-        laid: ExampleInputs = tree_map(_channels_last, kwargs or args)
-        return laid
+        return inputs.mapped(_channels_last, given)
 
     def limit(self, model: nn.Module, given: ExampleInputs) -> float:
         """The largest relative difference of outputs."""

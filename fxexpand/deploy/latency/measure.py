@@ -11,7 +11,7 @@ import platform
 import tempfile
 from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from fxexpand.deploy.latency.backends import Candidate
 from fxexpand.deploy.latency.candidates import Conditions, Unavailable, device_of, dtype_of, ready
-from fxexpand.deploy.latency.intervals import Interval, median_interval
+from fxexpand.deploy.latency.intervals import median_interval
 from fxexpand.deploy.latency.timing import calls_per_round, peak_bytes, samples_in_turns, torch_threads
 from fxexpand.deploy.options import BACKENDS, LatencyOptions
 from fxexpand.errors import SelectionError
@@ -68,7 +68,7 @@ class Difference:
     @property
     def real(self) -> bool:
         """Whether the difference is more than noise."""
-        return Interval(self.ratio, self.low, self.high).excludes(1.0)
+        return not self.low <= 1.0 <= self.high
 
     def __str__(self) -> str:
         verdict = "real" if self.real else "noise"
@@ -230,10 +230,14 @@ def _measured(
         calls = [calls_per_round(c, options.warmup, options.round_ms, place) for c in candidates]
         samples = samples_in_turns(candidates, calls, rounds, place, options.progress)
         used_threads = torch.get_num_threads()
-    intervals = [median_interval(taken, options.confidence) for taken in samples]
+    measurements = []
+    for c, taken, count, peak in zip(candidates, samples, calls, peaks, strict=True):
+        interval = vars(median_interval(taken, options.confidence))
+        each: Any = {"calls_per_round": count, "samples": tuple(taken), "peak_bytes": peak, "error": c.error}
+        measurements.append(Measurement(c.model, c.backend, **interval, batch=c.batch, **each))
     used = options.dtype or dtype_of(first, example_inputs)
     return LatencyReport(
-        measurements=tuple(map(_measurement, candidates, intervals, calls, samples, peaks)),
+        measurements=tuple(measurements),
         differences=_differences(candidates, samples, joint),
         device=_device_name(place),
         threads=used_threads,
@@ -249,30 +253,15 @@ def _measured(
     )
 
 
-def _measurement(
-    candidate: Candidate, interval: Interval, calls: int, samples: Sequence[float], peak: int | None
-) -> Measurement:
-    return Measurement(
-        model=candidate.model,
-        backend=candidate.backend,
-        **asdict(interval),
-        calls_per_round=calls,
-        samples=tuple(samples),
-        batch=candidate.batch,
-        peak_bytes=peak,
-        error=candidate.error,
-    )
-
-
 def _differences(
     candidates: Sequence[Candidate], samples: Sequence[Sequence[float]], confidence: float
 ) -> tuple[Difference, ...]:
     found = []
     for (a, before), (b, after) in itertools.combinations(zip(candidates, samples, strict=True), 2):
         if (a.backend, a.batch) == (b.backend, b.batch):
-            interval = median_interval([y / x for x, y in zip(before, after, strict=True)], confidence)
-            ratio, low, high = interval.median, interval.low, interval.high
-            found.append(Difference(a.model, b.model, a.backend, ratio, low, high, a.batch))
+            ratio = median_interval([y / x for x, y in zip(before, after, strict=True)], confidence)
+            bounds = (ratio.median, ratio.low, ratio.high)
+            found.append(Difference(a.model, b.model, a.backend, *bounds, a.batch))
     return tuple(found)
 
 

@@ -19,8 +19,6 @@ def latency_bars(report: LatencyReport) -> Figure:
     networks = list(dict.fromkeys(row.model for row in report.measurements))[::-1]
     columns = min(len(places), 2)
     figure, panels = new_panels(len(places), height=0.7 + 0.4 * len(networks), columns=columns)
-    for panel in panels[len(places) :]:
-        panel.set_axis_off()
     for panel, (backend, batch) in zip(panels, places, strict=False):
         for place, network in enumerate(networks):
             row = measured.get((network, backend, batch))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from fxexpand.deploy.latency.backends import Candidate
-from fxexpand.reporting.progress import shows
+from fxexpand.reporting.progress import bars
 
 T = TypeVar("T")
 
@@ -139,17 +139,6 @@ def _synchronize(device: torch.device) -> None:
 
 def tracked(items: Sequence[T], title: str, progress: bool | None) -> Iterator[T]:
     """The items, with a bar on stderr: always, never, or (None) on a terminal."""
-    if not shows(progress):
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
     # Redrawn between items by hand: a refreshing thread would take time from the models.
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(title, total=len(items))
-        bar.refresh()
-        for item in items:
-            yield item
-            bar.advance(task)
-            bar.refresh()
+    with bars(progress, auto_refresh=False) as bar:
+        yield from bar.track(items, description=title)

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +25,12 @@ from fxexpand.errors import FxExpandError, VerificationError
 from fxexpand.lowrank import rank_report
 from fxexpand.recipes import Chain
 from fxexpand.reporting.files import write_whole
-from fxexpand.reporting.progress import shows
+from fxexpand.reporting.progress import bars
 from fxexpand.running.flops import count_flops
 from fxexpand.running.outputs import worst_error
 from fxexpand.surgery.expand import expand
 from fxexpand.surgery.fuse import fuse
-from fxexpand.training.data import Batches, batches, digits
+from fxexpand.training.data import batches, digits
 from fxexpand.training.demo import page
 from fxexpand.training.demo.findings import Findings, Proof, Run
 from fxexpand.training.demo.network import NETWORK, Digits
@@ -42,7 +42,6 @@ TOLERANCE = 5e-5
 
 FILES = ("report.html", "report.json", "model.safetensors", "model.onnx")
 ONNX_FILE = FILES[-1]
-
 ONNX_MISSING = 'no ONNX file, no onnxruntime figures: run pip install "fxexpand[onnx]"'
 PLOTS_MISSING = 'no plots in report.html: run pip install "fxexpand[plots]"'
 
@@ -58,6 +57,10 @@ class Trained:
     expanded: nn.Module
     fused: nn.Module
     test: Tensor
+
+    def on_cpu(self) -> nn.Module:
+        """A copy of the fused network."""
+        return copy.deepcopy(self.fused).cpu()
 
 
 def run(
@@ -102,17 +105,21 @@ def _run(
     device: torch.device,
     progress: bool | None,
 ) -> Findings:
-    begin = time.monotonic()
+    begin, cuda = time.monotonic(), device.type == "cuda"
     folder.mkdir(parents=True, exist_ok=True)
-    onnx = onnx_installed()
-    plots = importlib.util.find_spec("matplotlib") is not None
+    onnx, plots = onnx_installed(), importlib.util.find_spec("matplotlib")
     skipped = [*([] if onnx else [ONNX_MISSING]), *([] if plots else [PLOTS_MISSING])]
     seeds, steps = options.seeds, schedule.epochs * -(-options.train_size // schedule.batch_size)
 
-    with _bars({"training": 2 * seeds * steps, "proofs": 2 if onnx else 1}, progress) as notify:
+    with _bars({"training": 2 * seeds * steps, "proofs": 1 + onnx}, progress) as notify:
         pairs = [_pair(seed, options.train_size, schedule, recipe, device, notify) for seed in range(seeds)]
         first = pairs[0]
-        proofs = _write_files(first, folder, onnx, notify)
+        proofs = [*first.run.proofs, _write_weights(first, folder / "model.safetensors")]
+        notify("proofs", 1)
+        (folder / ONNX_FILE).unlink(missing_ok=True)  # if none is written, none of an earlier run stays
+        if onnx:
+            proofs += _write_onnx(first, folder / ONNX_FILE)
+            notify("proofs", 1)
     latency, problem = _latency(first, onnx, options.rounds, device, progress, skipped)
     runs = (replace(first.run, proofs=(*proofs, *problem)), *(pair.run for pair in pairs[1:]))
     example, batch = first.test[:1].to(device), first.test[: schedule.batch_size].to(device)
@@ -134,23 +141,12 @@ def _run(
         skipped=tuple(skipped),
         files=tuple(name for name in FILES if name != ONNX_FILE or (folder / name).exists()),
         versions={"python": sys.version.split()[0], "torch": str(torch.__version__)},
-        device=_device(device),
+        device=f"{device} ({torch.cuda.get_device_name(device)})" if cuda else f"{device}, one thread",
         seconds=time.monotonic() - begin,
     )
     write_whole(folder / "report.json", json.dumps(findings.to_dict(), indent=1, allow_nan=False) + "\n")
     write_whole(folder / "report.html", page.html(findings))
     return findings
-
-
-def _write_files(trained: Trained, folder: Path, onnx: bool, notify: Notify) -> list[Proof]:
-    """Write the weights and the ONNX file; all proofs of the network, with those of the files."""
-    proofs = [*trained.run.proofs, _write_weights(trained, folder / "model.safetensors")]
-    notify("proofs", 1)
-    (folder / ONNX_FILE).unlink(missing_ok=True)  # if none is written, none of an earlier run stays
-    if onnx:
-        proofs += _write_onnx(trained, folder / ONNX_FILE)
-        notify("proofs", 1)
-    return proofs
 
 
 def _pair(
@@ -168,23 +164,18 @@ def _pair(
     for model in (plain, expanded):
         train = batches(data.train, schedule.batch_size, seed=seed)
         histories.append(fit(model, train, test, schedule, on_step=lambda: notify("training", 1)))
-    fused, proofs = _fused(expanded.eval(), plain.eval(), test)
-    history = Run(seed, histories[0], histories[1], (at_start, *proofs))
-    return Trained(history, plain, expanded, fused, torch.cat([images for images, _ in test]))
-
-
-def _fused(expanded: nn.Module, plain: nn.Module, test: Batches) -> tuple[nn.Module, list[Proof]]:
-    """The fused network, and its proofs against the expanded and the plain one."""
-    fused = fuse(expanded, scope="expanded", progress=False)
+    fused = fuse(expanded.eval(), scope="expanded", progress=False)
     before, after = logits(expanded, test), logits(fused, test)
-    images = next(iter(test))[0][:1].to(next(plain.parameters()).device)
-    work, wanted = count_flops(fused, images).total, count_flops(plain, images).total
-    return fused, [
+    images = torch.cat([images for images, _ in test])
+    work, wanted = (count_flops(model, images[:1].to(device)).total for model in (fused, plain.eval()))
+    proofs = (
+        at_start,
         _same_outputs("fused = expanded", after, before),
         _same_classes("same class, all images", after, before),
         Proof("FLOPs = plain's", abs(work - wanted), 0, total=wanted),
         _same_structure(fused, plain),
-    ]
+    )
+    return Trained(Run(seed, histories[0], histories[1], proofs), plain, expanded, fused, images)
 
 
 def _same_outputs(claim: str, actual: Tensor, expected: Tensor) -> Proof:
@@ -219,13 +210,12 @@ def _write_weights(trained: Trained, path: Path) -> Proof:
     except RuntimeError as error:
         return Proof(claim, math.nan, TOLERANCE, problem=" ".join(str(error).split()))
     with torch.no_grad():
-        return _same_outputs(claim, fresh(trained.test), _on_cpu(trained.fused)(trained.test))
+        return _same_outputs(claim, fresh(trained.test), trained.on_cpu()(trained.test))
 
 
 def _write_onnx(trained: Trained, path: Path) -> list[Proof]:
     """Export the fused network, and compare onnxruntime with torch on every test image."""
-    fused = _on_cpu(trained.fused)
-    claims = ("ONNX = fused", "same class in ONNX")
+    fused, claims = trained.on_cpu(), ("ONNX = fused", "same class in ONNX")
     try:
         report = export_onnx(fused, path, trained.test[:8])
     except VerificationError as error:
@@ -279,31 +269,12 @@ def _spectra(
     return {layer: (values(plain, layer), values(expanded, layer)) for layer in layers}
 
 
-def _on_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu()
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device}, one thread"
-
-
 @contextmanager
 def _bars(totals: dict[str, int], progress: bool | None) -> Iterator[Notify]:
     """One bar per task on stderr while the body runs; nothing where stderr is not a terminal."""
-    if not shows(progress):
-        yield lambda task, steps: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TimeRemainingColumn
 
-    columns: Sequence[TextColumn | BarColumn | TimeRemainingColumn] = (
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = ("{task.description:9}", BarColumn(), "{task.completed}/{task.total}", TimeRemainingColumn())
+    with bars(progress, *columns) as bar:
         tasks = {name: bar.add_task(name, total=total) for name, total in totals.items()}
         yield lambda task, steps: bar.advance(tasks[task], steps)

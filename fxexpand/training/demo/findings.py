@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any
@@ -117,18 +118,17 @@ class Findings:
     device: str
     seconds: float
 
+    def histories(self, network: str) -> list[History]:
+        """One per seed; ``fused`` predicts what ``expanded`` does."""
+        return [run.plain if network == "plain" else run.expanded for run in self.runs]
+
     def test_accuracy(self, network: str) -> list[float]:
-        """Of the last epoch, in per cent, one per seed; ``fused`` predicts what ``expanded`` does."""
-        return [self.history(run, network).test_accuracy[-1] for run in self.runs]
+        """Of the last epoch, in per cent, one per seed."""
+        return [history.test_accuracy[-1] for history in self.histories(network)]
 
     def final_rank(self, network: str, layer: str) -> list[float]:
         """The effective rank at the end of training, one per seed."""
-        return [self.history(run, network).ranks[layer][-1] for run in self.runs]
-
-    @staticmethod
-    def history(run: Run, network: str) -> History:
-        """The history of one of the two networks that were trained."""
-        return run.plain if network == "plain" else run.expanded
+        return [history.ranks[layer][-1] for history in self.histories(network)]
 
     @property
     def accuracy_difference(self) -> Spread:
@@ -161,8 +161,15 @@ class Findings:
     @property
     def verdict(self) -> tuple[str, ...]:
         """The sentences that the figures support."""
-        learned = (self._rank_verdict(), self._accuracy_verdict())
-        return (*learned, *self._latency_verdict(), self._proof_verdict())
+        sentences = [self._rank_verdict(), self._accuracy_verdict()]
+        for backend, found in self._backends():
+            fused, expanded = (_ratio(found.difference("plain", n, backend)) for n in ("fused", "expanded"))
+            sentences.append(f"Latency, {backend}: fused takes {fused} of plain, expanded {expanded}.")
+        count = len(self.proofs)
+        proofs = f"all {count} hold, on every test image; those of the files for the first seed."
+        if self.failed:
+            proofs = f"{len(self.failed)} of {count} FAILED: {describe(self.failed)}"
+        return (*sentences, f"Proofs: {proofs}")
 
     def _rank_verdict(self) -> str:
         differences = {layer: self.rank_difference(layer) for layer in self.full_ranks}
@@ -189,21 +196,10 @@ class Findings:
             meaning = "expansion helped" if change.mean > 0 else "expansion hurt"
         return f"{text} (95 % interval {low:+.2f} to {high:+.2f}): {meaning}."
 
-    def _latency_verdict(self) -> list[str]:
-        if self.latency is None:
-            return []
-        sentences = []
-        for backend in dict.fromkeys(row.backend for row in self.latency.measurements):
-            fused = _ratio(self.latency.difference("plain", "fused", backend))
-            expanded = _ratio(self.latency.difference("plain", "expanded", backend))
-            sentences.append(f"Latency, {backend}: fused takes {fused} of plain, expanded {expanded}.")
-        return sentences
-
-    def _proof_verdict(self) -> str:
-        if not self.failed:
-            count = f"all {len(self.proofs)} hold"
-            return f"Proofs: {count}, on every test image; those of the files for the first seed."
-        return f"Proofs: {len(self.failed)} of {len(self.proofs)} FAILED: {describe(self.failed)}"
+    def _backends(self) -> Iterator[tuple[str, LatencyReport]]:
+        if self.latency is not None:
+            for backend in dict.fromkeys(row.backend for row in self.latency.measurements):
+                yield backend, self.latency
 
     def rows(self) -> list[tuple[str, ...]]:
         """The figures: label, one column for each of ``NETWORKS``, and the change by expansion."""
@@ -213,49 +209,56 @@ class Findings:
             columns = [Spread.of(self.final_rank(name, layer)).text() for name in NETWORKS]
             label = f"eff. rank {layer} of {full}"
             rows.append((label, *columns, self.rank_difference(layer).text(2, "+")))
-        steps = {n: [self.history(run, n).step_ms for run in self.runs] for n in ("plain", "expanded")}
-        change = _ratio_text(fmean(steps["plain"]), fmean(steps["expanded"]))
-        rows.append(("ms, training step", *(f"{fmean(taken):.2f}" for taken in steps.values()), "-", change))
-        rows.append(_counts("parameters", self.parameters))
-        rows.append(_counts(f"FLOPs, batch of {self.schedule.batch_size}", self.batch_flops))
-        rows.append(_counts("FLOPs, one image", self.flops))
-        if self.latency is not None:
-            for backend in dict.fromkeys(row.backend for row in self.latency.measurements):
-                medians = [f"{self.latency.measurement(n, backend).median:.3f}" for n in NETWORKS]
-                change = _ratio(self.latency.difference("plain", "fused", backend), brief=True)
-                rows.append((f"ms, {backend}", *medians, change))
+        before, after = (fmean(h.step_ms for h in self.histories(name)) for name in ("plain", "expanded"))
+        rows.append(("ms, training step", f"{before:.2f}", f"{after:.2f}", "-", f"{after / before:.3f}x"))
+        for label, counts in (
+            ("parameters", self.parameters),
+            (f"FLOPs, batch of {self.schedule.batch_size}", self.batch_flops),
+            ("FLOPs, one image", self.flops),
+        ):
+            ratio = f"{counts['fused'] / counts['plain']:.3f}x"
+            rows.append((label, *(short(counts[name]) for name in NETWORKS), ratio))
+        for backend, found in self._backends():
+            medians = [f"{found.measurement(n, backend).median:.3f}" for n in NETWORKS]
+            change = found.difference("plain", "fused", backend)
+            verdict = "real" if change.real else "noise"
+            rows.append((f"ms, {backend}", *medians, f"{change.ratio:.3f}x {verdict}"))
         return rows
 
+    def proof_rows(self) -> list[tuple[str, ...]]:
+        """The proofs: claim, measured, absolute, limit, and whether it holds."""
+        return [
+            (
+                proof.claim,
+                proof.amount,
+                "-" if proof.absolute is None else f"{proof.absolute:.1e}",
+                f"{proof.limit:g}",
+                "yes" if proof.holds else "NO",
+            )
+            for proof in self.proofs
+        ]
+
     def __str__(self) -> str:
-        body = [*self.rows(), ("",) * 5, ("proof", "measured", "absolute", "at most", "holds")]
-        for proof in self.proofs:
-            absolute = "-" if proof.absolute is None else f"{proof.absolute:.1e}"
-            holds = "yes" if proof.holds else "NO"
-            body.append((proof.claim, proof.amount, absolute, f"{proof.limit:g}", holds))
-        head = ("", *NETWORKS, "change")
+        proofs = [("proof", "measured", "absolute", "at most", "holds"), *self.proof_rows()]
+        figures = table(("", *NETWORKS, "change"), [*self.rows(), ("",) * 5, *proofs])
         notes = [
             "Accuracy and rank: change is expanded - plain, paired by seed; ± is the standard deviation.",
             "Training step: expanded : plain. Below it: fused : plain. Latency is that of one image.",
             "Proofs: relative error of the logits, or how many differ.",
         ]
-        parts = [self.title, table(head, body), "\n".join(wrapped(notes)), "\n".join(wrapped(self.verdict))]
-        if self.skipped:
-            parts.append("\n".join(wrapped([f"Skipped: {line}" for line in self.skipped])))
-        return "\n\n".join(parts)
+        skipped = [f"Skipped: {line}" for line in self.skipped]
+        paragraphs = [_wrapped(lines) for lines in (notes, self.verdict, skipped) if lines]
+        return "\n\n".join([self.title, figures, *paragraphs])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        accuracy = {
-            "plain": self.test_accuracy("plain"),
-            "expanded": self.test_accuracy("expanded"),
-            "difference": _summary(self.accuracy_difference, 0.95),
-        }
-        confidence = 1.0 - 0.05 / len(self.full_ranks)
+        trained, confidence = ("plain", "expanded"), 1.0 - 0.05 / len(self.full_ranks)
+        accuracy: dict[str, Any] = {name: self.test_accuracy(name) for name in trained}
+        accuracy["difference"] = _summary(self.accuracy_difference, 0.95)
         ranks = {
             layer: {
                 "full": full,
-                "plain": self.final_rank("plain", layer),
-                "expanded": self.final_rank("expanded", layer),
+                **{name: self.final_rank(name, layer) for name in trained},
                 "difference": _summary(self.rank_difference(layer), confidence),
             }
             for layer, full in self.full_ranks.items()
@@ -290,17 +293,12 @@ def combined(proofs: Sequence[Proof]) -> tuple[Proof, ...]:
     for claim, group in by_claim.items():
         values = [proof.measured for proof in group]
         totals = [proof.total for proof in group if proof.total is not None]
-        measured = math.nan if any(map(math.isnan, values)) else max(values)
-        result.append(
-            Proof(
-                claim=claim,
-                measured=sum(values) if totals else measured,
-                limit=min(proof.limit for proof in group),
-                absolute=max((p.absolute for p in group if p.absolute is not None), default=None),
-                total=sum(totals) if totals else None,
-                problem=next((proof.problem for proof in group if proof.problem), ""),
-            )
-        )
+        worst = math.nan if any(map(math.isnan, values)) else max(values)
+        limit = min(proof.limit for proof in group)
+        absolute = max((p.absolute for p in group if p.absolute is not None), default=None)
+        problem = next((proof.problem for proof in group if proof.problem), "")
+        measured, total = (sum(values), sum(totals)) if totals else (worst, None)
+        result.append(Proof(claim, measured, limit, absolute, total, problem))
     return tuple(result)
 
 
@@ -309,29 +307,15 @@ def describe(failed: Sequence[Proof]) -> str:
     return "; ".join(f"{p.claim}: {p.problem or f'{p.amount} is above {p.limit:g}'}" for p in failed) + "."
 
 
-def wrapped(lines: Sequence[str], width: int = 80) -> list[str]:
-    """The lines broken at ``width``; all but the first are indented."""
-    import textwrap
-
-    return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+def _wrapped(lines: Sequence[str]) -> str:
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
 
 
 def _paired(plain: Sequence[float], expanded: Sequence[float]) -> Spread:
     return Spread.of([after - before for before, after in zip(plain, expanded, strict=True)])
 
 
-def _counts(label: str, counts: Mapping[str, int]) -> tuple[str, ...]:
-    columns = [short(counts[name]) for name in NETWORKS]
-    return (label, *columns, _ratio_text(counts["plain"], counts["fused"]))
-
-
-def _ratio_text(before: float, after: float) -> str:
-    return f"{after / before:.3f}x" if before else "-"
-
-
-def _ratio(difference: Difference, brief: bool = False) -> str:
-    if brief:
-        return f"{difference.ratio:.3f}x {'real' if difference.real else 'noise'}"
+def _ratio(difference: Difference) -> str:
     verdict = "a real difference" if difference.real else "noise"
     return f"{difference.ratio:.3f}x [{difference.low:.3f}, {difference.high:.3f}] ({verdict})"
 

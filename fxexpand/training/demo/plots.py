@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fxexpand.deploy.latency.plots import latency_bars
@@ -13,39 +13,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TRAINED = ("plain", "expanded")
+
 
 def ranks(findings: Findings) -> Figure:
     """Effective rank over training steps, one panel per layer: mean, and the range over the seeds."""
-    layers = list(findings.full_ranks)
-    figure, panels = new_panels(len(layers), height=2.5)
-    for panel, layer in zip(panels, layers, strict=False):
-        for network in ("plain", "expanded"):
-            histories = [findings.history(run, network) for run in findings.runs]
+
+    def draw(panel: Axes, layer: str) -> None:
+        for network in TRAINED:
+            histories = findings.histories(network)
             values = [history.ranks[layer] for history in histories]
             _line_with_range(panel, histories[0].rank_steps, values, network)
         panel.set_title(f"{layer} (full rank {findings.full_ranks[layer]})", loc="left")
-        panel.set_xlabel("training step")
         panel.margins(x=0.02)
-    panels[0].set_ylabel("effective rank")
-    _legend(figure, panels, len(layers))
-    return figure
+
+    return _by_layer(list(findings.full_ranks), draw, "training step", "effective rank")
 
 
 def spectra(findings: Findings) -> Figure:
     """Singular values at the end of training, largest first, one panel per layer."""
-    layers = list(findings.spectra)
-    figure, panels = new_panels(len(layers), height=2.5)
-    for panel, layer in zip(panels, layers, strict=False):
-        for network, values in zip(("plain", "expanded"), findings.spectra[layer], strict=True):
+
+    def draw(panel: Axes, layer: str) -> None:
+        for network, values in zip(TRAINED, findings.spectra[layer], strict=True):
             positions = range(1, len(values) + 1)
             marker = "o" if len(values) <= 16 else ""
             panel.plot(positions, values, color=COLOURS[network], label=network, marker=marker, markersize=3)
         panel.set_title(layer, loc="left")
-        panel.set_xlabel("index")
         panel.set_ylim(bottom=0.0, top=1.05)
-    panels[0].set_ylabel("singular value / largest")
-    _legend(figure, panels, len(layers))
-    return figure
+
+    return _by_layer(list(findings.spectra), draw, "index", "singular value / largest")
 
 
 def accuracy(findings: Findings) -> Figure:
@@ -53,17 +49,13 @@ def accuracy(findings: Findings) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = new_panels(2, height=3.0, columns=2)
-    for network in ("plain", "expanded"):
-        histories = [findings.history(run, network) for run in findings.runs]
+    late: list[float] = []
+    for network in TRAINED:
+        histories = findings.histories(network)
         epochs = range(1, len(histories[0].loss) + 1)
         _line_with_range(left, epochs, [history.test_accuracy for history in histories], network)
         _line_with_range(right, epochs, [history.loss for history in histories], network)
-    late = [
-        value
-        for run in findings.runs
-        for network in ("plain", "expanded")
-        for value in findings.history(run, network).test_accuracy[len(run.plain.loss) // 4 :]
-    ]
+        late += [value for each in histories for value in each.test_accuracy[len(epochs) // 4 :]]
     left.set_ylim(min(late) - 0.5, min(100.2, max(late) + 0.5))
     left.set_title("test accuracy, %", loc="left")
     right.set_title("training loss", loc="left")
@@ -84,16 +76,24 @@ def latency(findings: Findings) -> Figure | None:
 def all_plots(findings: Findings) -> dict[str, str]:
     """Every plot of the report as SVG, by what it shows.
 
-    Raises: ImportError: matplotlib is not installed.
+    Raises: FxExpandError: matplotlib is not installed.
     """
     with styled():
-        figures = {
-            "ranks": ranks(findings),
-            "accuracy": accuracy(findings),
-            "spectra": spectra(findings),
-            "latency": latency(findings),
-        }
+        figures = {draw.__name__: draw(findings) for draw in (ranks, accuracy, spectra, latency)}
         return {name: svg(figure, name) for name, figure in figures.items() if figure is not None}
+
+
+def _by_layer(layers: Sequence[str], draw: Callable[[Axes, str], None], x: str, y: str) -> Figure:
+    """A panel per layer; the legend is in the first free panel, or else in the first one."""
+    figure, panels = new_panels(len(layers), height=2.5)
+    for panel, layer in zip(panels, layers, strict=False):
+        draw(panel, layer)
+        panel.set_xlabel(x)
+    panels[0].set_ylabel(y)
+    free = panels[len(layers) :]
+    handles, labels = panels[0].get_legend_handles_labels()
+    (free or panels)[0].legend(handles, labels, loc="center left" if free else "best", fontsize=10)
+    return figure
 
 
 def _line_with_range(panel: Axes, x: Sequence[int], values: Sequence[Sequence[float]], network: str) -> None:
@@ -103,12 +103,3 @@ def _line_with_range(panel: Axes, x: Sequence[int], values: Sequence[Sequence[fl
     if len(values) > 1:
         low, high = [min(column) for column in columns], [max(column) for column in columns]
         panel.fill_between(x, low, high, color=COLOURS[network], alpha=0.18, linewidth=0)
-
-
-def _legend(figure: Figure, panels: Sequence[Axes], used: int) -> None:
-    """In the first free panel, or else in the first one; free panels vanish."""
-    handles, labels = panels[0].get_legend_handles_labels()
-    for panel in panels[used:]:
-        panel.set_axis_off()
-    place = panels[used] if used < len(panels) else panels[0]
-    place.legend(handles, labels, loc="center left" if used < len(panels) else "best", fontsize=10)

@@ -91,8 +91,9 @@ def _refusal(model: nn.Module, faithful: bool) -> tuple[str, str] | None:
     if "forward" in vars(model):
         reason = "its forward was replaced on this very object, and its graph would be that of the class"
         return reason, "Give it a class of its own."
-    held = chain(model._modules, model._parameters, model._buffers)
-    taken = next((name for name in held if name == "meta" or hasattr(fx.GraphModule, name)), None)
+    tensors = (model.named_parameters(recurse=False), model.named_buffers(recurse=False))
+    held = chain(model.named_children(), *tensors)
+    taken = next((name for name, _ in held if name == "meta" or hasattr(fx.GraphModule, name)), None)
     if taken is not None and not isinstance(model, fx.GraphModule):
         return f"{taken} is also the name of an attribute that each graph module has", "Rename it."
     if faithful and hooked(model):

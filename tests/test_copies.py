@@ -104,7 +104,9 @@ def _partial(net: Any) -> None:
 
 
 def _nested(net: Any) -> None:
-    inner = lambda h: net.last(h)  # noqa: E731
+    def inner(h: Tensor) -> Any:
+        return net.last(h)
+
     net.heads = {"one": [lambda h: inner(h)]}
     net.head = lambda h: net.heads["one"][0](h)
 

@@ -54,14 +54,21 @@ def _restore(
     buffers: Iterable[tuple[nn.Module, dict[str, Tensor | None]]],
     contents: Iterable[tuple[Tensor, Tensor, int | None]],
 ) -> None:
-    """Put the buffers back, and the copied values into the tensors that were written to, or may have been."""
+    """Put the buffers back, and the copied values into the tensors that were written to, or may have been.
+
+    The native kernels of BatchNorm write statistics without a new version.
+    """
     for module, named in buffers:
         if not isinstance(module, torch.jit.ScriptModule):  # which cannot lose names
             module._buffers.clear()
         for name, buffer in named.items():
             module._buffers[name] = buffer
     for tensor, saved, version in contents:
-        if version is None or _version(tensor) != version:
+        if (
+            version is None
+            or _version(tensor) != version
+            or not (tensor.is_meta or torch.equal(tensor, saved))
+        ):
             with torch.inference_mode(tensor.is_inference()):  # which can be written only there
                 tensor.copy_(saved)
 

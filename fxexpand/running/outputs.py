@@ -30,12 +30,20 @@ def tensors_of(output: Any) -> list[Tensor]:
     return found
 
 
-def outputs_of(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+def outputs_of(model: nn.Module, example_inputs: ExampleInputs, as_it_is: bool = False) -> list[Tensor]:
     """The tensors that ``model`` returns in evaluation mode; the model is as before afterwards.
+
+    Args:
+        as_it_is: keep the mode that the model is in.
 
     The model draws the same random numbers in each call, and the random state of the caller is kept.
     """
+    modes = [
+        (module, module.training) for module in model.modules() if as_it_is and hasattr(module, "training")
+    ]
     with undisturbed(model), evaluating(model):
+        for module, training in modes:
+            module.training = training
         seed(model)
         return [tensor.detach().clone() for tensor in tensors_of(call(model, copy_inputs(example_inputs)))]
 

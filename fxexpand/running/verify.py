@@ -222,18 +222,24 @@ def probe_size(kernel: Kernel) -> list[int]:
 
 
 def require_same_outputs(
-    before: list[Tensor], model: nn.Module, example_inputs: ExampleInputs, sites: int, what: str
+    before: list[Tensor],
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    sites: int,
+    what: str,
+    as_it_is: bool = False,
 ) -> float:
     """The relative error of the outputs of ``model`` against those of the model it was made from.
 
     Args:
         what: name of the pass, for messages.
+        as_it_is: run the model in the mode that it is in, not in evaluation mode.
 
     Raises: VerificationError: the error is above the tolerance for that many sites.
     """
     if not before:
         return 0.0
-    error = worst_error(outputs_of(model, example_inputs), before)
+    error = worst_error(outputs_of(model, example_inputs, as_it_is), before)
     # The weights may have a lower precision than the outputs.
     dtypes = {tensor.dtype for tensor in (*before, *model.parameters()) if tensor.is_floating_point()}
     limit = max((tolerance(dtype, sites) for dtype in dtypes), default=tolerance(before[0].dtype))

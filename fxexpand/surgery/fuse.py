@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxexpand.errors import SelectionError
 from fxexpand.passes.folding import plan_folding
@@ -21,7 +21,9 @@ from fxexpand.surgery.fold import expansion_factors
 from fxexpand.surgery.fuse_plan import FusePlan, commit_fusing, plan_fusing
 from fxexpand.surgery.transaction import REPORT, Model, commit_and_compare, require_module
 from fxexpand.tracing.export import module_of
+from fxexpand.tracing.guards import mode_of
 from fxexpand.tracing.submodules import Parts
+from fxexpand.tracing.tracer import FAILURES
 
 Scope: TypeAlias = Literal["all", "expanded"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -99,6 +101,7 @@ def fuse(
         raise SelectionError(f"scope={scope!r}: choose from {', '.join(SCOPES)}.")
     compared = example_inputs if verify else None
     before = outputs_of(model, compared) if compared is not None else []
+    in_training = _outputs_in_training(model, compared) if compared is not None else []
     target = model if inplace else copied(model, shared=expansion_factors(model))
     plan = plan_folding(target, verify, progress_bar("fuse", progress))
     if scope == "expanded":
@@ -111,9 +114,21 @@ def fuse(
         report = to_fixed_point(rounds.fold, [plan.report])
         require_lenient(report.rows, strict)
         if before and compared is not None and report.changed:
-            require_same_outputs(before, rounds.model, compared, len(report.changed), report.title)
+            trains = mode_of(rounds.model) == "train"
+            expected = in_training if trains else before
+            require_same_outputs(
+                expected, rounds.model, compared, len(report.changed), report.title, as_it_is=trains
+            )
     rounds.model.__dict__[REPORT] = report
     return rounds.model
+
+
+def _outputs_in_training(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The outputs of a model that is in training mode: a graph of it may hold in that mode only."""
+    try:
+        return outputs_of(model, example_inputs, as_it_is=True) if model.training else []
+    except FAILURES:  # of a BatchNorm for one image, say; nothing is compared then
+        return []
 
 
 class _Rounds:

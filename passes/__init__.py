@@ -5,10 +5,11 @@ the new graph module, whether it changed, and a report of every site. All of the
 managers. ``expand``, ``fuse`` and ``factorize`` are the passes, ``result`` is the type they return, and
 ``contract`` holds the rules that all keep.
 
-``sites`` finds the weights of linear maps in a model or graph, ``uses`` how the code uses them and
-``readings`` how that reads them as kernels; ``planner`` plans sites, commits plans and repeats rounds, for
-passes and for functions on models, and ``folding`` plans the way back. ``fusions`` makes the layers of
-``fuse``, and ``norms`` splits norms while a graph is fused; ``operators`` and ``affine`` are rooms inside.
+``sites`` finds the weights of linear maps in a model or graph, ``uses`` how the code uses them,
+``forward_code`` code that needs them as parameters, and ``readings`` how they are read as kernels;
+``planner`` plans sites, commits plans and repeats rounds, for passes and for functions on models, and
+``folding`` plans the way back. ``fusions`` makes the layers of ``fuse``, and ``norms`` splits norms while a
+graph is fused; ``operators`` and ``affine`` are rooms inside.
 """
 
 from fxexpand.passes.contract import check

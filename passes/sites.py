@@ -18,6 +18,7 @@ from fxexpand.kernel.modules import describe, kernel_of
 from fxexpand.layers.expanded import EXPANDED
 from fxexpand.layers.parametrized import LISTS, View, expanded_weights
 from fxexpand.layers.rewritten import Rewritten
+from fxexpand.passes.forward_code import misuses
 from fxexpand.passes.readings import layer_view, unfit, used_view, view_by_class
 from fxexpand.passes.uses import UnknownUse, Use, observed_uses, parameter_uses
 from fxexpand.reporting.rows import LEFT, REFUSED, Action, Row
@@ -147,6 +148,7 @@ class _Known:
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs | None) -> None:
         self._uses = _Uses(model, example_inputs)
         self._attributes = _held_in_attributes(model)
+        self._misuses = misuses(model)
         self._reads = parameter_reads(model)
         self._owners: dict[int, list[Owner]] = {}
         for path, module in own_modules(model):
@@ -192,6 +194,12 @@ class _Known:
 
     def _read_elsewhere(self, parameter: nn.Parameter, owners: tuple[Owner, ...]) -> str | None:
         """Why something would read the old tensor, or find none, if this one were computed."""
+        for owner in owners:
+            parts = owner.name.split(".")
+            around = (".".join(parts[:count]) for count in range(len(parts) + 1))
+            misuse = next((self._misuses[name] for name in around if name in self._misuses), None)
+            if misuse is not None:
+                return misuse
         attribute = self._attributes.get(id(parameter))
         if attribute is not None:
             return (

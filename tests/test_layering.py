@@ -64,7 +64,7 @@ INSIDE = {
         *("affine.candidates", "affine.aliasing", "affine.writes", "affine.constants", "affine.shapes"),
         *("affine.module_maps", "affine.reader", "affine.layouts", "affine.interpretation"),
         "affine.extraction",
-        *("affine", "result", "contract", "uses", "readings", "sites", "planner"),
+        *("affine", "result", "contract", "uses", "forward_code", "readings", "sites", "planner"),
         *("expand", "folding", "norms", "fusions", "fuse", "factorize"),
     ],
     "surgery": [

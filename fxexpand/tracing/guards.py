@@ -115,9 +115,9 @@ class ModeGuard(nn.Module):
             )
 
 
-def mode_of(graph_module: fx.GraphModule) -> Mode | None:
-    """The only mode in which a graph of ``trace`` holds; None where it holds in both."""
-    return next((module.mode for module in graph_module.modules() if isinstance(module, ModeGuard)), None)
+def mode_of(model: nn.Module) -> Mode | None:
+    """The only mode in which a graph of ``trace``, or a model with one in it, holds; None if in both."""
+    return next((module.mode for module in model.modules() if isinstance(module, ModeGuard)), None)
 
 
 def guard(graph_module: fx.GraphModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +23,7 @@ def misuses(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        cls = type(module)
+        cls: Any = type(module)
         if cls.__module__.startswith("torch."):
             continue
         for target, writes, code in _of_class(cls):
@@ -49,7 +50,8 @@ def _resolved(module: nn.Module, target: str | None, writes: bool) -> str | None
 @cache
 def _of_class(cls: type[nn.Module]) -> list[tuple[str | None, bool, str]]:
     """(target, whether it is written to, the code) of each misuse in the forward and its methods."""
-    waiting, seen, found = ["forward"], set(), []
+    waiting, seen = ["forward"], set()
+    found: list[tuple[str | None, bool, str]] = []
     while waiting:
         name = waiting.pop()
         method = getattr(cls, name, None)
@@ -69,25 +71,27 @@ def _of_class(cls: type[nn.Module]) -> list[tuple[str | None, bool, str]]:
 
 
 def _in_tree(tree: ast.AST, own: str) -> Iterator[tuple[str | None, bool, str]]:
-    nodes = list(ast.walk(tree))
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    first = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "next"]
-    ignored = {inner for call in first for inner in ast.walk(call)}
-    for node in nodes:
-        if not isinstance(node, ast.Attribute) or node in ignored:
-            continue
-        if node.attr in LISTINGS:
-            yield _path(node.value, own), False, ast.unparse(node)
-        if node.attr == "data" and isinstance(node.ctx, ast.Store):
-            yield _path(node.value, own), True, ast.unparse(node)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ignored = {inner for call in calls if ast.unparse(call.func) == "next" for inner in ast.walk(call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node not in ignored:
+            writes = node.attr == "data" and isinstance(node.ctx, ast.Store)
+            if writes or node.attr in LISTINGS:
+                yield _path(node.value, own), writes, ast.unparse(node)
     for call in calls:
-        written = call.func.value if isinstance(call.func, ast.Attribute) else None
-        if written is None or not call.func.attr.endswith("_") or call.func.attr.startswith("_"):  # type: ignore[attr-defined]
-            continue
-        while isinstance(written, ast.Attribute) and written.attr == "data":
-            written = written.value
-        if isinstance(written, ast.Attribute) and (path := _path(written, own)) is not None:
+        path = _written(call.func, own)
+        if path is not None:
             yield path, True, ast.unparse(call.func)
+
+
+def _written(function: ast.AST, own: str) -> str | None:
+    """The path of the attribute that a method in place writes into, as ``self.weight.data.copy_``."""
+    if not isinstance(function, ast.Attribute) or not re.fullmatch(r"[^_].*_", function.attr):
+        return None
+    written = function.value
+    while isinstance(written, ast.Attribute) and written.attr == "data":
+        written = written.value
+    return _path(written, own) if isinstance(written, ast.Attribute) else None
 
 
 def _path(node: ast.AST, own: str) -> str | None:

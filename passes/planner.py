@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -124,6 +124,8 @@ def to_fixed_point(fold: Callable[[], Report], earlier: Sequence[Report] = ()) -
     reports = [*earlier, fold()]
     while reports[-1].changed:
         reports.append(fold())
+    refused = tuple(row for report in earlier for row in report.rows if row.action == REFUSED)
+    reports[-1] = replace(reports[-1], rows=(*refused, *reports[-1].rows))
     return combined(reports)
 
 

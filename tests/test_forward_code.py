@@ -63,7 +63,7 @@ class Copied(Pair):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             self.one.weight.copy_(self.two.weight)
-            self.count.add_(1)
+            self.get_buffer("count").add_(1)
         y: Tensor = self.one(x)
         return y
 
@@ -81,7 +81,7 @@ class Asks(Pair):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(next(self.parameters()).dtype)
-        self.count.add_(1)
+        self.get_buffer("count").add_(1)
         y: Tensor = self.two(self.one(x).relu_())
         return y.add_(1)
 

@@ -261,3 +261,53 @@ def test_what_is_around_scripted_parts_is_fused(frozen: bool) -> None:
     assert not any(module.training for module in small.modules() if hasattr(module, "training"))
     model.train()  # a frozen part has no mode any more
     assert all(module.training for module in fxexpand.expand(model).modules() if hasattr(module, "training"))
+
+
+RANKS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda x, c: x + c,
+    "radd": lambda x, c: c + x,
+    "sub": lambda x, c: torch.sub(x, c, alpha=2),
+    "rsub": lambda x, c: c - x,
+    "mul": lambda x, c: torch.mul(c, x),
+    "div": lambda x, c: x / c,
+    "method": lambda x, c: x.subtract(c),
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 6), (1, 1, 6), (1, 6), (1, 1), (1,), (6,)])
+@pytest.mark.parametrize("name", RANKS)
+def test_a_constant_of_more_dimensions_than_a_value(name: str, shape: tuple[int, ...]) -> None:
+    """A constant may add dimensions to a value, of which nobody knows how many it has."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant, self.linear = nn.Parameter(1 + torch.rand(shape)), nn.Linear(6, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.linear(RANKS[name](torch.relu(x), self.constant))
+            return result
+
+    model = Shifted().double()
+    for size in ((6,), (2, 6), (2, 3, 5, 6)):
+        x = torch.randn(size, dtype=torch.float64)
+        small = fxexpand.fuse(model)
+        assert_same(small(x), model(x), EXACT)
+        assert bool(fxexpand.report(small).changed) == (len(shape) == 1)
+        assert_same(fxexpand.fuse(model, x)(x), model(x), EXACT)
+
+
+def test_a_constant_of_the_dimensions_of_an_image_before_a_convolution() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.conv = nn.Buffer(torch.rand(1, 3, 1, 1)), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.conv((x - self.mean) / 2.0)
+            return result
+
+    model, x = Normalised().double(), torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    small = fxexpand.fuse(model)
+    assert_same(small(x), model(x), EXACT)
+    assert fxexpand.report(small).changed

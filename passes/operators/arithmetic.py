@@ -73,8 +73,11 @@ def _factor(
     shape, example = values.shape(value), values.recorded(value)
     dims = len(values.constants.shape(constant))
     _, channels, rank = factor
-    if shape is not None and len(shape) < dims:
-        raise InexactError(f"it makes {dims} dimensions of {len(shape)}.")
+    # Of unknown shapes only a convolution's is taken to have a batch, in front of the channels.
+    least = len(shape) if shape is not None else rank + 2 if rank else 1
+    if least < dims:
+        have = least if shape is not None else "a number that is not known"
+        raise InexactError(f"it makes {dims} dimensions of {have}.")
     if channels is not None and rank is not None:
         single = shape is not None and shape[-1 - rank] == ONE
         if single or (example is not None and example[-1 - rank] == 1):

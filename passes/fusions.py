@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -142,13 +142,15 @@ def _new_layer(extraction: Extraction, group: Group, verify: bool) -> Fusion:
     nodes, kernels = extraction.in_order(candidate), extraction.kernels(candidate)
     reading = [node for node in nodes if node in kernels or reader.read(node)]  # ATen's BatchNorm too
     (dtype,) = candidate.dtypes
-    module, kernel = _folded(extraction, candidate, dtype)
-    _train_as_before(extraction, module, candidate, reading)
+    biases = [each for node in reading for each in _biases(extraction, node)]
+    folded = partial(_folded, extraction, candidate, biased=bool(biases))
+    module, kernel = folded(dtype)
+    _train_as_before(extraction, module, candidate, biases)
     error = _error(extraction, candidate, module, kernel) if verify and not kernel.weight.is_meta else None
     if error is not None:
 
         def unrounded() -> float | None:
-            return _error(extraction, candidate, *_folded(extraction, candidate, torch.float64))
+            return _error(extraction, candidate, *folded(torch.float64))
 
         require_small(error, dtype, group.name, unrounded)
     tensors = {id(tensor): tensor for node in reading for tensor in reader.tensors(node)}
@@ -169,8 +171,12 @@ def _count(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
 
 
-def _folded(extraction: Extraction, candidate: Candidate, dtype: torch.dtype) -> tuple[nn.Module, Kernel]:
+def _folded(
+    extraction: Extraction, candidate: Candidate, dtype: torch.dtype, biased: bool
+) -> tuple[nn.Module, Kernel]:
     """The layer of a candidate, on the device and in the memory format of its first weight.
+
+    A bias of zeros is none, unless it is made of biases that may be trained (``biased``).
 
     Raises: InexactError: its numbers are not finite.
     """
@@ -181,13 +187,15 @@ def _folded(extraction: Extraction, candidate: Candidate, dtype: torch.dtype) ->
         for name, tensor in (("weight", kernel.weight), ("bias", kernel.bias)):
             if tensor is not None and not is_finite(tensor):
                 raise InexactError(f"the {name} of one kernel would not be finite in {dtype}")
+        if kernel.bias is not None and not biased and not kernel.bias.is_meta and not kernel.bias.any():
+            kernel = replace(kernel, bias=None)
         if kernel.weight.ndim == first.ndim:
             kernel = replace(kernel, weight=laid_out_as(kernel.weight, first))
         return to_module(kernel), kernel
 
 
 def _train_as_before(
-    extraction: Extraction, module: nn.Module, candidate: Candidate, reading: Sequence[fx.Node]
+    extraction: Extraction, module: nn.Module, candidate: Candidate, biases: Sequence[nn.Parameter]
 ) -> None:
     """Give a layer the mode of the one that it is named after, and train it if one it replaces is trained."""
     layer = candidate.layer
@@ -198,7 +206,6 @@ def _train_as_before(
     layers = [node for node in candidate.nodes if extraction.has_macs(node)]
     weight.requires_grad_(any(_weight(extraction, node).requires_grad for node in layers))
     if bias is not None:
-        biases = [each for node in reading for each in _biases(extraction, node)]
         bias.requires_grad_(any(each.requires_grad for each in biases) if biases else weight.requires_grad)
 
 

@@ -311,3 +311,40 @@ def test_a_constant_of_the_dimensions_of_an_image_before_a_convolution() -> None
     small = fxexpand.fuse(model)
     assert_same(small(x), model(x), EXACT)
     assert fxexpand.report(small).changed
+
+
+ZEROS: dict[str, Callable[[Any, Any], Any]] = {
+    "number": lambda m, x: m.layer(x) + 0,
+    "from the left": lambda m, x: 0 + m.layer(x),
+    "difference": lambda m, x: m.layer(x) - 0.0,
+    "negated": lambda m, x: 0 - m.layer(x),
+    "no part of a constant": lambda m, x: torch.add(m.layer(x), m.ones, alpha=0),
+    "buffer": lambda m, x: m.layer(x) + m.zeros,
+    "before": lambda m, x: m.layer(x + 0.0),
+    "cancelling": lambda m, x: m.layer(x) + 1.5 - 1.5,
+    "statistics": lambda m, x: m.norm(m.layer(x)),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_a_sum_with_zero_makes_no_bias(name: str) -> None:
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4, affine=False)
+            self.zeros, self.ones = nn.Buffer(torch.zeros(4)), nn.Buffer(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = ZEROS[name](self, x)
+            return result
+
+    model, x = Plus().double().eval(), torch.randn(2, 5, dtype=torch.float64)
+    small = fxexpand.fuse(model, x)
+    assert_same(small(x), model(x), EXACT)
+    assert fxexpand.report(small).changed
+    assert [name for name, _ in small.named_parameters()] == ["layer.weight"]
+
+
+def test_a_trained_bias_stays_where_it_is_zero() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1, bias=False), nn.BatchNorm1d(4)).eval()
+    assert [name for name, _ in fxexpand.fuse(model).named_parameters()] == ["0.weight", "0.bias"]

@@ -101,7 +101,10 @@ def _added(call: Call, values: Values, sign: float) -> Step | None:
     value, factor = terms[0]
     constant, constant_sign = next(pair for pair in signed if pair[0] is not value)
     shift = _factor(value, constant, values, constant_sign)
-    return None if shift is None else Affine(value, after(shifting(*shift), scaling(factor, None, None)))
+    if shift is None:
+        return None
+    scaled = scaling(factor, None, None)
+    return Affine(value, scaled if shift[0] == 0 else after(shifting(*shift), scaled))
 
 
 def _scaled(value: Any, constant: Any, values: Values, inverse: bool = False) -> Step | None:

@@ -18,8 +18,8 @@ LISTINGS = ("parameters", "named_parameters", "state_dict", "_parameters")
 def misuses(model: nn.Module) -> dict[str, str]:
     """Names of parameters, or of modules with all in them, that must stay parameters, each with the reason.
 
-    A forward that lists parameters would find the factors, and one that writes into a weight would write into
-    a product, which has no effect. ``next(self.parameters())``, which asks for a device or dtype, is neither.
+    A forward that lists parameters would find the factors, and one that writes into a weight would have it
+    factored anew at each call. ``next(self.parameters())``, which asks for a device or dtype, is neither.
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -31,7 +31,7 @@ def misuses(model: nn.Module) -> dict[str, str]:
             if name is None:
                 continue
             doing = "writes into it" if writes else "lists parameters"
-            effect = "has no effect on a product" if writes else "would find the factors"
+            effect = "would factor it anew at each call" if writes else "would find the factors"
             reason = f"the forward of {cls.__name__} {doing} ({code}), which {effect}"
             found.setdefault(".".join(filter(None, (path, name))), reason)
     return found

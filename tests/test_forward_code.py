@@ -117,7 +117,8 @@ def test_weights_that_the_code_needs_as_parameters_stay(
 def test_the_reason_names_the_code() -> None:
     (row,) = report(expand(Assigned())).refusals
     assert row.reason == (
-        "the forward of Assigned writes into it (self.one.weight.data), which has no effect on a product"
+        "the forward of Assigned writes into it (self.one.weight.data), "
+        "which would factor it anew at each call"
     )
     with pytest.raises(fxexpand.RefusedError, match="lists parameters"):
         expand(Norms(), strict=True)

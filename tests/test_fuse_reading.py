@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxexpand
+from fxexpand.running.outputs import outputs_of
 from fxexpand.tracing.graphs import UntraceableError
 from fxexpand.tracing.tracer import RegionTracer
 from tests.compare import assert_same
@@ -112,7 +113,7 @@ def test_code_that_asks_for_a_type_gets_that_of_the_value(kind: type[Net], examp
         assert_same(small([X]), model([X]), EXACT)
         return
     assert len(fxexpand.report(small).changed) == 1
-    with pytest.raises(UntraceableError, match=r"argument x: .* for a Tensor, not for a list"):
+    with pytest.raises(UntraceableError, match=r"argument x: .* for a [Tt]ensor.*, not for a list"):
         small([X])
 
 
@@ -196,3 +197,70 @@ def test_a_layer_may_have_the_name_of_an_attribute_of_graph_modules(name: str) -
         assert_same(small(X), model(X), EXACT)
         assert_same(fxexpand.fuse(model[0], example)(X), model[0](X), EXACT)
         assert f"{name} is also the name" in str(fxexpand.report(fxexpand.fuse(model[0], example)))
+
+
+class Optional(Net):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        y = self.both(x)
+        return y * 2 + 1 if mask is None else y * mask
+
+
+class InMapping(Optional):
+    def forward(self, batch: Any) -> Any:  # type: ignore[override]
+        return super().forward(batch["x"], batch.get("mask"))
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Optional()
+
+    def forward(self, x: Tensor, **rest: Any) -> Any:
+        return self.inner(x, **rest)
+
+
+MASK = torch.rand(8, 6, dtype=torch.float64)
+OPTIONAL: list[tuple[type[nn.Module], Any, tuple[Any, ...]]] = [
+    (Optional, (X, MASK), (X,)),
+    (Optional, {"x": X, "mask": MASK}, (X, None)),
+    (InMapping, ({"x": X, "mask": MASK},), ({"x": X},)),
+    (Around, {"x": X, "mask": MASK}, (X,)),
+]
+
+
+@pytest.mark.parametrize(("kind", "example", "call"), OPTIONAL)
+def test_a_graph_for_a_tensor_raises_without_it(kind: type[nn.Module], example: Any, call: Any) -> None:
+    model = made(kind)
+    small = fxexpand.fuse(model, example)
+    assert fxexpand.report(small).changed
+    given = example.values() if isinstance(example, dict) else example
+    assert_same(
+        small(*given) if kind is not Around else small(**example), outputs_of(model, example)[0], EXACT
+    )
+    with pytest.raises(UntraceableError, match=r"mask.* for a tensor, not for a NoneType"):
+        small(*call)
+
+
+class Scaled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.both(x) * self.scale
+
+
+class Cropped(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.both(x)[:, :2] * 2
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("kind", [Scaled, Cropped])
+def test_a_graph_for_batches_raises_for_one_image(kind: type[Net], example: Tensor | None) -> None:
+    model = made(kind)
+    small = fxexpand.fuse(model, example)
+    assert fxexpand.report(small).changed
+    assert_same(small(X), model(X), EXACT)
+    with pytest.raises(UntraceableError, match=r"argument x: .* of 4 dimensions, not for one of 3"):
+        small(X[0])

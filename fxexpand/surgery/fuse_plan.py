@@ -25,6 +25,7 @@ from fxexpand.reporting.rows import Report, Row
 from fxexpand.running.copying import keep_attributes
 from fxexpand.surgery.graph_plan import GraphPlan, plan_graph
 from fxexpand.tracing.edit import ModuleUses
+from fxexpand.tracing.guards import guard_tensors
 from fxexpand.tracing.recording import Failed
 from fxexpand.tracing.submodules import Parts, Reading
 from fxexpand.tracing.tracer import hooked
@@ -147,6 +148,7 @@ class _Planner:
             old = module.get_submodule(path)
             if old not in self._modules:  # the copy of a module with hooks
                 continue
+            guard_tensors(graph_module)
             result = Fuse(inplace=True, verify=self._verify)(graph_module)
             if result.report.changed:
                 keep_attributes(result.graph_module, old)

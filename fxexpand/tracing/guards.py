@@ -7,6 +7,8 @@ from types import MethodType
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn.modules.conv import _ConvNd
 
 from fxexpand.errors import FxExpandError
 from fxexpand.running.inputs import ExampleInputs, as_call
@@ -54,6 +56,59 @@ def require_class(value: Any, kind: str, name: str) -> None:
             f"argument {name}: this graph was traced for a {kind}, not for a {type(value).__name__}. "
             "Trace again with example_inputs that give it."
         )
+
+
+@fx.has_side_effect
+def require_tensor(value: Any, ndim: int | None, name: str) -> None:
+    """Raise unless a value is a tensor, with so many dimensions if given: a node of a graph.
+
+    Raises: UntraceableError.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", require_tensor, (value, ndim, name), {})
+    elif not isinstance(value, Tensor) or (ndim is not None and value.dim() != ndim):
+        given = f"one of {value.dim()}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        size = "" if ndim is None else f" of {ndim} dimensions"
+        raise UntraceableError(
+            f"argument {name}: this graph was made for a tensor{size}, not for {given}. "
+            "Fuse the model again with example_inputs that give it."
+        )
+
+
+def guard_tensors(graph_module: fx.GraphModule) -> None:
+    """Have the graph check the arguments, and the items of mappings, that it was traced with as tensors.
+
+    Code goes another way where one is None, and a convolution takes an image without a batch as well.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        name = _name_of_input(node)
+        if name is None or any(user.target is require_tensor for user in node.users):
+            continue
+        ndim = _ndim_for_convolution(graph_module, node)
+        if ndim is not None or isinstance(node.meta.get("tensor_meta"), TensorMetadata):
+            place = graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
+            with graph.inserting_after(place):
+                graph.call_function(require_tensor, (node, ndim, name))
+
+
+def _name_of_input(node: fx.Node) -> str | None:
+    """The name of an argument, or the key of an item that the code gets from a mapping; None for others."""
+    if node.op == "placeholder":
+        return str(node.target)
+    item = node.op == "call_method" and node.target in ("get", "pop") and len(node.args) > 1
+    return str(node.args[1]) if item else None
+
+
+def _ndim_for_convolution(graph_module: fx.GraphModule, node: fx.Node) -> int | None:
+    """The number of dimensions, with a batch where it is not known, of the input of a convolution."""
+    called = [user for user in node.users if user.op == "call_module" and user.args[:1] == (node,)]
+    modules = [graph_module.get_submodule(str(user.target)) for user in called]
+    conv = next((module for module in modules if isinstance(module, _ConvNd)), None)
+    if conv is None:
+        return None
+    meta = node.meta.get("tensor_meta")
+    return len(meta.shape) if meta is not None else len(conv.kernel_size) + 2
 
 
 def fixed_arguments(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:

@@ -50,7 +50,7 @@ INSIDE = {
         "param_groups",
     ],
     "tracing": [
-        *("example_values", "guards", "classes", "tracer", "recording", "export", "graphs"),
+        *("example_values", "guards", "classes", "tracer", "stores", "recording", "export", "graphs"),
         *("paths", "submodules", "edit"),
     ],
     "lowrank": [

@@ -20,6 +20,7 @@ from fxexpand.tracing.submodules import Parts, Reading
 
 NO_PLACE = "it would become part of a graph, and its module is called with different arguments"
 NO_GRAPH = "it would become part of a graph, and its module has none that holds for all sizes"
+KEEPS = "it would become part of a graph, and its code keeps values on modules, which a graph does not"
 SHARED = "another module holds a part of it, and may call that alone"
 
 
@@ -55,7 +56,8 @@ def plan_graph(module: nn.Module, reading: Reading, parts: Parts, part: bool) ->
     conflict = conflicts(module, reading, placements, parts)
     alone = [path for path in conflict.alone if not within_any(path, module_graphs.chosen)]
     graphs = {path: graph for path, graph in module_graphs.chosen.items() if not within_any(path, alone)}
-    reasons = conflict.reasons | dict.fromkeys(module_graphs.left_out, NO_GRAPH if one_path else NO_PLACE)
+    left_out = NO_GRAPH if one_path else KEEPS if module_graphs.keeps_values else NO_PLACE
+    reasons = conflict.reasons | dict.fromkeys(module_graphs.left_out, left_out)
     reasons |= dict.fromkeys(shared, SHARED)
     placed = []
     for group in groups:

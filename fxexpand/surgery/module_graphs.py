@@ -18,6 +18,7 @@ from fxexpand.surgery.module_tree import ModuleTree, outermost, within_any
 from fxexpand.surgery.placement import Placements
 from fxexpand.tracing.graphs import attempt_symbolic, fixes_arguments
 from fxexpand.tracing.recording import Failed
+from fxexpand.tracing.stores import stored
 from fxexpand.tracing.tracer import TraceOptions
 
 
@@ -32,6 +33,7 @@ class ModuleGraphs:
     Attributes:
         chosen: the graphs by the paths of their modules, none inside another.
         left_out: the names of the groups that no module can take.
+        keeps_values: the code keeps values on modules, which a graph would not.
     """
 
     def __init__(
@@ -48,7 +50,10 @@ class ModuleGraphs:
         self._root = root
         self._tree = tree
         self._placements = placements
-        self._root_has_graph = not one_path and not (part and fixes_arguments(extraction.graph_module))
+        graph_module = extraction.graph_module
+        self.keeps_values = bool(graph_module.graph.find_nodes(op="call_function", target=stored))
+        fixed = part and fixes_arguments(graph_module)
+        self._root_has_graph = not one_path and not fixed and not self.keeps_values
         self._graphs: dict[str, fx.GraphModule | None] = {}
         self.chosen, kept = self._choice(apart)
         self.left_out = {group.name for group in placements.groups} - {group.name for group in kept}
@@ -123,7 +128,7 @@ class ModuleGraphs:
         """The graph of a module by itself; None where it has none that holds for each of its calls."""
         if not owner:
             return self._extraction.graph_module if self._root_has_graph else None
-        outcome = attempt_symbolic(self._root.get_submodule(owner), TraceOptions())
+        outcome = attempt_symbolic(self._root.get_submodule(owner), TraceOptions(stores="fail"))
         if isinstance(outcome, Failed) or fixes_arguments(outcome.graph_module):
             return None
         graph_module = outcome.graph_module

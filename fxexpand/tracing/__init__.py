@@ -3,8 +3,8 @@
 ``graphs`` makes the graph of a whole model or of its largest submodules that have one; ``tracer`` is fx's
 with the leaves that any network needs, and ``recording`` one trace with it; ``guards`` raise where a graph
 does not hold; ``export`` makes graphs by torch.export; ``paths`` and ``submodules`` read other paths and
-submodules; ``example_values`` computes sizes, ``classes`` tells types. ``edit`` is the only file that edits
-graphs.
+submodules; ``example_values`` computes sizes, ``classes`` tells types, ``stores`` finds values that a forward
+keeps. ``edit`` is the only file that edits graphs.
 """
 
 from fxexpand.tracing.graphs import Regions, attempt_symbolic, fixes_arguments, regions, symbolic, trace

@@ -15,6 +15,16 @@ from fxexpand.running.evaluation import undisturbed
 from fxexpand.tracing.classes import typed
 from fxexpand.tracing.example_values import Sizes, UnknownValue
 from fxexpand.tracing.guards import arguments_by_name, fixed_arguments
+from fxexpand.tracing.stores import (
+    Change,
+    Stores,
+    is_cache,
+    kept_nodes,
+    keys,
+    replaces_constant,
+    stand_in,
+    stored,
+)
 from fxexpand.tracing.tracer import RegionTracer, TraceOptions, calls_more, first_line, hooked
 
 FIX = "fxexpand.tracing.regions finds the parts that have a graph."
@@ -142,7 +152,7 @@ def _traced(model: nn.Module, options: TraceOptions) -> Traced | Failed:
     except Exception as error:  # of a forward without a signature, or of arguments that it does not take
         return Failed(name, first_line(error), cause=error)
     try:
-        return _module_of(model, tracer, tracer.trace(model))
+        return _module_of(model, tracer, _graph_with_stores(model, tracer, options))
     except Exception as error:  # whatever a model raises
         cause = error if tracer.stopped is None else tracer.stopped
         partial = _partial_graph(model, tracer) if options.assume_false and tracer.failed is None else None
@@ -154,6 +164,55 @@ def _traced(model: nn.Module, options: TraceOptions) -> Traced | Failed:
             partial_graph=partial,
             cause=cause,
         )
+
+
+def _graph_with_stores(model: nn.Module, tracer: RegionTracer, options: TraceOptions) -> fx.Graph:
+    """The graph, with a reader for each value that is kept on a module; the model is without these again.
+
+    Raises: RuntimeError: the next call computes something else, or a value is kept that ``options`` forbid.
+    """
+    stores, held = Stores(model), {*vars(model)}
+    graph = tracer.trace(model)
+    new = {name: vars(model)[name] for name in _constants(tracer) & vars(model).keys() - held}
+    every = list(stores.changed({*new}))
+    stores.restore(every)
+    changes = [change for change in every if not is_cache(change, every, model)]
+    nodes = kept_nodes(changes)
+    if changes and options.faithful:
+        name = next((change.name for change in changes if replaces_constant(change)), changes[0].name)
+        if nodes and options.stores == "fail":
+            raise RuntimeError(f"it assigns to its attribute {name}, which a graph does not record")
+        for each in new:
+            delattr(model, each)
+        if not _repeats(model, options, changes, graph):
+            raise RuntimeError(
+                f"it keeps its attribute {name} for the next call, which computes something else"
+            )
+        vars(model).update(new)
+        stores.restore(every)
+    if options.stores == "read":
+        with graph.inserting_before(next(iter(reversed(graph.nodes)))):
+            for node in nodes:
+                graph.call_function(stored, (node,))
+    return graph
+
+
+def _repeats(model: nn.Module, options: TraceOptions, changes: list[Change], graph: fx.Graph) -> bool:
+    """Whether the call after the one that made these changes does what the graph does."""
+    if any(map(replaces_constant, changes)):
+        return False
+    held = {*vars(model)}
+    stand_in(changes)
+    tracer = _tracer_of(model, options)
+    same = keys(tracer.trace(model)) == keys(graph)
+    for name in _constants(tracer) - held:
+        vars(model).pop(name, None)
+    return same
+
+
+def _constants(tracer: RegionTracer) -> set[str]:
+    """The attributes of constant tensors, those that fx made among them."""
+    return {str(name) for name in tracer.tensor_attrs.values()}
 
 
 def _tracer_of(model: nn.Module, options: TraceOptions) -> RegionTracer:

@@ -171,7 +171,7 @@ class Parts:
         """The symbolic graph, with the inputs where that is possible."""
         if module is not self._model and given is not None:
             try:
-                outcome = attempt_symbolic(module, TraceOptions(example_inputs=given))
+                outcome = attempt_symbolic(module, TraceOptions(example_inputs=given, stores="read"))
                 if isinstance(outcome, Traced) or outcome.differs:
                     return outcome
                 if fixed_arguments(module, given) == fixed_arguments(module, None):
@@ -179,12 +179,12 @@ class Parts:
             except FAILURES:  # a second call with the same arguments may fail, or one by name
                 pass
             given = None
-        return attempt_symbolic(module, TraceOptions(example_inputs=given))
+        return attempt_symbolic(module, TraceOptions(example_inputs=given, stores="read"))
 
     def _on_one_path(self, module: nn.Module, given: ExampleInputs, failure: Failed) -> Reading | None:
         """The graph of the path of the inputs, around the modules that fail there too."""
         leaf = OpaqueLeaves()
-        options = TraceOptions(leaf, given, branch_prefix=())
+        options = TraceOptions(leaf, given, branch_prefix=(), stores="read")
         traced = leaf.around(lambda: in_both_modes(module, options))
         if isinstance(traced, Failed):
             return None
@@ -200,7 +200,7 @@ class Parts:
         """Other graphs of a submodule, with the reason why a fold may not hold there; None: no graph."""
         graph_module = reading.traced.graph_module
         if fixes_arguments(graph_module):
-            options = TraceOptions(reading.leaf, self.given(module))
+            options = TraceOptions(reading.leaf, self.given(module), stores="read")
             for names, traced in alternatives(module, options, graph_module.graph):
                 yield f"it holds for some values of the argument {names} only", traced
         for traced in reading.others:

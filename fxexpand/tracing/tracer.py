@@ -11,7 +11,7 @@ from dataclasses import dataclass, is_dataclass
 from dis import opname
 from itertools import chain
 from types import ModuleType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,6 +57,7 @@ class TraceOptions:
             example inputs. The length of a shape is known then, too. None: a condition on sizes fails.
         assume_false: take every other condition as false. A failure then holds the partial graph.
         untyped: the placeholders whose values are of no class that the code asks for.
+        stores: for a value that the code keeps on a module, add a reader to the graph, fail, or do nothing.
     """
 
     leaf: Leaf | None = None
@@ -67,6 +68,7 @@ class TraceOptions:
     branch_prefix: tuple[bool, ...] | None = None
     assume_false: bool = False
     untyped: frozenset[str] = frozenset()
+    stores: Literal["read", "fail", "drop"] = "drop"
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a pass returns."""
+"""The result of a pass."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class UnknownUse(FxExpandError):
 
 @dataclass(frozen=True)
 class Use:
-    """What a parameter is for.
+    """The use of a parameter.
 
     Attributes:
         kind: the linear map it is the weight of; ``"other"``: of none; ``"unused"``: nothing reads it.
@@ -102,7 +102,7 @@ def observed_uses(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, 
 
 
 class _Value(NamedTuple):
-    """What is known of a value.
+    """The parameters in a value, and its dependence on the inputs.
 
     Attributes:
         held: the parameters it holds, by id, each with whether its last two dimensions are swapped.
@@ -150,7 +150,7 @@ class _Flow:
         kwargs: Mapping[str, Any],
         lookup: Lookup,
     ) -> _Value | None:
-        """What the result of an operation holds; None for a number, or where no tensor goes in.
+        """The value of the result of an operation; None for a number, or where no tensor goes in.
 
         Args:
             target: the function, or the name of the method.

@@ -112,7 +112,7 @@ def _rebound(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _taken_apart(value: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """What a function, a method or a container holds, and how one is made of other parts."""
+    """The parts of a function, a method or a container, and the way to make one of other parts."""
     if isinstance(value, MethodType):
         return [value.__self__], lambda parts: MethodType(value.__func__, parts[0])
     if type(value) in (list, tuple):

@@ -21,7 +21,7 @@ REPORT = "_fxexpand_report"  # the attribute of a model that holds its report
 
 
 def report(model: nn.Module) -> Report:
-    """What the last ``expand`` or ``fuse`` did to each site of ``model``, and why it left others alone.
+    """The report of the last ``expand`` or ``fuse`` on ``model``: the action at each site, with the reason.
 
     Raises: FxExpandError: neither has been called on it.
     """

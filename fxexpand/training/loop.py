@@ -107,7 +107,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class History:
-    """What was measured while a network was trained.
+    """Measurements taken while a network was trained.
 
     ``epoch_steps``, ``loss`` (mean over the epoch) and ``test_accuracy`` (in per cent) have one entry per
     epoch; ``rank_steps`` and each of ``ranks`` (by layer: effective rank) one per measurement, the first

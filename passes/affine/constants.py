@@ -51,7 +51,7 @@ class Constants:
         return own + [name for each in node.all_input_nodes for name in self.sources(each)]
 
     def shape(self, node: fx.Node) -> torch.Size:
-        """Of a constant tensor.
+        """The shape of a constant tensor.
 
         Raises: InexactError: it is no tensor.
         """

@@ -1,4 +1,4 @@
-"""What one node of a graph does to its operands, as an affine interpretation sees it."""
+"""Affine steps: the action of one node of a graph on its operands."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _broadcast(call: Call, before: Shape, values: Values) -> Shape | None:
 def _factor(
     value: fx.Node, constant: Any, values: Values, sign: float, inverse: bool = False
 ) -> Factor | None:
-    """What ``value`` is scaled with or shifted by while it keeps its shape."""
+    """The factor or shift of ``value``, which keeps its shape."""
     factor = factor_of(values.constants, constant, sign, inverse)
     if factor is None or not isinstance(constant, fx.Node):
         return factor

@@ -64,7 +64,7 @@ class Constants(Protocol):
 
 
 class Values(Protocol):
-    """What the rules of a row may ask about the values of the graph that they read."""
+    """The questions that the rules of a row may ask about the values of a graph."""
 
     @property
     def constants(self) -> Constants:

@@ -123,7 +123,7 @@ class Findings:
         return [run.plain if network == "plain" else run.expanded for run in self.runs]
 
     def test_accuracy(self, network: str) -> list[float]:
-        """Of the last epoch, in per cent, one per seed."""
+        """Accuracies after the last epoch, in per cent, one per seed."""
         return [history.test_accuracy[-1] for history in self.histories(network)]
 
     def final_rank(self, network: str, layer: str) -> list[float]:

@@ -28,7 +28,7 @@ from fxexpand.tracing.edit import ModuleUses
 from fxexpand.tracing.guards import guard_tensors
 from fxexpand.tracing.recording import Failed
 from fxexpand.tracing.submodules import Parts, Reading
-from fxexpand.tracing.tracer import hooked
+from fxexpand.tracing.tracer import HOOKS, hooked
 
 ONE_GRAPH = "as one graph"
 
@@ -199,7 +199,7 @@ def _joined(name: str, path: str) -> str:
 def _without_hooks(module: nn.Module) -> nn.Module:
     """A copy without hooks, of the same parts: hooks run around these, which may be rewritten."""
     bare = copy.copy(module)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for name in HOOKS:
         vars(bare)[name] = OrderedDict()
     vars(bare)["_modules"] = module._modules  # a graph module copies the modules that hold others
     return bare

@@ -71,6 +71,10 @@ class TraceOptions:
     stores: Literal["read", "fail", "drop"] = "drop"
 
 
+# The attributes of a module that hold the hooks around a call of it.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def first_line(error: BaseException) -> str:
     """The first sentence of an error message; torch's advice follows it."""
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -80,8 +84,7 @@ def first_line(error: BaseException) -> str:
 def hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class' forward: hooks, or a forward of its own."""
     held = vars(module)
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in held or any(held.get(name) for name in names)
+    return "forward" in held or any(held.get(name) for name in HOOKS)
 
 
 def calls_more(module: nn.Module) -> bool:

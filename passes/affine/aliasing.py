@@ -1,4 +1,4 @@
-"""Which values of a graph share memory, which calls write into it, and of what dtype values are."""
+"""The memory that values of a graph share, and the calls that write into it."""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ from fxexpand.kernel.library_layers import frozen_norm, weight_by_hooks, without
 from fxexpand.kernel.modules import LAYERS, kernel_of, stock_layer
 from fxexpand.layers.expanded import Expanded
 from fxexpand.passes.affine.maps import Map, Place
+from fxexpand.passes.operators.arithmetic import DROPOUTS
 from fxexpand.recipes import Branches, Scale, Skip, fold
 from fxexpand.recipes.fixed import Fixed
 from fxexpand.recipes.structure import LastDimBatchNorm
 from fxexpand.running.evaluation import evaluating
 from fxexpand.tracing.tracer import FAILURES
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DROP_PATHS = ("DropPath", "StochasticDepth")
 BLOCKS = (Skip, Branches, Scale, Fixed)
 

@@ -175,15 +175,9 @@ def _dropout(call: Call, values: Values) -> Step | None:
     return Identity(call["input"]) if idle else None
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 row("identity", modules=(nn.Identity, "DropPath", "StochasticDepth"), shape=same)
-for _module in (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-):
+for _module in DROPOUTS:
     _name = re.sub("(?<!^)(?=[A-Z])", "_", _module.__name__).lower()  # AlphaDropout: alpha_dropout
     row(_name, "input p training inplace", modules=(_module,), shape=same)(_dropout)
 row("feature_dropout", "input p training inplace", shape=same)(_dropout)
